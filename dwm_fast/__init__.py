@@ -1,0 +1,1 @@
+"""Learn, store and serve one-bit weight masks over a shared backbone."""

@@ -1,0 +1,108 @@
+"""Who computes an operation: the table of backends, and the rule that picks one.
+
+An operation's name says what is computed; its backend says who computes it. Implementations are imported when
+an operation first needs them, so importing dwm_fast needs torch alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from dwm_fast.errors import BackendUnavailable, InputError
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+"""Every backend name a user may ask for."""
+
+_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
+_BIT_OPS = frozenset({"pack", "unpack", "apply", "count", "combine", "overlap"})
+
+_targets: dict[tuple[str, str], str] = {}
+_forced: ContextVar[str | None] = ContextVar("dwm_fast_backend", default=None)
+
+
+def register(op: str, backend: str, target: str) -> None:
+    """Name the implementation of `op` by `backend` as "module:function"; it is imported at its first use."""
+    _targets[op, backend] = target
+
+
+def register_table(module: str, backend: str, ops: tuple[str, ...]) -> None:
+    """Name functions of `module`, one per operation and called like it, as implementations by `backend`."""
+    for op in ops:
+        register(op, backend, f"{module}:{op}")
+
+
+@functools.cache
+def _load(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+@functools.cache
+def _warn_once(backend: str, reason: str) -> None:
+    warnings.warn(f"dwm_fast: backend '{backend}' is not used: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def forced_backend() -> str | None:
+    """The backend a user asked for by name: `use_backend` first, then DWM_FAST_BACKEND; None when nobody did."""
+    name = _forced.get() or os.environ.get("DWM_FAST_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"DWM_FAST_BACKEND is '{name}'; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force every operation inside the block onto one backend; None gives the choice back to the library.
+
+    Raises InputError for a name that is not in BACKENDS. An operation that the backend cannot run raises
+    BackendUnavailable when it is called.
+    """
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"use_backend got '{name}'; expected one of {', '.join(BACKENDS)}, or None")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def get(op: str, device_type: str) -> Callable[..., Any]:
+    """The function that computes `op` for tensors on `device_type` ("cpu", "cuda", ...)."""
+    name = forced_backend()
+    if name is not None:
+        return _forced_implementation(op, name)
+    order = _ORDER.get(device_type, ("reference",))
+    if device_type == "cuda" and op in _BIT_OPS:
+        order = ("cuda", "triton", "reference")
+    return _first_available(op, order)
+
+
+def _forced_implementation(op: str, name: str) -> Callable[..., Any]:
+    target = _targets.get((op, name))
+    if target is None:
+        raise BackendUnavailable(f"backend '{name}' was asked for and has no '{op}'; leave the choice open or "
+                                 f"use 'reference'")
+    try:
+        return _load(target)
+    except (ImportError, BackendUnavailable) as error:
+        raise BackendUnavailable(f"backend '{name}' was asked for and cannot run here: {error}") from error
+
+
+def _first_available(op: str, order: tuple[str, ...]) -> Callable[..., Any]:
+    for name in order:
+        target = _targets.get((op, name))
+        if target is None:
+            continue
+        try:
+            return _load(target)
+        except (ImportError, BackendUnavailable) as error:
+            _warn_once(name, str(error))
+    raise BackendUnavailable(f"no backend can run '{op}' here; 'reference' is not registered")

@@ -1,0 +1,1 @@
+"""Triton kernels; imported only by dwm_fast.ops."""
