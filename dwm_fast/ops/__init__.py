@@ -1,1 +1,31 @@
-"""."""
+"""Operations: one file each, the only door to any kernel. Schemas, fakes and references need torch alone."""
+
+from dwm_fast.ops._backends import BACKENDS, use_backend
+from dwm_fast.ops._modes import Mode
+from dwm_fast.ops.bits import apply, combine, count, jaccard, overlap, pack, packed_nbytes, packed_offsets, unpack
+from dwm_fast.ops.conv2d import conv2d, conv2d_packed
+from dwm_fast.ops.linear import linear, linear_packed
+from dwm_fast.ops.philox import random_words, uniform
+from dwm_fast.ops.sample import sample
+
+__all__ = [
+    "BACKENDS",
+    "Mode",
+    "apply",
+    "combine",
+    "conv2d",
+    "conv2d_packed",
+    "count",
+    "jaccard",
+    "linear",
+    "linear_packed",
+    "overlap",
+    "pack",
+    "packed_nbytes",
+    "packed_offsets",
+    "random_words",
+    "sample",
+    "uniform",
+    "unpack",
+    "use_backend",
+]

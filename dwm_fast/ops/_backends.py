@@ -21,7 +21,6 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 """Every backend name a user may ask for."""
 
 _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
-_BIT_OPS = frozenset({"pack", "unpack", "apply", "count", "combine", "overlap"})
 
 _targets: dict[tuple[str, str], str] = {}
 _forced: ContextVar[str | None] = ContextVar("dwm_fast_backend", default=None)
@@ -39,15 +38,31 @@ def register_table(module: str, backend: str, ops: tuple[str, ...]) -> None:
 
 
 @functools.cache
-def _load(target: str) -> Callable[..., Any]:
+def _probe(target: str) -> Callable[..., Any] | str:
+    """The function that `target` names, or the reason why it cannot be had; looked up once a process."""
     module, _, name = target.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, BackendUnavailable) as error:
+        return str(error)
     return function
 
 
 @functools.cache
 def _warn_once(backend: str, reason: str) -> None:
     warnings.warn(f"dwm_fast: backend '{backend}' is not used: {reason}", RuntimeWarning, stacklevel=3)
+
+
+SAMPLE_OPS = ("sample", "sample_backward")
+BIT_OPS = ("pack", "unpack", "apply", "count", "combine", "overlap")
+UPDATE_OPS = ("mask_adam", "frozen_adamw", "frozen_sgd")
+_EXTENSION = "dwm_fast.ops._extension"
+
+register_table("dwm_fast.kernels.sample", "triton", SAMPLE_OPS)
+register_table("dwm_fast.kernels.bits", "triton", BIT_OPS)
+register_table("dwm_fast.kernels.update", "triton", UPDATE_OPS)
+register_table(_EXTENSION, "cpp", (*SAMPLE_OPS, *BIT_OPS, *UPDATE_OPS, "linear_packed"))
+register_table(_EXTENSION, "cuda", BIT_OPS)
 
 
 def forced_backend() -> str | None:
@@ -80,7 +95,7 @@ def get(op: str, device_type: str) -> Callable[..., Any]:
     if name is not None:
         return _forced_implementation(op, name)
     order = _ORDER.get(device_type, ("reference",))
-    if device_type == "cuda" and op in _BIT_OPS:
+    if device_type == "cuda" and op in BIT_OPS:
         order = ("cuda", "triton", "reference")
     return _first_available(op, order)
 
@@ -88,12 +103,13 @@ def get(op: str, device_type: str) -> Callable[..., Any]:
 def _forced_implementation(op: str, name: str) -> Callable[..., Any]:
     target = _targets.get((op, name))
     if target is None:
-        raise BackendUnavailable(f"backend '{name}' was asked for and has no '{op}'; leave the choice open or "
-                                 f"use 'reference'")
-    try:
-        return _load(target)
-    except (ImportError, BackendUnavailable) as error:
-        raise BackendUnavailable(f"backend '{name}' was asked for and cannot run here: {error}") from error
+        raise BackendUnavailable(
+            f"backend '{name}' was asked for and has no '{op}'; leave the choice open or use 'reference'"
+        )
+    found = _probe(target)
+    if isinstance(found, str):
+        raise BackendUnavailable(f"backend '{name}' was asked for and cannot run here: {found}")
+    return found
 
 
 def _first_available(op: str, order: tuple[str, ...]) -> Callable[..., Any]:
@@ -101,8 +117,14 @@ def _first_available(op: str, order: tuple[str, ...]) -> Callable[..., Any]:
         target = _targets.get((op, name))
         if target is None:
             continue
-        try:
-            return _load(target)
-        except (ImportError, BackendUnavailable) as error:
-            _warn_once(name, str(error))
+        found = _probe(target)
+        if not isinstance(found, str):
+            return found
+        _warn_once(name, found)
     raise BackendUnavailable(f"no backend can run '{op}' here; 'reference' is not registered")
+
+
+def availability(op: str) -> dict[str, str]:
+    """Backend name -> "ready" or the reason why `op` cannot run there; imports every candidate."""
+    found = {backend: _probe(target) for (name, backend), target in _targets.items() if name == op}
+    return {backend: result if isinstance(result, str) else "ready" for backend, result in found.items()}

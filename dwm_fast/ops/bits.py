@@ -1,0 +1,180 @@
+"""bits: masks at one bit per weight: pack, unpack, apply, count, combine, overlap.
+
+Bit order: LSB first, logical contiguous order, each tensor of a network on a fresh 16-byte boundary, padding zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwm_fast.errors import InputError
+from dwm_fast.ops import _backends
+from dwm_fast.ops._library import define
+
+ALIGNMENT = 16
+"""Bytes: every tensor's bits start at a multiple of this in a network buffer."""
+
+COMBINATIONS = ("and", "or", "xor", "andnot")
+
+
+def packed_nbytes(numel: int) -> int:
+    """Bytes that `numel` bits take in a network buffer: ceil(numel / 128) * 16."""
+    return (numel + 8 * ALIGNMENT - 1) // (8 * ALIGNMENT) * ALIGNMENT
+
+
+def packed_offsets(numels: Sequence[int]) -> list[int]:
+    """First byte of each tensor in a network buffer, and the buffer's length as the last entry."""
+    offsets = [0]
+    for numel in numels:
+        offsets.append(offsets[-1] + packed_nbytes(numel))
+    return offsets
+
+
+def _check_length(bits: Tensor, numels: Sequence[int]) -> None:
+    expected = packed_offsets(numels)[-1]
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != expected:
+        raise InputError(
+            f"packed bits: given {bits.dtype} of shape {tuple(bits.shape)}, expected uint8 of shape ({expected},) "
+            f"for {len(numels)} tensors of {sum(numels)} weights; pack the masks with dwm_fast.ops.pack"
+        )
+
+
+def _powers(device: torch.device) -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def pack_reference(masks: Sequence[Tensor]) -> Tensor:
+    parts = []
+    for mask in masks:
+        flat = (mask if mask.dtype == torch.bool else mask != 0).reshape(-1)
+        padded = F.pad(flat, (0, 8 * packed_nbytes(flat.numel()) - flat.numel()))
+        parts.append((padded.view(-1, 8).to(torch.uint8) * _powers(flat.device)).sum(1, dtype=torch.uint8))
+    if not parts:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.cat(parts)
+
+
+def unpack_reference(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
+    offsets = packed_offsets(numels)
+    flat = (bits.unsqueeze(1) & _powers(bits.device)) != 0
+    return [
+        flat[offsets[i] : offsets[i + 1]].reshape(-1)[:numel].clone() for i, numel in enumerate(numels)
+    ]
+
+
+def apply_reference(bits: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    masks = unpack_reference(bits, [w.numel() for w in weights])
+    return [
+        torch.empty_like(w).copy_(torch.where(m.view(w.shape), w, torch.zeros((), dtype=w.dtype, device=w.device)))
+        for w, m in zip(weights, masks, strict=True)
+    ]
+
+
+def count_reference(bits: Tensor, numels: Sequence[int]) -> Tensor:
+    parts = [mask.sum(dtype=torch.int64) for mask in unpack_reference(bits, numels)]
+    return torch.stack(parts) if parts else torch.zeros(0, dtype=torch.int64, device=bits.device)
+
+
+def combine_reference(a: Tensor, b: Tensor, op: str) -> Tensor:
+    if op == "and":
+        return a & b
+    if op == "or":
+        return a | b
+    return a ^ b if op == "xor" else a & ~b
+
+
+def overlap_reference(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
+    return torch.stack([count_reference(a & b, numels), count_reference(a | b, numels)], dim=1)
+
+
+for _name in ("pack", "unpack", "apply", "count", "combine", "overlap"):
+    _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
+
+
+def _pack_fake(masks: Sequence[Tensor]) -> Tensor:
+    nbytes = sum(packed_nbytes(m.numel()) for m in masks)
+    device = masks[0].device if masks else torch.device("cpu")
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+define("pack(Tensor[] masks) -> Tensor", fake=_pack_fake, device_of=lambda a: a[0][0] if a[0] else torch.empty(0))
+define(
+    "unpack(Tensor bits, SymInt[] numels) -> Tensor[]",
+    fake=lambda bits, numels: [bits.new_empty(n, dtype=torch.bool) for n in numels],
+    device_of=lambda a: a[0],
+)
+define(
+    "apply(Tensor bits, Tensor[] weights) -> Tensor[]",
+    fake=lambda bits, weights: [torch.empty_like(w) for w in weights],
+    device_of=lambda a: a[0],
+)
+define(
+    "count(Tensor bits, SymInt[] numels) -> Tensor",
+    fake=lambda bits, numels: bits.new_empty(len(numels), dtype=torch.int64),
+    device_of=lambda a: a[0],
+)
+define(
+    "combine(Tensor a, Tensor b, str op) -> Tensor",
+    fake=lambda a, b, op: torch.empty_like(a),
+    device_of=lambda a: a[0],
+)
+define(
+    "overlap(Tensor a, Tensor b, SymInt[] numels) -> Tensor",
+    fake=lambda a, b, numels: a.new_empty((len(numels), 2), dtype=torch.int64),
+    device_of=lambda a: a[0],
+)
+
+
+def pack(masks: Sequence[Tensor]) -> Tensor:
+    """Masks (any shapes and dtypes; nonzero = keep) -> one network buffer, uint8 (nbytes,)."""
+    result: Tensor = torch.ops.dwm_fast.pack(list(masks))
+    return result
+
+
+def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
+    """Network buffer -> one flat bool tensor of numels[i] elements per tensor. Wrong length: InputError."""
+    _check_length(bits, numels)
+    result: list[Tensor] = torch.ops.dwm_fast.unpack(bits, list(numels))
+    return result
+
+
+def apply(bits: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """weights[i] where its bit is 1, else +0; strides and dtype kept. Wrong length: InputError."""
+    _check_length(bits, [w.numel() for w in weights])
+    result: list[Tensor] = torch.ops.dwm_fast.apply(bits, list(weights))
+    return result
+
+
+def count(bits: Tensor, numels: Sequence[int]) -> Tensor:
+    """Ones of each tensor, int64 (len(numels),). Wrong length: InputError."""
+    _check_length(bits, numels)
+    result: Tensor = torch.ops.dwm_fast.count(bits, list(numels))
+    return result
+
+
+def combine(a: Tensor, b: Tensor, op: str) -> Tensor:
+    """Set operation on two packed buffers of equal length; `op` is "and", "or", "xor" or "andnot" (a and not b)."""
+    if op not in COMBINATIONS:
+        raise InputError(f"combine got op '{op}'; expected one of {', '.join(COMBINATIONS)}")
+    if a.shape != b.shape:
+        raise InputError(f"combine got buffers of {a.numel()} and {b.numel()} bytes; expected equal lengths")
+    result: Tensor = torch.ops.dwm_fast.combine(a, b, op)
+    return result
+
+
+def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
+    """Sizes of intersection and union of each tensor's bits, int64 (len(numels), 2)."""
+    _check_length(a, numels)
+    _check_length(b, numels)
+    result: Tensor = torch.ops.dwm_fast.overlap(a, b, list(numels))
+    return result
+
+
+def jaccard(a: Tensor, b: Tensor, numels: Sequence[int]) -> float:
+    """Jaccard index of two networks' masks: all intersections over all unions; 1.0 when both are empty."""
+    both, either = overlap(a, b, numels).sum(0).tolist()
+    return both / either if either else 1.0

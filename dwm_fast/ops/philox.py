@@ -1,0 +1,73 @@
+"""The noise contract: Philox4x32-10 (Salmon et al., SC 2011) as a pure function of seed, step, layer and element.
+
+Reference in plain PyTorch. Words are carried in int64 tensors, since PyTorch has no full set of uint32 operations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MULTIPLIER_0 = 0xD2511F53
+_MULTIPLIER_1 = 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_LOW = 0xFFFFFFFF
+_ROUNDS = 10
+
+LARGEST_UNIFORM = 1.0 - 2.0**-24
+"""Upper end of `uniform`: the largest fp32 below 1."""
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product of a constant and words, without overflowing int64."""
+    low_half = a * (b & 0xFFFF)
+    high_half = a * (b >> 16) + (low_half >> 16)
+    return high_half >> 16, ((high_half & 0xFFFF) << 16) | (low_half & 0xFFFF)
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four random words for each counter.
+
+    Args:
+        counter: four int64 tensors of equal or broadcastable shape with values in [0, 2^32).
+        key: two int64 tensors (0-dim or broadcastable) with values in [0, 2^32).
+
+    Returns:
+        Four int64 tensors with values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        high_0, low_0 = _multiply(_MULTIPLIER_0, c0)
+        high_1, low_1 = _multiply(_MULTIPLIER_1, c2)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+    return c0, c1, c2, c3
+
+
+def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0) -> Tensor:
+    """The contract's random word of every element of one tensor.
+
+    Counter = (element // 4 low, element // 4 high, layer, step), key = seed; element e takes word e % 4.
+
+    Args:
+        numel: number of elements, in logical contiguous order.
+        rng_state: int64 tensor (2,): seed (read as 64 bits) and step (its low 32 bits count).
+        layer: index of the tensor in its network, in [0, 2^32).
+        step_offset: added to the step: sample j of a batch that is split into several mask samples uses j.
+
+    Returns:
+        int64 tensor (numel,) with values in [0, 2^32).
+    """
+    device = rng_state.device
+    block = torch.arange((numel + 3) // 4, device=device, dtype=torch.int64)
+    seed, step = rng_state[0], (rng_state[1] + step_offset) & _LOW
+    key = (seed & _LOW, (seed >> 32) & _LOW)
+    counter = (block & _LOW, block >> 32, torch.full_like(block, layer), step.expand_as(block))
+    return torch.stack(philox4x32(counter, key), dim=1).reshape(-1)[:numel]
+
+
+def uniform(words: Tensor) -> Tensor:
+    """u = ((word >> 8) + 0.5) * 2^-24 in fp32, rounded to nearest even and kept below 1; so 0 < u < 1."""
+    return ((words >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25).clamp_(max=LARGEST_UNIFORM)

@@ -1,0 +1,264 @@
+"""sample: the masks of a whole network drawn, applied and packed by one operation, and its backward.
+
+`masked_weights` is what layers call; `sample` and `sample_backward` are the registered operations behind it.
+The reference below is the specification that every other backend is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwm_fast.ops import _backends
+from dwm_fast.ops._library import define
+from dwm_fast.ops._modes import GUMBEL_MODES, Mode
+from dwm_fast.ops.bits import pack_reference, packed_nbytes
+from dwm_fast.ops.philox import random_words, uniform
+
+TensorList = Sequence[Tensor]
+
+
+def _noise(logits: Tensor, rng_state: Tensor, layer: int, step_offset: int) -> Tensor:
+    """u in (0, 1), fp32, of the logits' shape; element index is the logical contiguous order."""
+    return uniform(random_words(logits.numel(), rng_state, layer, step_offset)).view(logits.shape)
+
+
+def _soft(logits: Tensor, u: Tensor, tau: Tensor) -> Tensor:
+    """Gumbel-sigmoid: sigmoid((l + log u - log(1 - u)) / tau)."""
+    return torch.sigmoid((logits + u.log() - (1.0 - u).log()) / tau)
+
+
+def _hard(logits: Tensor, u: Tensor) -> Tensor:
+    """soft > 1/2, decided without logarithms: u > sigmoid(-l)."""
+    return u > 1.0 / (1.0 + torch.exp(logits))
+
+
+def mask_value(
+    logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float, mode: int, step_offset: int
+) -> tuple[Tensor, Tensor]:
+    """Mask value m (fp32; for EDIT: ones) and keep bits (bool) of one tensor, each of the logits' shape."""
+    if mode in GUMBEL_MODES:
+        u = _noise(logits, rng_state, layer, step_offset)
+        keep = _hard(logits, u)
+        return (keep.float() if mode == Mode.GUMBEL_HARD else _soft(logits, u, tau)), keep
+    if mode == Mode.KEEP:
+        keep = logits >= 0
+    elif mode == Mode.THRESHOLD:
+        keep = logits > threshold
+    elif mode == Mode.TERNARY:
+        value = (logits > threshold).float() - (logits < 0).float()
+        return value, value != 0
+    else:
+        return torch.ones_like(logits), logits.abs() <= 1
+    return keep.float(), keep
+
+
+def _penalty(logits: TensorList, mode: int, device: torch.device) -> Tensor:
+    """Mean of the expected keep value over every element of the network (0 where the rule has no regulariser)."""
+    total = sum(x.numel() for x in logits)
+    if mode in GUMBEL_MODES:
+        parts = [torch.sigmoid(x).sum() for x in logits]
+    elif mode == Mode.EDIT:
+        parts = [torch.exp(-x.abs()).sum() for x in logits]
+    else:
+        parts = []
+    if not parts or total == 0:
+        return torch.zeros((), device=device)
+    return torch.stack(parts).sum() / total
+
+
+def sample_reference(
+    logits: TensorList,
+    weights: TensorList,
+    rng_state: Tensor,
+    tau: Tensor,
+    layers: Sequence[int],
+    thresholds: Sequence[float],
+    mode: int,
+    step_offset: int,
+    dtype: torch.dtype | None,
+    pack: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    masked, keeps = [], []
+    for scores, weight, layer, threshold in zip(logits, weights, layers, thresholds, strict=True):
+        value, keep = mask_value(scores, rng_state, tau, layer, threshold, mode, step_offset)
+        if mode == Mode.EDIT:
+            product = weight.float() + threshold * scores
+        elif mode == Mode.GUMBEL_SOFT or mode == Mode.TERNARY:
+            product = weight.float() * value
+        else:
+            product = torch.where(keep, weight.float(), 0.0)
+        out = torch.empty_like(weight, dtype=dtype or weight.dtype)
+        masked.append(out.copy_(product))
+        keeps.append(keep)
+    bits = pack_reference(keeps) if pack else rng_state.new_empty(0, dtype=torch.uint8)
+    return masked, bits, _penalty(logits, mode, rng_state.device)
+
+
+def _logits_gradient(
+    grad: Tensor, logits: Tensor, weight: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
+    mode: int, step_offset: int,
+) -> Tensor:  # fmt: skip
+    """d loss / d logits of one tensor without the regulariser, fp32."""
+    if mode in GUMBEL_MODES:
+        soft = _soft(logits, _noise(logits, rng_state, layer, step_offset), tau)
+        return grad * weight.float() * (soft * (1.0 - soft) / tau)
+    if mode in (Mode.THRESHOLD, Mode.TERNARY):
+        return grad * weight.float()
+    if mode == Mode.EDIT:
+        return grad * threshold
+    return torch.zeros_like(logits)
+
+
+def _penalty_gradient(logits: Tensor, mode: int, total: int) -> Tensor | float:
+    if mode in GUMBEL_MODES:
+        keep = torch.sigmoid(logits)
+        return keep * (1.0 - keep) / total
+    if mode == Mode.EDIT:
+        return -torch.sign(logits) * torch.exp(-logits.abs()) / total
+    return 0.0
+
+
+def sample_backward_reference(
+    grads: TensorList,
+    grad_penalty: Tensor,
+    logits: TensorList,
+    weights: TensorList,
+    rng_state: Tensor,
+    tau: Tensor,
+    layers: Sequence[int],
+    thresholds: Sequence[float],
+    mode: int,
+    step_offset: int,
+    need_logits: bool,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    total = max(1, sum(x.numel() for x in logits))
+    dlogits, dweights = [], []
+    for grad, scores, weight, layer, threshold in zip(grads, logits, weights, layers, thresholds, strict=True):
+        g = grad.float()
+        if need_logits:
+            d = _logits_gradient(g, scores, weight, rng_state, tau, layer, threshold, mode, step_offset)
+            dlogits.append(torch.empty_like(scores).copy_(d + grad_penalty * _penalty_gradient(scores, mode, total)))
+        if need_weights:
+            value, _ = mask_value(scores, rng_state, tau, layer, threshold, mode, step_offset)
+            dweights.append(torch.empty_like(weight).copy_(g * value))
+    return dlogits, dweights
+
+
+_backends.register("sample", "reference", f"{__name__}:sample_reference")
+_backends.register("sample_backward", "reference", f"{__name__}:sample_backward_reference")
+
+
+def _sample_fake(
+    logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: Sequence[int],
+    thresholds: Sequence[float], mode: int, step_offset: int, dtype: torch.dtype | None, pack: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    masked = [torch.empty_like(w, dtype=dtype or w.dtype) for w in weights]
+    nbytes = sum(packed_nbytes(w.numel()) for w in weights) if pack else 0
+    return masked, rng_state.new_empty(nbytes, dtype=torch.uint8), torch.empty((), device=rng_state.device)
+
+
+def _sample_backward_fake(
+    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor,
+    layers: Sequence[int], thresholds: Sequence[float], mode: int, step_offset: int, need_logits: bool,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    return (
+        [torch.empty_like(x) for x in logits] if need_logits else [],
+        [torch.empty_like(w) for w in weights] if need_weights else [],
+    )
+
+
+_sample = define(
+    "sample(Tensor[] logits, Tensor[] weights, Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, "
+    "int mode, int step_offset, ScalarType? dtype, bool pack) -> (Tensor[] masked, Tensor bits, Tensor penalty)",
+    fake=_sample_fake,
+    device_of=lambda args: args[2],
+)
+_sample_backward = define(
+    "sample_backward(Tensor[] grads, Tensor grad_penalty, Tensor[] logits, Tensor[] weights, Tensor rng_state, "
+    "Tensor tau, int[] layers, float[] thresholds, int mode, int step_offset, bool need_logits, bool need_weights) "
+    "-> (Tensor[] dlogits, Tensor[] dweights)",
+    fake=_sample_backward_fake,
+    device_of=lambda args: args[4],
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, weights, rng_state, tau, layers, thresholds, mode, step_offset, _, _ = inputs
+    # The caller advances the step after the draw; the backward must draw the same noise again.
+    ctx.save_for_backward(rng_state.clone(), tau, *logits, *weights)
+    ctx.arguments = (list(layers), list(thresholds), mode, step_offset)
+    ctx.need_logits = any(x.requires_grad for x in logits)
+    ctx.need_weights = any(w.requires_grad for w in weights)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty: Tensor | None) -> tuple[Any, ...]:
+    rng_state, tau, *tensors = ctx.saved_tensors
+    count = len(tensors) // 2
+    logits, weights = tensors[:count], tensors[count:]
+    filled = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
+    if grad_penalty is None:
+        grad_penalty = torch.zeros((), device=rng_state.device)
+    dlogits, dweights = torch.ops.dwm_fast.sample_backward(
+        filled, grad_penalty, logits, weights, rng_state, tau, *ctx.arguments, ctx.need_logits, ctx.need_weights
+    )
+    return (
+        dlogits if ctx.need_logits else [None] * count,
+        dweights if ctx.need_weights else [None] * count,
+        *([None] * 8),
+    )
+
+
+torch.library.register_autograd("dwm_fast::sample", _backward, setup_context=_setup_context)
+
+
+def sample(
+    logits: TensorList,
+    weights: TensorList,
+    rng_state: Tensor,
+    tau: Tensor,
+    *,
+    mode: int = Mode.GUMBEL_HARD,
+    layers: Sequence[int] | None = None,
+    thresholds: Sequence[float] | None = None,
+    step_offset: int = 0,
+    dtype: torch.dtype | None = None,
+    pack: bool = False,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Draw and apply the masks of all layers of a network at once; differentiable in logits and weights.
+
+    Args:
+        logits: learned tensors, fp32, logits[i] of the shape of weights[i] with any strides.
+        weights: weights, any floating dtype and strides.
+        rng_state: int64 (2,): seed and step; the caller advances the step between draws.
+        tau: 0-dim fp32 tensor, temperature > 0 (read by the Gumbel modes).
+        mode: a `Mode`.
+        layers: the noise contract's layer index of each tensor; 0, 1, 2, ... by default.
+        thresholds: one number per layer (THRESHOLD, TERNARY: the threshold; EDIT: the unit of the edit).
+        step_offset: added to the step (sample j of a split batch).
+        dtype: dtype of the masked weights; the weights' own by default.
+        pack: whether keep bits are wanted.
+
+    Returns:
+        masked weights (each with its weight's strides), keep bits (uint8 network buffer, empty unless `pack`),
+        and the penalty: mean expected keep value over the network, 0-dim fp32, differentiable.
+    """
+    count = len(weights)
+    result: tuple[list[Tensor], Tensor, Tensor] = torch.ops.dwm_fast.sample(
+        list(logits),
+        list(weights),
+        rng_state,
+        tau,
+        list(range(count)) if layers is None else list(layers),
+        [0.0] * count if thresholds is None else list(thresholds),
+        int(mode),
+        step_offset,
+        dtype,
+        pack,
+    )
+    return result
