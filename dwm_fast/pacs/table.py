@@ -1,0 +1,338 @@
+"""The paper's table from a study's results: S gain and T drop per source domain, with spread and coverage.
+
+S gain is the accuracy on the source domain after fine-tuning on the target, minus what plain fine-tuning
+(`none`) leaves there; T drop is the same difference on the target (negative: below plain fine-tuning). Both are
+differences of accuracies in [0, 1], as published in arXiv 2308.13957.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from dwm_fast.pacs.files import write_atomic
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+METHODS = ("none", "naive", "edit", "binary")
+INITS = ("-", "S_start", "S_end", "random")
+POLICIES = ("frozen", "shared", "per-domain")
+VIEWS = ("shared", "masked")
+METRICS = ("s_gain", "t_drop", "source_before", "source_after", "target_after", "fraction_kept")
+RAW_COLUMNS = (
+    "source", "target", "method", "init", "seed", "bn_policy", "lr", "view",
+    "source_before", "source_after", "target_after", "fraction_kept", "s_gain", "t_drop", "seconds",
+)  # fmt: skip
+MISSING = "–"
+ALL = "all pairs"
+
+# The one published table, (S gain, T drop) by re-initialisation and domain (arXiv 2308.13957).
+PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
+    init: dict(zip(("photo", "art", "cartoon", "sketch"), values, strict=True))
+    for init, values in {
+        "S_start": ((-0.029, -0.025), (0.062, -0.030), (0.035, -0.019), (0.054, -0.056)),
+        "S_end": ((-0.014, -0.027), (0.051, -0.038), (0.021, -0.016), (0.043, -0.059)),
+        "random": ((-0.014, -0.027), (0.064, -0.036), (0.001, -0.021), (0.023, -0.058)),
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A mean over runs, and the standard deviation (n - 1) over seeds of the per-seed mean.
+
+    `mean` is None where a run has no value. `spread` is None unless at least two seeds cover every pair averaged
+    here: a seed that lacks a pair would mix the difference between pairs into the spread.
+    """
+
+    mean: float | None
+    spread: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one configuration reaches from one source or from all: statistics, and how many runs they average."""
+
+    s_gain: Stat
+    t_drop: Stat
+    source_before: Stat
+    source_after: Stat
+    target_after: Stat
+    fraction_kept: Stat
+    pairs: int
+    seeds: int
+    runs: int
+
+    @property
+    def coverage(self) -> str:
+        """What the cell averages, in words: '3 pairs × 2 seeds', or '5 runs of 3 pairs × 2 seeds'."""
+        grid = f"{self.pairs} pair{'s' * (self.pairs != 1)} × {self.seeds} seed{'s' * (self.seeds != 1)}"
+        return grid if self.runs == self.pairs * self.seeds else f"{self.runs} runs of {grid}"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One configuration (method, re-initialisation, batch-norm policy, view): a cell per source, one over all.
+
+    `data` names the data set, `sources` every column of the table in the data set's order (a source without runs
+    of this row has no cell), `lrs` the learning rates of its fine-tuning runs.
+    """
+
+    data: str
+    method: str
+    init: str
+    bn_policy: str
+    view: str
+    lrs: tuple[float, ...]
+    sources: tuple[str, ...]
+    cells: dict[str, Cell]
+    overall: Cell
+
+    @property
+    def label(self) -> str:
+        """'binary S_start', or 'none' for plain fine-tuning."""
+        return self.method if self.init == "-" else f"{self.method} {self.init}"
+
+
+def rank(order: Sequence[str], value: str) -> tuple[int, str]:
+    """Sort key: the known names in their order, then the others by name."""
+    return (order.index(value) if value in order else len(order), value)
+
+
+def in_order(results: Mapping[str, Any], domains: Iterable[str]) -> list[str]:
+    """The distinct `domains` in the data set's order."""
+    return sorted(set(domains), key=lambda name: rank(results["data"]["domains"], name))
+
+
+def row_key(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """The configuration of a run: (method, init, bn_policy, view)."""
+    return row["method"], row["init"], row["bn_policy"], row["view"]
+
+
+def key_order(key: tuple[str, str, str, str]) -> tuple[tuple[int, str], ...]:
+    """Sort key of configurations: the paper's view first, then method, re-initialisation and policy."""
+    method, init, policy, view = key
+    return rank(VIEWS, view), rank(METHODS, method), rank(INITS, init), rank(POLICIES, policy)
+
+
+def stat(runs: Sequence[Mapping[str, Any]], metric: str) -> Stat:
+    """Mean of `metric` over the runs and its spread over seeds (see `Stat`)."""
+    if not runs or any(run.get(metric) is None or not math.isfinite(run[metric]) for run in runs):
+        return Stat(None, None)
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    covered: dict[int, set[tuple[str, str]]] = defaultdict(set)
+    for run in runs:
+        by_seed[run["seed"]].append(float(run[metric]))
+        covered[run["seed"]].add((run["source"], run["target"]))
+    everything = set().union(*covered.values())
+    means = [fmean(values) for seed, values in by_seed.items() if covered[seed] == everything]
+    return Stat(fmean(float(run[metric]) for run in runs), stdev(means) if len(means) > 1 else None)
+
+
+def cell(runs: Sequence[Mapping[str, Any]]) -> Cell:
+    """Aggregate runs of one configuration."""
+    return Cell(
+        **{metric: stat(runs, metric) for metric in METRICS},
+        pairs=len({(run["source"], run["target"]) for run in runs}),
+        seeds=len({run["seed"] for run in runs}),
+        runs=len(runs),
+    )
+
+
+def paper_table(results: Mapping[str, Any]) -> list[TableRow]:
+    """Aggregate a study in the paper's shape.
+
+    Args:
+        results: a study's results; "data" and "rows" are read. Any part of the grid may be missing.
+
+    Returns:
+        One row per (method, init, bn_policy, view) that has runs: the view `shared` first, then `masked`.
+        Cells average the targets and seeds that exist and say how many.
+    """
+    groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for run in results["rows"]:
+        groups[row_key(run)].append(run)
+    sources = tuple(in_order(results, (run["source"] for run in results["rows"])))
+    table = []
+    for key in sorted(groups, key=key_order):
+        runs = groups[key]
+        per_source = {source: [run for run in runs if run["source"] == source] for source in sources}
+        table.append(
+            TableRow(
+                str(results["data"]["name"]),
+                *key,
+                lrs=tuple(sorted({float(run["lr"]) for run in runs if run.get("lr") is not None})),
+                sources=sources,
+                cells={source: cell(part) for source, part in per_source.items() if part},
+                overall=cell(runs),
+            )
+        )
+    return table
+
+
+def number(value: Stat, signed: bool = False, digits: int = 3) -> str:
+    """'0.123', '+0.123 ± 0.010' or a dash where there is nothing; a value that rounds to zero has no sign."""
+    if value.mean is None:
+        return MISSING
+    text = f"{value.mean:+.{digits}f}" if signed else f"{value.mean:.{digits}f}"
+    if float(text) == 0:
+        text = f"{0:.{digits}f}"
+    return text if value.spread is None else f"{text} ± {value.spread:.{digits}f}"
+
+
+def uniform_coverage(cells: Iterable[Cell | None]) -> str | None:
+    """The coverage that all cells share, or None where they differ or a cell is missing."""
+    coverages = {None if one is None else one.coverage for one in cells}
+    return coverages.pop() if len(coverages) == 1 else None
+
+
+def coverage_note(rows: Sequence[TableRow]) -> str:
+    """One sentence on what the table's cells average and what `±` means."""
+    shared = uniform_coverage(row.cells.get(source) for row in rows for source in row.sources)
+    note = f"Each cell averages {shared}" if shared else "The grid is uneven: each cell says what it averages"
+    if any(one.s_gain.spread is not None for row in rows for one in row.cells.values()):
+        return f"{note}; ± is the standard deviation over seeds of the per-seed mean."
+    return f"{note}; no spread, for want of two seeds that cover the same pairs."
+
+
+def columns(rows: Sequence[TableRow]) -> list[str]:
+    """The table's column names: every source and, where there are several, `ALL`."""
+    sources = list(rows[0].sources) if rows else []
+    return [*sources, ALL] if len(sources) > 1 else sources
+
+
+def at(row: TableRow, column: str) -> Cell | None:
+    """The row's cell in a column of `columns`; None where it has no runs."""
+    return row.overall if column == ALL else row.cells.get(column)
+
+
+def _gains(one: Cell | None, baseline: bool, cover: bool) -> str:
+    if one is None:
+        return MISSING
+    text = "baseline" if baseline else f"{number(one.s_gain, True)} / {number(one.t_drop, True)}"
+    return f"{text} ({one.coverage})" if cover else text
+
+
+def _accuracies(one: Cell | None) -> str:
+    if one is None:
+        return MISSING
+    return f"{number(one.source_before)} → {number(one.source_after)} / {number(one.target_after)}"
+
+
+def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    escaped = ([field.replace("|", "\\|") for field in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def to_markdown(rows: Sequence[TableRow]) -> str:
+    """Two markdown tables titled with the data set's name (S gain / T drop; accuracies), then the coverage."""
+    if not rows:
+        return "No runs yet.\n"
+    header = columns(rows)
+    cover = uniform_coverage(row.cells.get(source) for row in rows for source in rows[0].sources) is None
+    gains, absolute = [], []
+    for row in rows:
+        name = [row.method, row.init, row.bn_policy, row.view]
+        lrs = ", ".join(f"{lr:g}" for lr in row.lrs) or MISSING
+        kept = number(Stat(row.overall.fraction_kept.mean, None))
+        base = row.method == "none"
+        gains.append([*name, lrs, kept, *(_gains(at(row, column), base, cover) for column in header)])
+        absolute.append([*name, *(_accuracies(at(row, column)) for column in header)])
+    names, data = ["method", "init", "batch norm", "view"], rows[0].data
+    return "\n".join(
+        [
+            f"**S gain / T drop by source domain, on {data}** (differences of accuracy to plain fine-tuning)",
+            "",
+            _markdown([*names, "rate", "kept", *header], gains),
+            "",
+            f"**Source accuracy before → after / target accuracy after, by source domain, on {data}**",
+            "",
+            _markdown([*names, *header], absolute),
+            "",
+            coverage_note(rows),
+            "",
+        ]
+    )
+
+
+def to_csv(rows: Sequence[TableRow], path: Path | str) -> Path:
+    """Write the table in long form, a line per (row, source) and one with source `all`; empty where there is no value.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["data", "method", "init", "bn_policy", "view", "lr", "source"]
+        + [name for metric in METRICS for name in (metric, f"{metric}_spread")]
+        + ["pairs", "seeds", "runs"]
+    )
+    for row in rows:
+        lrs = " ".join(f"{lr:g}" for lr in row.lrs)
+        for source, one in [*row.cells.items(), ("all", row.overall)]:
+            stats: list[Stat] = [getattr(one, metric) for metric in METRICS]
+            values = [value for each in stats for value in (each.mean, each.spread)]
+            name = [row.data, row.method, row.init, row.bn_policy, row.view, lrs, source]
+            writer.writerow([*name, *values, one.pairs, one.seeds, one.runs])
+    return write_atomic(path, stream.getvalue())
+
+
+def write_rows_csv(results: Mapping[str, Any], path: Path | str) -> Path:
+    """Write every run as one line, the data set's name first.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["data", *RAW_COLUMNS])
+    for run in results["rows"]:
+        writer.writerow([results["data"]["name"], *(run.get(column) for column in RAW_COLUMNS)])
+    return write_atomic(path, stream.getvalue())
+
+
+def to_rich(rows: Sequence[TableRow]) -> Table:
+    """A table for the terminal, readable at 100 columns: S gain above T drop in every cell."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"S gain over T drop by source domain: {rows[0].data}" if rows else "No runs yet"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    shared = uniform_coverage(row.cells.get(source) for row in rows for source in row.sources)
+    table.caption = coverage_note(rows) + ("" if shared else " (2p×3s: 2 pairs, 3 seeds.)") if rows else None
+    table.add_column("method\nbatch norm, view", no_wrap=True)
+    table.add_column("kept", justify="right")
+    for column in columns(rows):
+        table.add_column(f"{column}\nS gain\nT drop", justify="right", no_wrap=True)
+
+    def lines(one: Cell | None, baseline: bool) -> Text:
+        if one is None:
+            return Text(MISSING, style="dim")
+        pair = ["baseline"] if baseline else [number(one.s_gain, True), number(one.t_drop, True)]
+        text = Text("\n".join(part.replace(" ", "") for part in pair), style="dim" if baseline else "")
+        if shared is None:
+            runs = "" if one.runs == one.pairs * one.seeds else f"{one.runs} of "
+            text.append(f"\n{runs}{one.pairs}p×{one.seeds}s", style="dim")
+        return text
+
+    for position, row in enumerate(rows):
+        name = Text(row.label, style="bold")
+        name.append(f"\nbn {row.bn_policy}, {row.view}", style="not bold dim")
+        table.add_row(
+            name,
+            number(Stat(row.overall.fraction_kept.mean, None), digits=2),
+            *(lines(at(row, column), row.method == "none") for column in columns(rows)),
+            end_section=position + 1 < len(rows) and rows[position + 1].method != row.method,
+        )
+    return table
