@@ -1,8 +1,8 @@
 """The paper's table from a study's results: S gain and T drop per source domain, with spread and coverage.
 
 S gain is the accuracy on the source domain after fine-tuning on the target, minus what plain fine-tuning
-(`none`) leaves there; T drop is the same difference on the target (negative: below plain fine-tuning). Both are
-differences of accuracies in [0, 1], as published in arXiv 2308.13957.
+(`none`) leaves there; T drop is the same difference on the target (negative: below plain fine-tuning). Both
+are differences of accuracies in [0, 1], as published in arXiv 2308.13957.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 class Stat:
     """A mean over runs, and the standard deviation (n - 1) over seeds of the per-seed mean.
 
-    `mean` is None where a run has no value. `spread` is None unless at least two seeds cover every pair averaged
-    here: a seed that lacks a pair would mix the difference between pairs into the spread.
+    `mean` is None where a run has no value. `spread` is None unless at least two seeds cover every pair
+    averaged here: a seed that lacks a pair would mix the difference between pairs into the spread.
     """
 
     mean: float | None
@@ -59,7 +59,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one configuration reaches from one source or from all: statistics, and how many runs they average."""
+    """What one configuration reaches from one source, or from all, and how many runs that averages."""
 
     s_gain: Stat
     t_drop: Stat
@@ -80,10 +80,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One configuration (method, re-initialisation, batch-norm policy, view): a cell per source, one over all.
+    """One configuration of method, re-initialisation, batch-norm policy and view: a cell per source.
 
-    `data` names the data set, `sources` every column of the table in the data set's order (a source without runs
-    of this row has no cell), `lrs` the learning rates of its fine-tuning runs.
+    `data` names the data set, `sources` every column of the table in the data set's order (a source without
+    runs of this row has no cell), `overall` is over all pairs, `lrs` the learning rates of its fine-tuning runs.
     """
 
     data: str
@@ -234,7 +234,7 @@ def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def to_markdown(rows: Sequence[TableRow]) -> str:
-    """Two markdown tables titled with the data set's name (S gain / T drop; accuracies), then the coverage."""
+    """Two markdown tables (S gain / T drop; accuracies) titled with the data set's name, and the coverage."""
     if not rows:
         return "No runs yet.\n"
     header = columns(rows)
@@ -265,7 +265,7 @@ def to_markdown(rows: Sequence[TableRow]) -> str:
 
 
 def to_csv(rows: Sequence[TableRow], path: Path | str) -> Path:
-    """Write the table in long form, a line per (row, source) and one with source `all`; empty where there is no value.
+    """Write the table in long form, a line per (row, source) and one with source `all`; no value is empty.
 
     Raises:
         DataError: the file cannot be written.
