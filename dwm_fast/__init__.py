@@ -1,1 +1,44 @@
-"""Learn, store and serve one-bit weight masks over a shared backbone."""
+"""Learn, store and serve one-bit weight masks over a shared backbone.
+
+Importing touches no device and no Triton; backends load when an operation first needs them.
+"""
+
+from dwm_fast.errors import BackendUnavailable, DataError, DwmError, InputError, MaskFileError
+from dwm_fast.nn import (
+    Edit,
+    GumbelSigmoid,
+    MaskedConv2d,
+    MaskedLinear,
+    MaskedModel,
+    MaskKind,
+    TauSchedule,
+    Threshold,
+    load_masked,
+    mask_model,
+    merge,
+    save_masked,
+)
+from dwm_fast.ops import use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "DataError",
+    "DwmError",
+    "Edit",
+    "GumbelSigmoid",
+    "InputError",
+    "MaskFileError",
+    "MaskKind",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "MaskedModel",
+    "TauSchedule",
+    "Threshold",
+    "load_masked",
+    "mask_model",
+    "merge",
+    "save_masked",
+    "use_backend",
+]

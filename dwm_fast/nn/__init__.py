@@ -1,1 +1,24 @@
-"""."""
+"""Masked layers, mask kinds, and networks made of them."""
+
+from dwm_fast.nn.io import load_masked, save_masked
+from dwm_fast.nn.kinds import Edit, GumbelSigmoid, MaskKind, TauSchedule, Threshold, kind_from_dict
+from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
+from dwm_fast.nn.model import MaskedModel, maskable_layers, mask_model, merge
+
+__all__ = [
+    "Edit",
+    "GumbelSigmoid",
+    "MaskKind",
+    "MaskedConv2d",
+    "MaskedLayer",
+    "MaskedLinear",
+    "MaskedModel",
+    "TauSchedule",
+    "Threshold",
+    "kind_from_dict",
+    "load_masked",
+    "mask_model",
+    "maskable_layers",
+    "merge",
+    "save_masked",
+]

@@ -5,12 +5,13 @@ from dwm_fast.ops._modes import Mode
 from dwm_fast.ops.bits import apply, combine, count, jaccard, overlap, pack, packed_nbytes, packed_offsets, unpack
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed
 from dwm_fast.ops.linear import linear, linear_packed
-from dwm_fast.ops.philox import random_words, uniform
+from dwm_fast.ops.philox import advance, random_words, uniform
 from dwm_fast.ops.sample import sample
 
 __all__ = [
     "BACKENDS",
     "Mode",
+    "advance",
     "apply",
     "combine",
     "conv2d",

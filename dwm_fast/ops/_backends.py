@@ -22,6 +22,8 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 
+_REFERENCE_ONLY = frozenset({"advance"})
+
 _targets: dict[tuple[str, str], str] = {}
 _forced: ContextVar[str | None] = ContextVar("dwm_fast_backend", default=None)
 
@@ -92,7 +94,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 def get(op: str, device_type: str) -> Callable[..., Any]:
     """The function that computes `op` for tensors on `device_type` ("cpu", "cuda", ...)."""
     name = forced_backend()
-    if name is not None:
+    if name is not None and op not in _REFERENCE_ONLY:
         return _forced_implementation(op, name)
     order = _ORDER.get(device_type, ("reference",))
     if device_type == "cuda" and op in BIT_OPS:

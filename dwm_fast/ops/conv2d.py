@@ -74,7 +74,7 @@ def _convolution_gradients(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *ctx.geometry = inputs
     ctx.arguments = (layer, threshold, mode, step_offset)
-    ctx.save_for_backward(x, weight, logits, rng_state.clone(), tau)
+    ctx.save_for_backward(x, weight, logits, rng_state, tau)
     ctx.has_bias = bias is not None
 
 

@@ -50,7 +50,7 @@ define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, logits, bias, rng_state, tau, *ctx.arguments = inputs
-    ctx.save_for_backward(x, weight, logits, rng_state.clone(), tau)
+    ctx.save_for_backward(x, weight, logits, rng_state, tau)
     ctx.has_bias = bias is not None
 
 

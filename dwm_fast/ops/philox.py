@@ -8,12 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dwm_fast.ops import _backends
+from dwm_fast.ops._library import define
+
 _MULTIPLIER_0 = 0xD2511F53
 _MULTIPLIER_1 = 0xCD9E8D57
 _WEYL_0 = 0x9E3779B9
 _WEYL_1 = 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
+
+# Blocks a chunk on a CPU, so that the dozen int64 temporaries stay in cache.
+_CHUNK = 1 << 15
 
 LARGEST_UNIFORM = 1.0 - 2.0**-24
 """Upper end of `uniform`: the largest fp32 below 1."""
@@ -60,14 +66,42 @@ def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0
     Returns:
         int64 tensor (numel,) with values in [0, 2^32).
     """
-    device = rng_state.device
-    block = torch.arange((numel + 3) // 4, device=device, dtype=torch.int64)
     seed, step = rng_state[0], (rng_state[1] + step_offset) & _LOW
     key = (seed & _LOW, (seed >> 32) & _LOW)
-    counter = (block & _LOW, block >> 32, torch.full_like(block, layer), step.expand_as(block))
-    return torch.stack(philox4x32(counter, key), dim=1).reshape(-1)[:numel]
+    blocks = (numel + 3) // 4
+    words = torch.empty((blocks, 4), dtype=torch.int64, device=rng_state.device)
+    chunk = _CHUNK if rng_state.device.type == "cpu" else max(blocks, 1)
+    for first in range(0, blocks, chunk):
+        block = torch.arange(first, min(first + chunk, blocks), device=rng_state.device, dtype=torch.int64)
+        counter = (block & _LOW, block >> 32, torch.full_like(block, layer), step.expand_as(block))
+        torch.stack(philox4x32(counter, key), dim=1, out=words[first : first + chunk])
+    return words.view(-1)[:numel]
 
 
 def uniform(words: Tensor) -> Tensor:
     """u = ((word >> 8) + 0.5) * 2^-24 in fp32, rounded to nearest even and kept below 1; so 0 < u < 1."""
     return ((words >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25).clamp_(max=LARGEST_UNIFORM)
+
+
+def advance_reference(rng_state: Tensor, steps: int) -> Tensor:
+    drawn = rng_state.clone()
+    rng_state[1].add_(steps)
+    return drawn
+
+
+_backends.register("advance", "reference", f"{__name__}:advance_reference")
+define(
+    "advance(Tensor(a!) rng_state, int steps) -> Tensor",
+    fake=lambda rng_state, steps: torch.empty_like(rng_state),
+    device_of=lambda args: args[0],
+)
+
+
+def advance(rng_state: Tensor, steps: int = 1) -> Tensor:
+    """Take the noise state of this draw, a copy of `rng_state` (2,), and move `rng_state` on by `steps` in place.
+
+    It runs on the device without synchronising, so each replay of a CUDA graph moves on and draws new noise. An
+    operation of its own, because a compiler may otherwise read the advanced state in the backward pass.
+    """
+    drawn: Tensor = torch.ops.dwm_fast.advance(rng_state, steps)
+    return drawn

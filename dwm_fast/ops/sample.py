@@ -56,6 +56,10 @@ def mask_value(
     return keep.float(), keep
 
 
+def _no_penalty(logits: TensorList, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=logits[0].dtype if logits else torch.float32, device=device)
+
+
 def _penalty(logits: TensorList, mode: int, device: torch.device) -> Tensor:
     """Mean of the expected keep value over every element of the network (0 where the rule has no regulariser)."""
     total = sum(x.numel() for x in logits)
@@ -66,7 +70,7 @@ def _penalty(logits: TensorList, mode: int, device: torch.device) -> Tensor:
     else:
         parts = []
     if not parts or total == 0:
-        return torch.zeros((), device=device)
+        return _no_penalty(logits, device)
     return torch.stack(parts).sum() / total
 
 
@@ -86,11 +90,11 @@ def sample_reference(
     for scores, weight, layer, threshold in zip(logits, weights, layers, thresholds, strict=True):
         value, keep = mask_value(scores, rng_state, tau, layer, threshold, mode, step_offset)
         if mode == Mode.EDIT:
-            product = weight.float() + threshold * scores
-        elif mode == Mode.GUMBEL_SOFT or mode == Mode.TERNARY:
-            product = weight.float() * value
+            product = weight.to(scores.dtype) + threshold * scores
+        elif mode in (Mode.GUMBEL_SOFT, Mode.TERNARY):
+            product = weight.to(scores.dtype) * value
         else:
-            product = torch.where(keep, weight.float(), 0.0)
+            product = torch.where(keep, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
         out = torch.empty_like(weight, dtype=dtype or weight.dtype)
         masked.append(out.copy_(product))
         keeps.append(keep)
@@ -105,9 +109,9 @@ def _logits_gradient(
     """d loss / d logits of one tensor without the regulariser, fp32."""
     if mode in GUMBEL_MODES:
         soft = _soft(logits, _noise(logits, rng_state, layer, step_offset), tau)
-        return grad * weight.float() * (soft * (1.0 - soft) / tau)
+        return grad * weight.to(logits.dtype) * (soft * (1.0 - soft) / tau)
     if mode in (Mode.THRESHOLD, Mode.TERNARY):
-        return grad * weight.float()
+        return grad * weight.to(logits.dtype)
     if mode == Mode.EDIT:
         return grad * threshold
     return torch.zeros_like(logits)
@@ -139,7 +143,7 @@ def sample_backward_reference(
     total = max(1, sum(x.numel() for x in logits))
     dlogits, dweights = [], []
     for grad, scores, weight, layer, threshold in zip(grads, logits, weights, layers, thresholds, strict=True):
-        g = grad.float()
+        g = grad.to(scores.dtype)
         if need_logits:
             d = _logits_gradient(g, scores, weight, rng_state, tau, layer, threshold, mode, step_offset)
             dlogits.append(torch.empty_like(scores).copy_(d + grad_penalty * _penalty_gradient(scores, mode, total)))
@@ -159,7 +163,7 @@ def _sample_fake(
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     masked = [torch.empty_like(w, dtype=dtype or w.dtype) for w in weights]
     nbytes = sum(packed_nbytes(w.numel()) for w in weights) if pack else 0
-    return masked, rng_state.new_empty(nbytes, dtype=torch.uint8), torch.empty((), device=rng_state.device)
+    return masked, rng_state.new_empty(nbytes, dtype=torch.uint8), _no_penalty(logits, rng_state.device)
 
 
 def _sample_backward_fake(
@@ -190,8 +194,7 @@ _sample_backward = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, weights, rng_state, tau, layers, thresholds, mode, step_offset, _, _ = inputs
-    # The caller advances the step after the draw; the backward must draw the same noise again.
-    ctx.save_for_backward(rng_state.clone(), tau, *logits, *weights)
+    ctx.save_for_backward(rng_state, tau, *logits, *weights)
     ctx.arguments = (list(layers), list(thresholds), mode, step_offset)
     ctx.need_logits = any(x.requires_grad for x in logits)
     ctx.need_weights = any(w.requires_grad for w in weights)
@@ -235,7 +238,8 @@ def sample(
     Args:
         logits: learned tensors, fp32, logits[i] of the shape of weights[i] with any strides.
         weights: weights, any floating dtype and strides.
-        rng_state: int64 (2,): seed and step; the caller advances the step between draws.
+        rng_state: int64 (2,): seed and step. The backward draws the same noise from it again, so it must not be
+            changed in place before: pass what `advance` returned.
         tau: 0-dim fp32 tensor, temperature > 0 (read by the Gumbel modes).
         mode: a `Mode`.
         layers: the noise contract's layer index of each tensor; 0, 1, 2, ... by default.

@@ -1,0 +1,203 @@
+"""Mask kinds: small objects that say how a layer's learned tensor becomes a mask."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dwm_fast.errors import InputError
+from dwm_fast.ops import Mode
+
+
+@dataclass(frozen=True)
+class TauSchedule:
+    """Temperature that falls from `start` to `end` over `steps` training forwards, geometrically; then stays.
+
+    It is computed on the device from the step tensor, so it works inside a CUDA graph.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.start <= 0 or self.end <= 0 or self.steps < 1:
+            raise InputError(
+                f"TauSchedule got start={self.start}, end={self.end}, steps={self.steps}; "
+                "expected temperatures above 0 and at least one step"
+            )
+
+    def at(self, forwards: Tensor) -> Tensor:
+        """Temperature (0-dim fp32) after `forwards` (0-dim integer tensor) training forwards."""
+        progress = (forwards / self.steps).clamp(0.0, 1.0).to(torch.float32)
+        return self.start * torch.pow(torch.full_like(progress, self.end / self.start), progress)
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """Base of the mask kinds; frozen, comparable, and turned to and from plain data by `to_dict` / `kind_from_dict`."""
+
+    name: ClassVar[str]
+
+    @property
+    def training_mode(self) -> Mode:
+        """Rule in train()."""
+        raise AssertionError("MaskKind is a base class; use GumbelSigmoid, Threshold or Edit")
+
+    @property
+    def eval_mode(self) -> Mode:
+        """Rule in eval(), at export and at merging: deterministic."""
+        return self.training_mode
+
+    def initial(self, weight: Tensor) -> Tensor:
+        """Start values of the learned tensor: fp32, of the weight's shape and strides."""
+        return torch.full_like(weight, self.start_value, dtype=torch.float32)
+
+    @property
+    def start_value(self) -> float:
+        """The number every element of the learned tensor starts from."""
+        return 0.0
+
+    def unit(self, weight: Tensor) -> float:
+        """The layer's threshold number for `dwm_fast.ops.sample`."""
+        return 0.0
+
+    def temperature(self, forwards: Tensor) -> Tensor | None:
+        """Temperature after `forwards` training forwards; None where it never changes."""
+        return None
+
+    @property
+    def initial_tau(self) -> float:
+        """Temperature before the first step."""
+        return 1.0
+
+    def keep(self, logits: Tensor) -> Tensor:
+        """Deterministic keep mask, bool, of the logits' shape."""
+        return logits >= 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `kind_from_dict` reads back."""
+        return {"kind": self.name, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class GumbelSigmoid(MaskKind):
+    """Binary mask drawn with probability sigmoid(logit); DWM's variant B (METHODS: Csordas et al. 2021).
+
+    Args:
+        tau: temperature of the backward pass (and of the soft forward), above 0, or a `TauSchedule`.
+        init: logit every weight starts from; sigmoid(init) is the start probability of keeping.
+        hard: draw bits and pass the soft sample's gradient straight through; False multiplies by the soft sample.
+    """
+
+    tau: float | TauSchedule = 1.0
+    init: float = 2.0
+    hard: bool = True
+    name: ClassVar[str] = "gumbel-sigmoid"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tau, TauSchedule) and self.tau <= 0:
+            raise InputError(f"GumbelSigmoid got tau={self.tau}; expected a number above 0 or a TauSchedule")
+
+    @property
+    def training_mode(self) -> Mode:
+        return Mode.GUMBEL_HARD if self.hard else Mode.GUMBEL_SOFT
+
+    @property
+    def eval_mode(self) -> Mode:
+        return Mode.KEEP
+
+    @property
+    def start_value(self) -> float:
+        return self.init
+
+    @property
+    def initial_tau(self) -> float:
+        return self.tau.start if isinstance(self.tau, TauSchedule) else self.tau
+
+    def temperature(self, forwards: Tensor) -> Tensor | None:
+        return self.tau.at(forwards) if isinstance(self.tau, TauSchedule) else None
+
+
+@dataclass(frozen=True)
+class Threshold(MaskKind):
+    """Piggyback's mask of real numbers r: m = 1[r > threshold], identity straight-through gradient.
+
+    Args:
+        threshold: strict threshold (authors' code: 5e-3).
+        init: start value of every r (authors' code: 1e-2).
+        ternary: m = -1 where r < 0, +1 where r > threshold, 0 between.
+    """
+
+    threshold: float = 5e-3
+    init: float = 1e-2
+    ternary: bool = False
+    name: ClassVar[str] = "threshold"
+
+    @property
+    def training_mode(self) -> Mode:
+        return Mode.TERNARY if self.ternary else Mode.THRESHOLD
+
+    @property
+    def start_value(self) -> float:
+        return self.init
+
+    def unit(self, weight: Tensor) -> float:
+        return self.threshold
+
+    def keep(self, logits: Tensor) -> Tensor:
+        kept = logits > self.threshold
+        return kept | (logits < 0) if self.ternary else kept
+
+
+@dataclass(frozen=True)
+class Edit(MaskKind):
+    """DWM's variant A: W is frozen and a real edit is learned; the forward uses W + unit * e.
+
+    A weight whose edit grew beyond the threshold is not specialised: keep = abs(e) <= 1, with e in units of the
+    threshold, which is `threshold` standard deviations of the layer's weights (our choice: nobody published one).
+    """
+
+    threshold: float = 0.5
+    init: float = 0.0
+    name: ClassVar[str] = "edit"
+
+    def __post_init__(self) -> None:
+        if self.threshold <= 0:
+            raise InputError(f"Edit got threshold={self.threshold}; expected a number of standard deviations above 0")
+
+    @property
+    def training_mode(self) -> Mode:
+        return Mode.EDIT
+
+    @property
+    def start_value(self) -> float:
+        return self.init
+
+    def unit(self, weight: Tensor) -> float:
+        deviation = weight.detach().float().std(correction=0) if weight.numel() else torch.zeros(())
+        return self.threshold * float(deviation)
+
+    def keep(self, logits: Tensor) -> Tensor:
+        return logits.abs() <= 1
+
+
+_KINDS: dict[str, type[MaskKind]] = {k.name: k for k in (GumbelSigmoid, Threshold, Edit)}
+
+
+def kind_from_dict(data: dict[str, Any]) -> MaskKind:
+    """The kind that `MaskKind.to_dict` wrote. Unknown names or fields: InputError."""
+    fields = dict(data)
+    name = fields.pop("kind", None)
+    if name not in _KINDS:
+        raise InputError(f"mask kind '{name}' is unknown; expected one of {', '.join(_KINDS)}")
+    if isinstance(fields.get("tau"), dict):
+        fields["tau"] = TauSchedule(**fields["tau"])
+    try:
+        return _KINDS[name](**fields)
+    except TypeError as error:
+        raise InputError(f"mask kind '{name}': {error}; expected the fields that to_dict() writes") from error

@@ -1,0 +1,228 @@
+"""MaskedLinear and MaskedConv2d: drop-in layers whose weight is seen through a learned mask."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwm_fast import ops
+from dwm_fast.errors import InputError
+from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind
+
+
+def new_rng_state(seed: int | None, device: torch.device | str | None = None) -> Tensor:
+    """Seed and step for the noise contract, int64 (2,); the seed comes from torch's generator when None."""
+    if seed is None:
+        seed = int(torch.randint(0, 2**62, ()))
+    return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+
+
+def compute_dtype(device_type: str, weight: Tensor) -> torch.dtype:
+    """Dtype a masked weight is written in: autocast's where it is on, else the weight's own."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def current_tau(kind: MaskKind, tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
+    """Temperature of the next draw, 0-dim fp32, on the device: the schedule's, or the fixed one."""
+    scheduled = kind.temperature(torch.div(rng_state[1], samples, rounding_mode="floor"))
+    return tau if scheduled is None else scheduled
+
+
+class MaskedLayer(nn.Module):
+    """What MaskedLinear and MaskedConv2d share; not used alone.
+
+    Attributes:
+        weight: the backbone's weight, frozen unless made trainable again.
+        mask_logits: the learned tensor, fp32 Parameter of the weight's shape: logits (GumbelSigmoid), real mask
+            weights (Threshold) or edits (Edit).
+        kind: the mask kind.
+        layer_index: the noise contract's layer number.
+        rng_state: seed and step, int64 (2,); None when a MaskedModel draws for this layer.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    rng_state: Tensor | None
+    tau: Tensor | None
+
+    def _init_mask(self, kind: MaskKind, seed: int | None) -> None:
+        self.kind = kind
+        self.layer_index = 0
+        self.weight.requires_grad_(False)
+        self.mask_logits = nn.Parameter(kind.initial(self.weight.detach()))
+        self.unit = kind.unit(self.weight)
+        self.register_buffer("rng_state", new_rng_state(seed, self.weight.device))
+        self.register_buffer("tau", torch.tensor(kind.initial_tau, device=self.weight.device))
+        self._staged: Tensor | None = None
+
+    def hand_over(self, layer_index: int) -> None:
+        """Let a MaskedModel draw for this layer from now on: its own noise state and temperature are dropped."""
+        self.layer_index = layer_index
+        self.rng_state = None
+        self.tau = None
+
+    @property
+    def mode(self) -> ops.Mode:
+        """The rule in force: the kind's training rule in train(), its deterministic one in eval()."""
+        return self.kind.training_mode if self.training else self.kind.eval_mode
+
+    def keep_mask(self) -> Tensor:
+        """Deterministic keep mask, bool, of the weight's shape: True = keep."""
+        return self.kind.keep(self.mask_logits.detach())
+
+    def masked_weight(self) -> Tensor:
+        """The weight that the next matrix product sees, in the compute dtype; draws a mask in train()."""
+        if self._staged is not None:
+            return self._staged
+        if self.rng_state is None or self.tau is None:
+            raise InputError(
+                "this layer belongs to a masked model, which draws its masks; call the masked model, or give the "
+                "layer its own noise with `layer.stand_alone()`"
+            )
+        state = ops.advance(self.rng_state) if self.training else self.rng_state
+        masked, _, _ = ops.sample(
+            [self.mask_logits],
+            [self.weight],
+            state,
+            current_tau(self.kind, self.tau, state),
+            mode=self.mode,
+            layers=[self.layer_index],
+            thresholds=[self.unit],
+            dtype=compute_dtype(self.weight.device.type, self.weight),
+        )
+        return masked[0]
+
+    def stand_alone(self, seed: int | None = None) -> None:
+        """Give the layer its own noise state and temperature, so that it can be called outside a masked model."""
+        self.rng_state = new_rng_state(seed, self.weight.device)
+        self.tau = torch.tensor(self.kind.initial_tau, device=self.weight.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_staged": None}
+
+    def _mask_repr(self) -> str:
+        fields = ", ".join(f"{k}={v}" for k, v in self.kind.to_dict().items())
+        return f"mask=({fields})"
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """nn.Linear whose weight is seen through a learned mask; the bias is never masked.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        kind: mask kind, GumbelSigmoid() by default.
+        seed: seed of the mask noise; from torch's generator by default.
+
+    Shape:
+        input (..., in_features), output (..., out_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        kind: MaskKind | None = None,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._init_mask(kind or GumbelSigmoid(), seed)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, kind: MaskKind | None = None, seed: int | None = None) -> MaskedLinear:
+        """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
+        if not isinstance(layer, nn.Linear):
+            raise InputError(f"from_linear got {type(layer).__name__}; expected a torch.nn.Linear")
+        masked = cls(
+            layer.in_features, layer.out_features, layer.bias is not None, seed=0, device="meta"
+        )
+        return _adopt(masked, layer, kind, seed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.masked_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, {self._mask_repr()}"
+
+
+class MaskedConv2d(MaskedLayer, nn.Conv2d):
+    """nn.Conv2d whose weight is seen through a learned mask; the bias is never masked.
+
+    Args:
+        in_channels ... padding_mode, device, dtype: as in nn.Conv2d.
+        kind: mask kind, GumbelSigmoid() by default.
+        seed: seed of the mask noise; from torch's generator by default.
+
+    Shape:
+        input (B, C, H, W), output (B, O, H', W'); channels_last in, channels_last out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        kind: MaskKind | None = None,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Conv2d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode,  # type: ignore[arg-type]
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self._init_mask(kind or GumbelSigmoid(), seed)
+
+    @classmethod
+    def from_conv(cls, layer: nn.Conv2d, kind: MaskKind | None = None, seed: int | None = None) -> MaskedConv2d:
+        """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
+        if not isinstance(layer, nn.Conv2d):
+            raise InputError(f"from_conv got {type(layer).__name__}; expected a torch.nn.Conv2d")
+        masked = cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            seed=0,
+            device="meta",
+        )
+        return _adopt(masked, layer, kind, seed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.masked_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{nn.Conv2d.extra_repr(self)}, {self._mask_repr()}"
+
+
+_Masked = TypeVar("_Masked", "MaskedLinear", "MaskedConv2d")
+
+
+def _adopt(masked: _Masked, layer: nn.Linear | nn.Conv2d, kind: MaskKind | None, seed: int | None) -> _Masked:
+    """Fill a masked layer made on the meta device with a plain layer's weight, bias and train/eval state."""
+    masked.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+    if layer.bias is not None:
+        masked.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+    masked._init_mask(kind or GumbelSigmoid(), seed)
+    return masked.train(layer.training)

@@ -1,0 +1,316 @@
+"""mask_model: any network with masked layers, whose masks are drawn together by one operation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwm_fast import ops
+from dwm_fast.errors import InputError
+from dwm_fast.nn.kinds import MaskKind
+from dwm_fast.nn.layers import (
+    MaskedConv2d,
+    MaskedLayer,
+    MaskedLinear,
+    compute_dtype,
+    current_tau,
+    new_rng_state,
+)
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def maskable_layers(
+    model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Linear and Conv2d layers by name, in definition order, whose name fits `include` and not `exclude`.
+
+    Patterns are those of the shell ("layer1.*", "fc"). Raises InputError when nothing fits, naming what is there.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    chosen = {
+        name: module
+        for name, module in found.items()
+        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+    }
+    if not chosen:
+        raise InputError(
+            f"no Linear or Conv2d layer fits include={list(include)} and exclude={list(exclude)}; "
+            f"the model has: {', '.join(found) or 'none at all'}"
+        )
+    return chosen
+
+
+def copy_sharing(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
+    """A deep copy of `model` in which the tensors of `shared` are the same objects, not copies."""
+    return copy.deepcopy(model, {id(t): t for t in shared})
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+class MaskedModel(nn.Module):
+    """A network with masked layers. `mask_model` makes it; calling it is calling the network.
+
+    In train() each call draws new masks, all layers by one operation, and advances the step of `rng_state`;
+    in eval() the deterministic mask is used.
+
+    Args:
+        model: network in which some layers are MaskedLinear or MaskedConv2d.
+        mask_samples: independent masks per batch in train(): the batch is split in as many parts (Csordas: 4).
+        batch_norm: "frozen" keeps batch and instance norm in eval mode in train() too; "train" lets it follow.
+        seed: seed of the mask noise; from torch's generator by default.
+    """
+
+    rng_state: Tensor
+    tau: Tensor
+
+    def __init__(
+        self, model: nn.Module, *, mask_samples: int = 1, batch_norm: str = "frozen", seed: int | None = None
+    ) -> None:
+        super().__init__()
+        if mask_samples < 1:
+            raise InputError(f"mask_samples={mask_samples}; expected a whole number of at least 1")
+        if batch_norm not in ("frozen", "train"):
+            raise InputError(f"batch_norm='{batch_norm}'; expected 'frozen' or 'train'")
+        self.model = model
+        self.mask_samples = mask_samples
+        self.batch_norm = batch_norm
+        self._layers = {n: m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
+        if not self._layers:
+            raise InputError("the model has no masked layer; make one with dwm_fast.mask_model(model, kind)")
+        kinds = {layer.kind for layer in self._layers.values()}
+        if len(kinds) > 1:
+            raise InputError(f"the layers have different mask kinds: {sorted(map(repr, kinds))}; expected one kind")
+        self.kind: MaskKind = kinds.pop()
+        device = next(iter(self._layers.values())).weight.device
+        self.register_buffer("rng_state", new_rng_state(seed, device))
+        self.register_buffer("tau", torch.tensor(self.kind.initial_tau, device=device))
+        for index, layer in enumerate(self._layers.values()):
+            layer.hand_over(index)
+        self._penalty: Tensor | None = None
+        self._recorder: Any = None
+        self.train(model.training)
+
+    def mask_layers(self) -> dict[str, MaskedLayer]:
+        """Masked layers by the name they have in the network."""
+        return dict(self._layers)
+
+    def mask_parameters(self) -> Iterator[nn.Parameter]:
+        """The learned tensors of all layers, for an optimiser."""
+        return (layer.mask_logits for layer in self._layers.values())
+
+    def keep_masks(self) -> dict[str, Tensor]:
+        """Deterministic keep mask of every layer: name -> bool tensor of the weight's shape, True = keep."""
+        return {name: layer.keep_mask() for name, layer in self._layers.items()}
+
+    def fraction_kept(self) -> float:
+        """Fraction of all masked weights that the deterministic mask keeps."""
+        masks = self.keep_masks().values()
+        kept = torch.stack([m.sum() for m in masks]).sum()
+        return int(kept) / sum(m.numel() for m in masks)
+
+    def sparsity_penalty(self) -> Tensor:
+        """Mean expected keep value over all masked weights, in [0, 1], 0-dim fp32, differentiable.
+
+        Divided by the number of weights, so a coefficient means the same for every network size. After a call in
+        train() it costs nothing: the draw computed it. Threshold has no published regulariser: 0.
+        """
+        penalty, self._penalty = self._penalty, None
+        if penalty is not None:
+            return penalty
+        return self._sample(self.kind.training_mode, self.rng_state.clone(), self.tau, 0)[2]
+
+    def _sample(self, mode: ops.Mode, state: Tensor, tau: Tensor, step_offset: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        layers = list(self._layers.values())
+        return ops.sample(
+            [layer.mask_logits for layer in layers],
+            [layer.weight for layer in layers],
+            state,
+            tau,
+            mode=mode,
+            layers=[layer.layer_index for layer in layers],
+            thresholds=[layer.unit for layer in layers],
+            step_offset=step_offset,
+            dtype=compute_dtype(layers[0].weight.device.type, layers[0].weight) if _one_dtype(layers) else None,
+        )
+
+    def _draw(self, state: Tensor, step_offset: int) -> list[Tensor]:
+        """Masked weights of every layer for one mask sample; leaves the penalty behind in train()."""
+        if not self.training:
+            return self._sample(self.kind.eval_mode, state, self.tau, 0)[0]
+        tau = current_tau(self.kind, self.tau, state, self.mask_samples)
+        if self._recorder is not None:
+            drawn: list[Tensor] = self._recorder.draw(self, state, tau, step_offset)
+            return drawn
+        masked, _, self._penalty = self._sample(self.kind.training_mode, state, tau, step_offset)
+        return masked
+
+    def _run(self, state: Tensor, step_offset: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layers = list(self._layers.values())
+        for layer, weight in zip(layers, self._draw(state, step_offset), strict=True):
+            layer._staged = weight
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer._staged = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return self._run(self.rng_state, 0, args, kwargs)
+        state = ops.advance(self.rng_state, self.mask_samples)
+        if self.mask_samples == 1:
+            return self._run(state, 0, args, kwargs)
+        return self._run_split(state, args, kwargs)
+
+    def _run_split(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        samples = self.mask_samples
+        if kwargs or not all(isinstance(a, Tensor) for a in args):
+            raise InputError("mask_samples > 1 splits the batch and needs tensors as positional arguments only")
+        if len(args[0]) < samples:
+            raise InputError(f"mask_samples={samples} needs a batch of at least as many; given {len(args[0])}")
+        parts = zip(*(a.tensor_split(samples) for a in args), strict=True)
+        return torch.cat([self._run(state, j, part, {}) for j, part in enumerate(parts)])
+
+    def train(self, mode: bool = True) -> MaskedModel:
+        super().train(mode)
+        if self.batch_norm == "frozen":
+            for module in self.model.modules():
+                if isinstance(module, _NORMS):
+                    module.eval()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_penalty": None}
+
+    def extra_repr(self) -> str:
+        total = sum(layer.weight.numel() for layer in self._layers.values())
+        return (
+            f"kind={self.kind.name}, masked_layers={len(self._layers)}, masked_weights={total:,}, "
+            f"mask_samples={self.mask_samples}, batch_norm={self.batch_norm}"
+        )
+
+
+def _one_dtype(layers: Sequence[MaskedLayer]) -> bool:
+    return all(layer.weight.dtype == layers[0].weight.dtype for layer in layers)
+
+
+def mask_model(
+    model: nn.Module,
+    kind: MaskKind,
+    *,
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    mask_samples: int = 1,
+    batch_norm: str = "frozen",
+    seed: int | None = None,
+) -> MaskedModel:
+    """Wrap a network so that its Linear and Conv2d weights are seen through learned masks.
+
+    The given model is left as it is. The masked weights share its storage (nothing the size of the weights is
+    copied); everything else (biases, norms, layers that are not masked) is copied. Only the mask parameters are
+    trainable; call requires_grad_() on what else should learn, a fresh head for instance.
+
+    Args:
+        model: any nn.Module.
+        kind: GumbelSigmoid(...), Threshold(...) or Edit(...).
+        include, exclude: shell patterns of layer names, e.g. include=["layer*"], exclude=["fc"].
+        mask_samples, batch_norm, seed: see `MaskedModel`.
+
+    Returns:
+        A MaskedModel.
+
+    Raises:
+        InputError: no layer fits the patterns, or a layer shares its weight with another (say which to exclude).
+
+    Example:
+        >>> import torch, dwm_fast as dwm
+        >>> plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> masked = dwm.mask_model(plain, dwm.GumbelSigmoid(init=2.0), exclude=["2"])
+        >>> [tuple(p.shape) for p in masked.mask_parameters()]
+        [(8, 4)]
+    """
+    chosen = maskable_layers(model, include, exclude)
+    _refuse_shared(model, chosen)
+    copied = copy_sharing(model, [m.weight for m in chosen.values()])
+    weights = {id(m.weight) for m in chosen.values()}
+    for parameter in copied.parameters():
+        if id(parameter) not in weights:
+            parameter.requires_grad_(False)
+    for name, layer in chosen.items():
+        plain = copied.get_submodule(name)
+        masked: nn.Module
+        if isinstance(layer, nn.Linear):
+            masked = MaskedLinear.from_linear(plain, kind, seed=0)  # type: ignore[arg-type]
+        else:
+            masked = MaskedConv2d.from_conv(plain, kind, seed=0)  # type: ignore[arg-type]
+        if not name:
+            copied = masked
+        else:
+            replace_module(copied, name, masked)
+    return MaskedModel(copied, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)
+
+
+def _refuse_shared(model: nn.Module, chosen: dict[str, Any]) -> None:
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            full = f"{name}.{key}" if name else key
+            other = owners.setdefault(id(parameter), full)
+            involved = {full.removesuffix(".weight"), other.removesuffix(".weight")} & set(chosen)
+            if other != full and involved:
+                raise InputError(
+                    f"'{full}' and '{other}' are one tied tensor, and one tensor cannot have two masks; "
+                    f"exclude it with exclude={sorted(involved)}"
+                )
+
+
+def merge(masked: MaskedModel) -> nn.Module:
+    """An ordinary nn.Module with the deterministic masks (or the edits) baked into the weights.
+
+    Args:
+        masked: what `mask_model` returned; it is left as it is.
+
+    Returns:
+        A network of plain Linear and Conv2d layers that shares no storage with `masked` and gives the output that
+        `masked.eval()` gives.
+    """
+    layers = masked.mask_layers()
+    with torch.no_grad():
+        baked = masked._sample(masked.kind.eval_mode, masked.rng_state, masked.tau, 0)[0]
+    plain = copy.deepcopy(masked.model)
+    for (name, layer), weight in zip(layers.items(), baked, strict=True):
+        module = _plain_layer(layer, weight)
+        if not name:
+            plain = module
+        else:
+            replace_module(plain, name, module)
+    return plain
+
+
+def _plain_layer(layer: MaskedLayer, weight: Tensor) -> nn.Module:
+    bias = layer.bias is not None
+    module: nn.Module
+    if isinstance(layer, MaskedLinear):
+        module = nn.Linear(layer.in_features, layer.out_features, bias, device="meta")
+    elif isinstance(layer, MaskedConv2d):
+        module = nn.Conv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,  # type: ignore[arg-type]
+            layer.padding, layer.dilation, layer.groups, bias, layer.padding_mode, device="meta",  # type: ignore[arg-type]
+        )  # fmt: skip
+    else:
+        raise InputError(f"merge met a {type(layer).__name__}; expected MaskedLinear or MaskedConv2d")
+    module.weight = nn.Parameter(weight.to(layer.weight.dtype))
+    if layer.bias is not None:
+        module.bias = nn.Parameter(layer.bias.detach().clone())
+    return module.train(layer.training)
