@@ -83,7 +83,7 @@ class TableRow:
     """One configuration of method, re-initialisation, batch-norm policy and view: a cell per source.
 
     `data` names the data set, `sources` every column of the table in the data set's order (a source without
-    runs of this row has no cell), `overall` is over all pairs, `lrs` the learning rates of its fine-tuning runs.
+    runs of this row has no cell), `overall` is over all pairs, `lrs` its learning rates.
     """
 
     data: str

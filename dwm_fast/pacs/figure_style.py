@@ -1,0 +1,76 @@
+"""What the study's figures share: colours, markers, and a canvas that names the data set."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart under every common colour blindness, and dark enough on white.
+COLOURS = {"none": "#4d4d4d", "naive": "#d98200", "edit": "#009e73", "binary": "#0072b2"}
+OTHER_COLOURS = ("#cc5f9f", "#a63d00", "#3aa0d8", "#7a5cc0")
+MARKERS = {"-": "*", "S_start": "o", "S_end": "s", "random": "^"}
+INK, DASHES = "#222222", (0, (4, 3))
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777777", "axes.labelcolor": INK,
+    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False, "figure.facecolor": "white",
+    "svg.hashsalt": "dwm-fast", "svg.fonttype": "path",
+}  # fmt: skip
+IDENTITY = ("source", "target", "method", "init", "bn_policy", "view", "a", "b")
+ACCURACY = "accuracy (fraction of test images)"
+NARROWEST = 0.1  # accuracy range of an axis: a narrower one would make noise look like an effect
+
+
+def colours(methods: Iterable[str]) -> dict[str, str]:
+    """A colour per method: fixed for the paper's four, then one each for the others by name."""
+    others = sorted(set(methods) - set(COLOURS))
+    return COLOURS | {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(others)}
+
+
+def canvas(
+    results: Mapping[str, Any],
+    title: str,
+    note: str,
+    shape: tuple[int, int],
+    panel: tuple[float, float],
+    **axes: Any,
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of (rows, columns) panels of that size in inches; above: title, the data set's name, a note."""
+    from matplotlib.figure import Figure
+
+    width, height = max(shape[1] * panel[0], 5.6), shape[0] * panel[1] + 1.3
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.55 / height))  # type: ignore[union-attr, call-arg]
+    data = f"{results['data']['name']}, {results['data']['image_size']} px"
+    figure.text(0.5, 1, title, ha="center", va="top", fontsize=12, fontweight="bold")
+    figure.text(0.5, 1 - 0.26 / height, f"{data}; {note}", ha="center", va="top", color="#666666")
+    return figure, figure.subplots(*shape, squeeze=False, **axes).tolist()
+
+
+def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
+    figure.legend(
+        handles=list(handles), loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.5
+    )
+
+
+def mark(marker: str, label: str, colour: str = INK, **style: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **{"linestyle": "", "marker": marker, "color": colour, "label": label} | style)
+
+
+def seeds_note(rows: Iterable[Mapping[str, Any]]) -> str:
+    """How many seeds stand behind the points of a figure."""
+    seeds: dict[tuple[Any, ...], set[int]] = defaultdict(set)
+    for row in rows:
+        seeds[tuple(row.get(part) for part in IDENTITY)].add(row["seed"])
+    counts = set(map(len, seeds.values()))
+    if counts == {1}:
+        return "one seed"
+    return f"mean and standard deviation over {'up to ' * (len(counts) > 1)}{max(counts)} seeds"

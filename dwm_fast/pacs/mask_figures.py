@@ -1,0 +1,126 @@
+"""Figures about the masks themselves: how much each layer keeps, and how far two domains keep the same weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from dwm_fast.pacs.figure_style import canvas, colours, seeds_note
+from dwm_fast.pacs.table import METHODS, MISSING, in_order, rank
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def sparsity(results: Mapping[str, Any]) -> Figure:
+    """A panel per source: the fraction of weights kept in each layer, one line per method."""
+    masks = [mask for mask in results["masks"] if mask["layers"]]
+    sources = in_order(results, (mask["source"] for mask in masks))
+    methods = sorted({mask["method"] for mask in masks}, key=lambda one: rank(METHODS, one))
+    paint = colours(methods)
+    names = list(dict.fromkeys(layer["name"] for mask in masks for layer in mask["layers"]))
+    width = max(5.8, 0.3 * len(names) + 1.5)
+    shape, panel = (len(sources), 1), (width, 1.7 if len(sources) > 1 else 3.0)
+    seeds = len({mask["seed"] for mask in masks})
+    note = f"mean over {seeds} seeds, band from lowest to highest" if seeds > 1 else "one seed"
+    figure, axes = canvas(
+        results, "Fraction of weights kept, per layer", note, shape, panel, sharex=True, sharey=True
+    )
+    for (axis,), source in zip(axes, sources, strict=True):
+        for method in methods:
+            chosen = [mask for mask in masks if (mask["source"], mask["method"]) == (source, method)]
+            kept: dict[str, list[float]] = defaultdict(list)
+            for mask in chosen:
+                for layer in mask["layers"]:
+                    kept[layer["name"]].append(layer["kept"] / layer["total"])
+            if not kept:
+                continue
+            places = [place for place, name in enumerate(names) if name in kept]
+            values = [kept[names[place]] for place in places]
+            total = fmean(mask["fraction_kept"] for mask in chosen)
+            axis.fill_between(
+                places, list(map(min, values)), list(map(max, values)), color=paint[method], alpha=0.18, lw=0
+            )
+            label = f"{method}: {total:.2f} of all weights"
+            axis.plot(
+                places, list(map(fmean, values)), "o-", ms=3.5, lw=1.5, color=paint[method], label=label
+            )
+        axis.set_title(source, loc="left")
+        axis.set_ylim(-0.03, 1.05)
+        axis.legend(
+            loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(methods), fontsize=8, borderaxespad=0
+        )
+    axes[-1][0].set_xticks(
+        range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5
+    )
+    axes[-1][0].set_xlabel("layer, in the network's order")
+    figure.supylabel("kept (fraction of the layer's weights)", fontsize=9)
+    return figure
+
+
+def chance_overlap(results: Mapping[str, Any], method: str, a: str, b: str) -> float | None:
+    """Jaccard index of two independent masks that keep as many weights of every layer as those of `a` and `b` do.
+
+    With n weights in a layer and fractions p, q kept: sum n p q / sum n (p + q - p q); mean over the seeds of both.
+    """
+    masks = {
+        (m["source"], m["seed"]): m["layers"]
+        for m in results["masks"]
+        if m["method"] == method and m["layers"]
+    }
+    indices = []
+    for (source, seed), layers in masks.items():
+        if source != a or (b, seed) not in masks:
+            continue
+        both = either = 0.0
+        for one, other in zip(layers, masks[b, seed], strict=True):
+            common = one["kept"] * other["kept"] / one["total"]
+            both += common
+            either += one["kept"] + other["kept"] - common
+        indices.append(both / either if either else 0.0)
+    return fmean(indices) if indices else None
+
+
+def overlap_maps(results: Mapping[str, Any]) -> Figure:
+    """A heat map per method: Jaccard index of the keep masks of two sources, mean over seeds, and its chance level."""
+    overlap = results["overlap"]
+    methods = sorted({entry["method"] for entry in overlap}, key=lambda one: rank(METHODS, one))
+    domains = in_order(results, (entry[side] for entry in overlap for side in ("a", "b")))
+    shape, panel = (1, len(methods)), (max(2.3, 0.74 * len(domains) + 0.6), max(2.2, 0.7 * len(domains)))
+    title, note = (
+        "Overlap of keep masks between domains",
+        f"below: by chance at the same densities; {seeds_note(overlap)}",
+    )
+    figure, axes = canvas(results, title, note, shape, panel, sharey=True)
+    for axis, method in zip(axes[0], methods, strict=True):
+        grid = [[float("nan")] * len(domains) for _ in domains]
+        for i, a in enumerate(domains):
+            for j, b in enumerate(domains):
+                values = [
+                    e["jaccard"] for e in overlap if e["method"] == method and {e["a"], e["b"]} == {a, b}
+                ]
+                if i == j or not values:
+                    axis.text(j, i, MISSING, ha="center", va="center", color="#999999")
+                    continue
+                grid[i][j] = fmean(values)
+                style: dict[str, Any] = {
+                    "ha": "center",
+                    "va": "center",
+                    "color": "black" if grid[i][j] > 0.5 else "white",
+                }
+                spread = f" ±{stdev(values):.2f}" if len(values) > 1 else ""
+                axis.text(j, i - 0.12, f"{grid[i][j]:.2f}{spread}", fontsize=7.5, **style)
+                chance = chance_overlap(results, method, a, b)
+                if chance is not None:
+                    axis.text(j, i + 0.2, f"{chance:.2f}", fontsize=6.5, **style)
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis")
+        axis.grid(False)
+        axis.set_title(method, color=colours(methods)[method])
+        axis.set_xticks(range(len(domains)), domains, rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(domains)), domains)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes[0], label="Jaccard index\n(kept by both / kept by either)", shrink=0.8)
+    return figure
