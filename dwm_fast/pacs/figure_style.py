@@ -15,7 +15,7 @@ COLOURS = {"none": "#4d4d4d", "naive": "#d98200", "edit": "#009e73", "binary": "
 OTHER_COLOURS = ("#cc5f9f", "#a63d00", "#3aa0d8", "#7a5cc0")
 MARKERS = {"-": "*", "S_start": "o", "S_end": "s", "random": "^"}
 INK, DASHES = "#222222", (0, (4, 3))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777777", "axes.labelcolor": INK,
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6e6e6",
@@ -41,7 +41,7 @@ def canvas(
     panel: tuple[float, float],
     **axes: Any,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of (rows, columns) panels of that size in inches; above: title, the data set's name, a note."""
+    """A figure of (rows, columns) panels of that size in inches, under title, data set's name and note."""
     from matplotlib.figure import Figure
 
     width, height = max(shape[1] * panel[0], 5.6), shape[0] * panel[1] + 1.3

@@ -1,4 +1,4 @@
-"""The study's figures, drawn from its results: a colour per method in all of them, the data set named in each.
+"""The study's figures, drawn from its results: a colour per method in all, the data set named in each.
 
 Files are PNG and SVG beside each other; matplotlib is imported when a figure is drawn and opens no window.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dwm_fast._files import write_atomic
 from dwm_fast.pacs.figure_style import (
     ACCURACY,
     DASHES,
@@ -24,7 +25,6 @@ from dwm_fast.pacs.figure_style import (
     mark,
     seeds_note,
 )
-from dwm_fast.pacs.files import write_atomic
 from dwm_fast.pacs.mask_figures import overlap_maps, sparsity
 from dwm_fast.pacs.table import (
     INITS,
@@ -55,7 +55,8 @@ def draw_all(
         results: a study's results; any part of the grid may be missing.
         folder: where the files go; made when missing.
         history: training curves, one mapping per epoch: "stage" (source, mask or target), "epoch", "accuracy"
-            in [0, 1], and what names the run: any of "source", "target", "method", "init", "bn_policy", "seed".
+            in [0, 1], and what names the run: some of "source", "target", "method", "init", "bn_policy" and
+            "seed".
 
     Returns:
         The files, PNG before SVG: accuracy, retention, sparsity, overlap, training (as far as there is data).
@@ -72,7 +73,7 @@ def draw_all(
         ("overlap", bool(results["overlap"]), lambda: overlap_maps(results)),
         ("training", bool(history), lambda: _training(results, history or ())),
     ]
-    files = []
+    files: list[Path] = []
     with rc_context(STYLE):
         for name, drawable, draw in drawings:
             if not drawable:
@@ -83,7 +84,8 @@ def draw_all(
                 figure.savefig(
                     stream, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.15, metadata=metadata
                 )
-                files.append(write_atomic(Path(folder) / f"{name}.{kind}", stream.getvalue()))
+                files.append(Path(folder) / f"{name}.{kind}")
+                write_atomic(files[-1], stream.getvalue())
     return files
 
 
@@ -226,7 +228,7 @@ def _retention(results: Mapping[str, Any]) -> Figure:
                         "fillstyle": fill,
                         "markerfacecoloralt": "white",
                     }
-                spread = {"xerr": x.spread, "yerr": y.spread} if view == "shared" else {}
+                spread: dict[str, Any] = {"xerr": x.spread, "yerr": y.spread} if view == "shared" else {}
                 axis.errorbar(
                     x.mean, y.mean, **spread, elinewidth=0.8, ecolor=paint[method], linestyle="", **style
                 )

@@ -1,4 +1,4 @@
-"""Figures about the masks themselves: how much each layer keeps, and how far two domains keep the same weights."""
+"""Figures of the masks: how much each layer keeps, and how far two domains keep the same weights."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def sparsity(results: Mapping[str, Any]) -> Figure:
 
 
 def chance_overlap(results: Mapping[str, Any], method: str, a: str, b: str) -> float | None:
-    """Jaccard index of two independent masks that keep as many weights of every layer as those of `a` and `b` do.
+    """Jaccard index of two independent masks that keep as many weights of each layer as those of `a` and `b`.
 
-    With n weights in a layer and fractions p, q kept: sum n p q / sum n (p + q - p q); mean over the seeds of both.
+    With n weights in a layer, fractions p, q kept: sum n p q / sum n (p + q - p q); mean over the seeds.
     """
     masks = {
         (m["source"], m["seed"]): m["layers"]
@@ -84,7 +84,7 @@ def chance_overlap(results: Mapping[str, Any], method: str, a: str, b: str) -> f
 
 
 def overlap_maps(results: Mapping[str, Any]) -> Figure:
-    """A heat map per method: Jaccard index of the keep masks of two sources, mean over seeds, and its chance level."""
+    """A heat map per method: Jaccard index of two sources' keep masks, and below it the chance level."""
     overlap = results["overlap"]
     methods = sorted({entry["method"] for entry in overlap}, key=lambda one: rank(METHODS, one))
     domains = in_order(results, (entry[side] for entry in overlap for side in ("a", "b")))
@@ -105,11 +105,8 @@ def overlap_maps(results: Mapping[str, Any]) -> Figure:
                     axis.text(j, i, MISSING, ha="center", va="center", color="#999999")
                     continue
                 grid[i][j] = fmean(values)
-                style: dict[str, Any] = {
-                    "ha": "center",
-                    "va": "center",
-                    "color": "black" if grid[i][j] > 0.5 else "white",
-                }
+                colour = "black" if grid[i][j] > 0.5 else "white"
+                style: dict[str, Any] = {"ha": "center", "va": "center", "color": colour}
                 spread = f" ±{stdev(values):.2f}" if len(values) > 1 else ""
                 axis.text(j, i - 0.12, f"{grid[i][j]:.2f}{spread}", fontsize=7.5, **style)
                 chance = chance_overlap(results, method, a, b)

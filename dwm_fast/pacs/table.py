@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from dwm_fast.pacs.files import write_atomic
+from dwm_fast._files import write_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -284,7 +284,8 @@ def to_csv(rows: Sequence[TableRow], path: Path | str) -> Path:
             values = [value for each in stats for value in (each.mean, each.spread)]
             name = [row.data, row.method, row.init, row.bn_policy, row.view, lrs, source]
             writer.writerow([*name, *values, one.pairs, one.seeds, one.runs])
-    return write_atomic(path, stream.getvalue())
+    write_atomic(path, stream.getvalue())
+    return Path(path)
 
 
 def write_rows_csv(results: Mapping[str, Any], path: Path | str) -> Path:
@@ -298,7 +299,8 @@ def write_rows_csv(results: Mapping[str, Any], path: Path | str) -> Path:
     writer.writerow(["data", *RAW_COLUMNS])
     for run in results["rows"]:
         writer.writerow([results["data"]["name"], *(run.get(column) for column in RAW_COLUMNS)])
-    return write_atomic(path, stream.getvalue())
+    write_atomic(path, stream.getvalue())
+    return Path(path)
 
 
 def to_rich(rows: Sequence[TableRow]) -> Table:
