@@ -85,14 +85,14 @@ def epoch_batches(
     """
     if batch_size < 1 or indices.ndim != 1 or indices.numel() == 0:
         raise InputError(
-            f"batch_size={batch_size}, indices {tuple(indices.shape)}: expected batch_size >= 1, (N,) with N >= 1"
+            f"batch_size={batch_size}, indices {tuple(indices.shape)}: expected at least 1 and (N >= 1,)"
         )
     if generator is not None and generator.device.type != indices.device.type:
         raise InputError(
             f"generator is on {generator.device}, indices on {indices.device}; put them on one device"
         )
     order = indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
-    batches = order.split(batch_size)
+    batches = tuple(order[i : i + batch_size] for i in range(0, len(order), batch_size))
     return batches[:-1] if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size else batches
 
 

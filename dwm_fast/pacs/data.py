@@ -1,4 +1,4 @@
-"""The images of a study, decoded once and held in memory: what they are, and how PACS is loaded or fetched."""
+"""The images of a study, decoded once and held in memory, and how PACS is loaded or fetched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DomainSet:
-    """One domain: `images` (N, 3, H, W) uint8, `labels` (N,) int64, `train` and `test` int64 positions, `names` (N)."""
+    """One domain: `images` (N, 3, H, W) uint8, `labels` (N,), positions `train` and `test` (int64), `names`."""
 
     images: Tensor
     labels: Tensor
@@ -98,9 +98,8 @@ def load_pacs(
         a Hugging
             Face parquet file or folder of them; also a folder that holds one of these as ``PACS/``.
         splits: folder of the official ``<domain>_{train,crossval}_kfold.txt`` lists (labels 1 to 7). Without
-        it, lists
-            in ``path/splits`` are used if there are any, else an own hold-out. The official ``test`` lists
-            contain the training images and are never used.
+            it, lists in ``path/splits`` are used if there are any, else an own hold-out. The official ``test``
+            lists contain the training images and are never used.
         image_size: side of the square images in pixels; others are resized (bicubic).
         domains: names or aliases of the domains to load; all four by default.
         holdout: fraction of each class held out for testing where no lists are used, in (0, 1).
@@ -126,9 +125,10 @@ def load_pacs(
     }
     pixels = decode_all([r for records in groups.values() for r in records], image_size, progress)
     sets: dict[str, DomainSet] = {}
-    for images, (domain, records) in zip(
-        pixels.split([len(g) for g in groups.values()]), groups.items(), strict=True
-    ):
+    start = 0
+    for domain, records in groups.items():
+        images = pixels[start : start + len(records)]
+        start += len(records)
         train, test = positions[domain]
         sets[domain] = DomainSet(
             images=images,
@@ -141,7 +141,7 @@ def load_pacs(
 
 
 def decode_all(records: Sequence[Record], image_size: int, progress: Progress | None = None) -> Tensor:
-    """Decode records into one (N, 3, image_size, image_size) uint8 tensor; DataError names an unreadable image."""
+    """Decode records to (N, 3, image_size, image_size) uint8; DataError names an unreadable image."""
     pixels = torch.empty((len(records), 3, image_size, image_size), dtype=torch.uint8)
     view = pixels.numpy()
 

@@ -46,7 +46,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Layout:
-    """What was recognised: the records of all wanted domains, and the folder of official lists if there is one."""
+    """What was recognised: the records of all wanted domains, and the folder of official lists if any."""
 
     kind: str
     root: Path
@@ -201,7 +201,7 @@ def _read_parquet_file(file: Path, domains: Sequence[str]) -> Iterator[Record]:
 
 
 def _class_label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Names of the ClassLabel columns, from the metadata that the `datasets` package writes into a parquet file."""
+    """Names of the ClassLabel columns, from the metadata that the `datasets` package writes."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {k: v["names"] for k, v in features.items() if isinstance(v, dict) and "names" in v}

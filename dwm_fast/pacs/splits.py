@@ -39,7 +39,7 @@ def holdout_split(records: Sequence[Record], fraction: float, seed: int) -> tupl
 
 
 def official_split(folder: Path, domain: str, records: Sequence[Record]) -> tuple[list[int], list[int]]:
-    """Split of one domain by its official lists: train = train list, test = crossval list, in the lists' order.
+    """Split of one domain by its official lists: train = train list, test = crossval list, in list order.
 
     The official ``test`` list holds every image, those of the train list included, and is never read.
     Lines are ``<domain>/<class>/<file> <label 1..7>``. Raises DataError, naming list and line, for a missing
@@ -83,7 +83,8 @@ def _find_lists(folder: Path, domain: str) -> dict[str, Path]:
                 f" ({found['test'].name} contains the training images, so it is no hold-out and is not used)"
             )
         raise DataError(
-            f"{folder}: no {' and no '.join(missing)} list of domain {domain!r}{trap}; add it or drop --splits"
+            f"{folder}: no {' and no '.join(missing)} list of domain {domain!r}{trap}; "
+            "add it or drop --splits"
         )
     return found
 
