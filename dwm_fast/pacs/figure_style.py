@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart under every common colour blindness, and dark enough on white.
-COLOURS = {"none": "#4d4d4d", "naive": "#d98200", "edit": "#009e73", "binary": "#0072b2"}
-OTHER_COLOURS = ("#cc5f9f", "#a63d00", "#3aa0d8", "#7a5cc0")
+COLOURS = {
+    "none": "#4d4d4d", "naive": "#d98200", "edit": "#009e73", "binary": "#0072b2",
+    "piggyback": "#cc5f9f", "ksm": "#a63d00", "spg": "#3aa0d8",
+}  # fmt: skip
 MARKERS = {"-": "*", "S_start": "o", "S_end": "s", "random": "^"}
 INK, DASHES = "#222222", (0, (4, 3))
 STYLE: dict[Any, Any] = {
@@ -27,10 +29,9 @@ ACCURACY = "accuracy (fraction of test images)"
 NARROWEST = 0.1  # accuracy range of an axis: a narrower one would make noise look like an effect
 
 
-def colours(methods: Iterable[str]) -> dict[str, str]:
-    """A colour per method: fixed for the paper's four, then one each for the others by name."""
-    others = sorted(set(methods) - set(COLOURS))
-    return COLOURS | {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(others)}
+def colour(method: str) -> str:
+    """The method's colour in every figure; grey for a method without one."""
+    return COLOURS.get(method, "#888888")
 
 
 def canvas(

@@ -20,7 +20,7 @@ from dwm_fast.pacs.figure_style import (
     NARROWEST,
     STYLE,
     canvas,
-    colours,
+    colour,
     legend,
     mark,
     seeds_note,
@@ -112,7 +112,6 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
     """A panel per pair: for every configuration the accuracy left on the source and reached on the target."""
     rows = results["rows"]
     configs = list(_by_config(rows, "shared"))
-    paint = colours(config[0] for config in configs)
     sources = in_order(results, (run["source"] for run in rows))
     pairs = {
         source: in_order(results, (r["target"] for r in rows if r["source"] == source)) for source in sources
@@ -136,7 +135,7 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
             if before is not None:
                 axis.axvline(before, color=INK, linewidth=1, linestyle=DASHES, zorder=1)
             for level, config in enumerate(configs):
-                colour = paint[config[0]]
+                ink = colour(config[0])
                 kept, reached = (
                     stat(shared.get(config, []), "source_after"),
                     stat(shared.get(config, []), "target_after"),
@@ -145,16 +144,16 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
                     axis.plot(
                         [kept.mean, reached.mean],
                         [level] * 2,
-                        color=colour,
+                        color=ink,
                         alpha=0.3,
                         linewidth=1.4,
                         zorder=2,
                     )
-                _dot(axis, kept, level, marker="o", color=colour, markersize=5.5)
-                _dot(axis, reached, level, marker="D", color=colour, markersize=5, markerfacecolor="white")
+                _dot(axis, kept, level, marker="o", color=ink, markersize=5.5)
+                _dot(axis, reached, level, marker="D", color=ink, markersize=5, markerfacecolor="white")
                 own = stat(masked.get(config, []), "source_after")
                 masked_drawn |= own.mean is not None
-                _dot(axis, own, level, marker="|", color=colour, markersize=9, markeredgewidth=2)
+                _dot(axis, own, level, marker="|", color=ink, markersize=9, markeredgewidth=2)
             axis.set_title(f"{source} → {target}")
             axis.set_yticks(range(len(configs)), [_name(config, several) for config in configs])
             axis.tick_params(axis="y", length=0)
@@ -162,7 +161,7 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
     axes[0][0].set_ylim(len(configs) - 0.5, -0.5)
     for line in axes:
         for label, config in zip(line[0].get_yticklabels(), configs, strict=True):
-            label.set_color(paint[config[0]])
+            label.set_color(colour(config[0]))
     for column in zip(*axes, strict=True):
         lowest = [axis for axis in column if axis.get_visible()][-1]
         lowest.tick_params(labelbottom=True)
@@ -189,7 +188,6 @@ def _retention(results: Mapping[str, Any]) -> Figure:
     rows = results["rows"]
     sources = in_order(results, (run["source"] for run in rows))
     configs = list(_by_config(rows, "shared"))
-    paint = colours(config[0] for config in configs)
     policies = sorted(
         {config[2] for config in configs if config[0] != "none"}, key=lambda one: rank(POLICIES, one)
     )
@@ -213,7 +211,7 @@ def _retention(results: Mapping[str, Any]) -> Figure:
                 x, y = stat(runs, "target_after"), stat(runs, "source_after")
                 if x.mean is None or y.mean is None:
                     continue
-                style: dict[str, Any] = {"color": paint[method], "markersize": 8, "zorder": 3}
+                style: dict[str, Any] = {"color": colour(method), "markersize": 8, "zorder": 3}
                 if view == "masked":
                     masked_drawn = True
                     style |= {"marker": "_", "markersize": 11, "markeredgewidth": 2, "zorder": 2}
@@ -230,7 +228,7 @@ def _retention(results: Mapping[str, Any]) -> Figure:
                     }
                 spread: dict[str, Any] = {"xerr": x.spread, "yerr": y.spread} if view == "shared" else {}
                 axis.errorbar(
-                    x.mean, y.mean, **spread, elinewidth=0.8, ecolor=paint[method], linestyle="", **style
+                    x.mean, y.mean, **spread, elinewidth=0.8, ecolor=colour(method), linestyle="", **style
                 )
         before = stat(here, "source_before").mean
         if before is not None:
@@ -245,8 +243,8 @@ def _retention(results: Mapping[str, Any]) -> Figure:
     flat[0].set_xlim(low - slack, high + slack)
     methods = sorted({config[0] for config in configs} - {"none"}, key=lambda one: rank(METHODS, one))
     inits = sorted({config[1] for config in configs} - {"-"}, key=lambda one: rank(INITS, one))
-    handles = [mark("*", "none: plain fine-tuning", paint["none"], markersize=12)]
-    handles += [mark("o", method, paint[method], markersize=7) for method in methods]
+    handles = [mark("*", "none: plain fine-tuning", colour("none"), markersize=12)]
+    handles += [mark("o", method, colour(method), markersize=7) for method in methods]
     handles += [mark(MARKERS.get(init, "P"), f"init {init}", "#777777", markersize=7) for init in inits]
     if len(policies) > 1:
         handles += [
@@ -269,7 +267,6 @@ def _training(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) 
     methods = sorted(
         {point["method"] for point in history if point.get("method")}, key=lambda one: rank(METHODS, one)
     )
-    paint = colours(methods)
     note = "one line per run"
     figure, axes = canvas(results, "Training curves", note, (1, len(stages)), (3.6, 2.8), sharey=True)
     identity = ("source", "target", "method", "init", "bn_policy", "seed")
@@ -282,9 +279,10 @@ def _training(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) 
                 )
         for key, points in curves.items():
             epochs, accuracies = zip(*sorted(points), strict=True)
-            axis.plot(epochs, accuracies, ".-", lw=1, ms=4, alpha=0.7, color=paint.get(key[2] or "none", INK))
+            ink = colour(key[2]) if key[2] else INK
+            axis.plot(epochs, accuracies, ".-", lw=1, ms=4, alpha=0.7, color=ink)
         axis.set(title=stage, xlabel="epoch")
     axes[0][0].set_ylabel(ACCURACY)
     if methods:
-        legend(figure, [mark("o", method, paint[method]) for method in methods], len(methods))
+        legend(figure, [mark("o", method, colour(method)) for method in methods], len(methods))
     return figure

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from dwm_fast.pacs.figure_style import canvas, colours, seeds_note
+from dwm_fast.pacs.figure_style import canvas, colour, seeds_note
 from dwm_fast.pacs.table import METHODS, MISSING, in_order, rank
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ def sparsity(results: Mapping[str, Any]) -> Figure:
     masks = [mask for mask in results["masks"] if mask["layers"]]
     sources = in_order(results, (mask["source"] for mask in masks))
     methods = sorted({mask["method"] for mask in masks}, key=lambda one: rank(METHODS, one))
-    paint = colours(methods)
     names = list(dict.fromkeys(layer["name"] for mask in masks for layer in mask["layers"]))
     width = max(5.8, 0.3 * len(names) + 1.5)
     shape, panel = (len(sources), 1), (width, 1.7 if len(sources) > 1 else 3.0)
@@ -41,11 +40,11 @@ def sparsity(results: Mapping[str, Any]) -> Figure:
             values = [kept[names[place]] for place in places]
             total = fmean(mask["fraction_kept"] for mask in chosen)
             axis.fill_between(
-                places, list(map(min, values)), list(map(max, values)), color=paint[method], alpha=0.18, lw=0
+                places, list(map(min, values)), list(map(max, values)), color=colour(method), alpha=0.18, lw=0
             )
             label = f"{method}: {total:.2f} of all weights"
             axis.plot(
-                places, list(map(fmean, values)), "o-", ms=3.5, lw=1.5, color=paint[method], label=label
+                places, list(map(fmean, values)), "o-", ms=3.5, lw=1.5, color=colour(method), label=label
             )
         axis.set_title(source, loc="left")
         axis.set_ylim(-0.03, 1.05)
@@ -105,8 +104,8 @@ def overlap_maps(results: Mapping[str, Any]) -> Figure:
                     axis.text(j, i, MISSING, ha="center", va="center", color="#999999")
                     continue
                 grid[i][j] = fmean(values)
-                colour = "black" if grid[i][j] > 0.5 else "white"
-                style: dict[str, Any] = {"ha": "center", "va": "center", "color": colour}
+                shade = "black" if grid[i][j] > 0.5 else "white"
+                style: dict[str, Any] = {"ha": "center", "va": "center", "color": shade}
                 spread = f" ±{stdev(values):.2f}" if len(values) > 1 else ""
                 axis.text(j, i - 0.12, f"{grid[i][j]:.2f}{spread}", fontsize=7.5, **style)
                 chance = chance_overlap(results, method, a, b)
@@ -114,7 +113,7 @@ def overlap_maps(results: Mapping[str, Any]) -> Figure:
                     axis.text(j, i + 0.2, f"{chance:.2f}", fontsize=6.5, **style)
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis")
         axis.grid(False)
-        axis.set_title(method, color=colours(methods)[method])
+        axis.set_title(method, color=colour(method))
         axis.set_xticks(range(len(domains)), domains, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(domains)), domains)
         axis.tick_params(length=0)

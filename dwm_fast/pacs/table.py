@@ -128,10 +128,10 @@ def stat(runs: Sequence[Mapping[str, Any]], metric: str) -> Stat:
     if not runs or any(run.get(metric) is None or not math.isfinite(run[metric]) for run in runs):
         return Stat(None, None)
     by_seed: dict[int, list[float]] = defaultdict(list)
-    covered: dict[int, set[tuple[str, str]]] = defaultdict(set)
+    covered: dict[int, set[tuple[str, str | None]]] = defaultdict(set)
     for run in runs:
         by_seed[run["seed"]].append(float(run[metric]))
-        covered[run["seed"]].add((run["source"], run["target"]))
+        covered[run["seed"]].add((run["source"], run.get("target")))
     everything = set().union(*covered.values())
     means = [fmean(values) for seed, values in by_seed.items() if covered[seed] == everything]
     return Stat(fmean(float(run[metric]) for run in runs), stdev(means) if len(means) > 1 else None)
