@@ -1,1 +1,1 @@
-"""Triton kernels; imported only by dwm_fast.ops."""
+"""Triton kernels: one launch for a whole network. Imported only when an operation first needs them."""

@@ -1,0 +1,160 @@
+"""Compile every kernel configuration for a GPU that need not be there, and refuse spills.
+
+    python -m dwm_fast.kernels._compile --target 90
+
+prints one line per configuration (registers, spilled bytes, shared memory) and exits with 1 when one spills or takes
+more shared memory than a block may have. It must not run under TRITON_INTERPRET=1, which leaves nothing to compile.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dwm_fast.kernels import _tables, sample
+from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
+from dwm_fast.kernels._tables import TL_DTYPES
+
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that one block may have, by target."""
+
+_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+_MODES = {0: "hard", 1: "soft", 2: "keep", 3: "threshold", 4: "ternary", 5: "edit"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One kernel with types and compile-time arguments; argument types are in the kernel's order."""
+
+    name: str
+    kernel: Any
+    types: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What ptxas gave a configuration: registers a thread, spilled bytes a thread, shared bytes a block."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def _walk(launch: Launch, taps: bool, rank: int) -> dict[str, Any]:
+    return {"BLOCK": launch.block, "GROUPS": launch.groups, "HAS_TAPS": taps, "RANK": rank}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return _POINTER[dtype].removeprefix("*")
+
+
+_TABLES = ("*i64", "*i64", "*i64", "*i32")
+_LAYOUTS = (("flat", False, 0), ("taps+strided", True, 3), ("flat+strided5", False, 5))
+
+
+def _sample() -> Iterator[Configuration]:
+    launch = launch_parameters("sample")
+    for mode, weight, out, (layout, taps, rank) in _sample_cases():
+        yield Configuration(
+            f"sample {_MODES[mode]} {_short(weight)}->{_short(out)} {layout}", sample.sample_fwd_kernel,
+            (*_TABLES, _POINTER[out], "*i32", "*fp32", "*i64", "*fp32", "i32"),
+            {"WEIGHT": TL_DTYPES[weight], "MODE": mode, "PACK": True, **_walk(launch, taps, rank)}, launch.num_warps,
+        )  # fmt: skip
+    yield Configuration("penalty", sample.penalty_fwd_kernel, ("*fp32", "*fp32", "i32", "i32"), {"BLOCK": 1024}, 4)
+
+
+def _sample_cases() -> Iterator[tuple[int, torch.dtype, torch.dtype, tuple[str, bool, int]]]:
+    """Every mode with every path; every dtype and every set of paths with the hard mode."""
+    for mode in _MODES:
+        yield mode, torch.float32, torch.bfloat16, _LAYOUTS[1]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for layout in _LAYOUTS:
+            yield 0, dtype, dtype, layout
+
+
+def _sample_backward() -> Iterator[Configuration]:
+    launch = launch_parameters("sample_backward")
+    for mode, weight, grad, layout in _sample_cases():
+        name, taps, rank = layout
+        for need_weights in (False, True) if weight != grad else (False,):
+            yield Configuration(
+                f"sample_backward {_MODES[mode]} {_short(weight)},{_short(grad)} {name}"
+                + (" +weights" if need_weights else ""),
+                sample.sample_bwd_kernel,
+                (*_TABLES, "*fp32", _POINTER[weight] if need_weights else "*i64", "*fp32", "*i64", "*fp32", "i32", "i32"),
+                {"WEIGHT": TL_DTYPES[weight], "GRAD": TL_DTYPES[grad], "MODE": mode, "NEED_LOGITS": True,
+                 "NEED_WEIGHTS": need_weights, **_walk(launch, taps, rank)}, launch.num_warps,
+            )  # fmt: skip
+
+
+def _tables_writer() -> Iterator[Configuration]:
+    count = _tables.POINTERS_PER_LAUNCH
+    yield Configuration("write_pointers", _tables.write_pointers_kernel, ("*i64", ("i64",) * count), {"N": count}, 1)
+
+
+def configurations() -> list[Configuration]:
+    """Every configuration that the launchers use, apart from repeats over dtypes of the same width."""
+    return [*_tables_writer(), *_sample(), *_sample_backward()]
+
+
+def compile_configuration(configuration: Configuration, target: int) -> Usage:
+    """Compile for compute capability `target` (90 = sm_90) and read the resources from the binary."""
+    kernel = configuration.kernel
+    names = [name for name in kernel.arg_names if name not in configuration.constants]
+    signature = dict(zip(names, configuration.types, strict=True))
+    signature |= dict.fromkeys(configuration.constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(i,): aligned for i, name in enumerate(kernel.arg_names) if str(signature[name]).startswith("*")}
+    source = ASTSource(kernel, signature, constexprs=configuration.constants, attrs=attributes)
+    options = {"num_warps": configuration.num_warps, **OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return _resources(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _resources(cubin: bytes, shared: int) -> Usage:
+    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [os.path.join(folder, "cuobjdump"), "--dump-resource-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return Usage(found["REG"], found["STACK"] + found["LOCAL"], shared)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dwm_fast.kernels._compile", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", type=int, default=90, choices=sorted(MAX_SHARED), help="90 means sm_90")
+    parser.add_argument("--match", default="", help="only configurations whose name contains this")
+    arguments = parser.parse_args()
+    bad = 0
+    for configuration in configurations():
+        if arguments.match not in configuration.name:
+            continue
+        usage = compile_configuration(configuration, arguments.target)
+        ok = usage.spilled == 0 and usage.shared <= MAX_SHARED[arguments.target]
+        bad += not ok
+        print(
+            f"sm_{arguments.target} {configuration.name}: {usage.registers} registers, {usage.spilled} bytes spilled, "
+            f"{usage.shared} bytes shared{'' if ok else '  <- too much'}", flush=True,
+        )  # fmt: skip
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+"""Tables in device memory that let one launch cover every tensor of a network.
+
+Two kinds, because they change at different times:
+
+- A `Plan` holds what follows from shapes, strides and alignment: one row per tensor, its geometry, and a table
+  block -> (tensor, kind, chunk). It is built once per network structure, copied from pinned memory, and the stream
+  is waited for once, there. Nothing is copied afterwards.
+- A pointer table holds the tensors' addresses, which autograd may change at every step. A table once written is
+  never written again; tables are found by the addresses that they hold. A new one is filled by a kernel that takes
+  addresses as launch arguments (128 a launch), so no host memory has to outlive the call. During the capture of a
+  CUDA graph a known table is kept for good and used as it is; an unknown one is allocated and filled inside the
+  graph, from the graph's own memory, so that every replay fills it again.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import math
+import struct
+import threading
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwm_fast.errors import InputError
+from dwm_fast.kernels._launch import Launch
+
+FLAT: tl.constexpr = tl.constexpr(0)
+TAPS: tl.constexpr = tl.constexpr(1)
+STRIDED: tl.constexpr = tl.constexpr(2)
+
+# Columns of a row: elements, noise layer, threshold (fp32 bits), first word in the network's bits, input channels,
+# then the first element of the tensor in each flat output.
+NUMEL: tl.constexpr = tl.constexpr(0)
+LAYER: tl.constexpr = tl.constexpr(1)
+THRESHOLD: tl.constexpr = tl.constexpr(2)
+WORD: tl.constexpr = tl.constexpr(3)
+CHANNELS: tl.constexpr = tl.constexpr(4)
+OUTPUT: tl.constexpr = tl.constexpr(5)
+COLUMNS: tl.constexpr = tl.constexpr(7)
+
+MAX_RANK = 5
+_OUTPUT_ALIGNMENT = 64
+POINTERS_PER_LAUNCH = 128
+_PLANS = 512
+_POINTER_TABLES = 256
+
+TL_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bool: tl.int8,
+    torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
+    torch.int16: tl.int16,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+}
+
+empty = torch.empty
+"""Every fresh buffer comes from here; tests fill it with NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Tables of one network structure on one device, and what the launcher needs to know about them.
+
+    rows: int64 (tensors, COLUMNS). geometry: int64 (tensors, rank * (1 + roles)): sizes, then strides by role.
+    blocks: int32 (num_blocks, 2): tensor * 4 + kind, chunk. output_numels: elements of each flat output, whose
+    tensors have `output_strides[output][tensor]` and start at `output_offsets[output][tensor]`.
+    """
+
+    rows: Tensor
+    geometry: Tensor
+    blocks: Tensor
+    num_blocks: int
+    rank: int
+    taps: bool
+    roles: int
+    shapes: tuple[tuple[int, ...], ...]
+    output_strides: tuple[tuple[tuple[int, ...], ...], ...]
+    output_offsets: tuple[tuple[int, ...], ...]
+    output_numels: tuple[int, ...]
+
+    def constants(self, launch: Launch) -> dict[str, int | bool]:
+        """Compile-time arguments and warps of a kernel that walks this plan."""
+        return {"BLOCK": launch.block, "GROUPS": launch.groups, "HAS_TAPS": self.taps, "RANK": self.rank,
+                "num_warps": launch.num_warps}  # fmt: skip
+
+    def outputs(self, which: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """A fresh flat buffer for output `which`, and its views, one per tensor."""
+        flat = empty(self.output_numels[which], dtype=dtype, device=self.rows.device)
+        places = zip(self.shapes, self.output_strides[which], self.output_offsets[which], strict=True)
+        return flat, [flat.as_strided(*place) for place in places]
+
+
+def packed_words(numel: int) -> int:
+    """32-bit words of `numel` bits, padded to 16 bytes."""
+    return (numel + 127) // 128 * 4
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make `device` current for a launch; nothing to do for CPU tensors under the interpreter."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+# --- plans -------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    roles: Sequence[Sequence[Tensor]],
+    launch: Launch,
+    *,
+    outputs: Sequence[int] = (),
+    layers: Sequence[int] = (),
+    thresholds: Sequence[float] = (),
+    words: Sequence[int] = (),
+    allow_taps: bool = True,
+) -> Plan:
+    """The plan of a call, built at the first call with this structure and found again afterwards.
+
+    Args:
+        roles: lists of tensors of equal shapes, e.g. (logits, weights, grads).
+        launch: tile sizes.
+        outputs: for each flat output the role whose strides it takes (as torch.empty_like does).
+        layers, thresholds, words: per tensor the noise layer, the threshold and the first word of its bits; zeros
+            when left out.
+        allow_taps: whether 3x3 channels_last tensors may take the tiled path.
+    """
+    device = roles[0][0].device
+    geometry = tuple((t.shape, t.stride()) for role in roles for t in role)
+    loose = tuple(i for i, t in enumerate(itertools.chain(*roles)) if t.data_ptr() % 16)
+    key = (device, launch, len(roles), tuple(outputs), tuple(layers), tuple(thresholds), tuple(words),
+           allow_taps, geometry, loose)  # fmt: skip
+    with _lock:
+        found = _plans.get(key)
+        if found is None:
+            if _capturing(device):
+                raise InputError(
+                    "a CUDA graph is being captured and the tables of this network are not on the device yet; "
+                    "run the step once before the capture, with the same shapes and options"
+                )
+            found = _build(roles, launch, outputs, layers, thresholds, words, allow_taps, loose)
+            _plans[key] = found
+            _forget(_plans, _PLANS)
+        elif _capturing(device):
+            _kept[id(found)] = found
+        _plans.move_to_end(key)
+    return found
+
+
+def _build(
+    roles: Sequence[Sequence[Tensor]], launch: Launch, outputs: Sequence[int], layers: Sequence[int],
+    thresholds: Sequence[float], words: Sequence[int], allow_taps: bool, loose: tuple[int, ...],
+) -> Plan:  # fmt: skip
+    count = len(roles[0])
+    shapes = tuple(tuple(t.shape) for t in roles[0])
+    output_strides = tuple(tuple(torch.empty_like(t, device="meta").stride() for t in roles[r]) for r in outputs)
+    unaligned = {i % count for i in loose}
+    rows, collapsed, blocks = [], [], []
+    output_offsets: list[list[int]] = [[] for _ in outputs]
+    totals = [0] * len(outputs)
+    for i, shape in enumerate(shapes):
+        strides = [role[i].stride() for role in roles] + [out[i] for out in output_strides]
+        numel = math.prod(shape)
+        kind = STRIDED.value if i in unaligned else _kind(shape, strides, allow_taps)
+        offsets = []
+        for which, own in enumerate(output_offsets):
+            own.append(totals[which])
+            offsets.append(totals[which])
+            totals[which] += -(-numel // _OUTPUT_ALIGNMENT) * _OUTPUT_ALIGNMENT
+        threshold = struct.unpack("<i", struct.pack("<f", thresholds[i]))[0] if thresholds else 0
+        row = [numel, layers[i] if layers else 0, threshold, words[i] if words else 0,
+               shape[1] if kind == TAPS.value else 1, *offsets]  # fmt: skip
+        rows.append(row + [0] * (COLUMNS.value - len(row)))
+        collapsed.append(_collapse(shape, strides))
+        blocks += _blocks(i, kind, numel, launch)
+    rank = max((len(sizes) for sizes, _ in collapsed), default=1)
+    geometry = [_pad(sizes, strides, rank) for sizes, strides in collapsed]
+    tables = _to_device(rows, geometry, blocks, roles[0][0].device)
+    return Plan(
+        *tables, len(blocks), rank if any(b[0] & 3 == STRIDED.value for b in blocks) else 0,
+        any(b[0] & 3 == TAPS.value for b in blocks), len(roles) + len(outputs), shapes, output_strides,
+        tuple(map(tuple, output_offsets)), tuple(totals),
+    )  # fmt: skip
+
+
+def _kind(shape: tuple[int, ...], strides: list[tuple[int, ...]], allow_taps: bool) -> int:
+    """FLAT: logical order is memory order. TAPS: 3x3 channels_last. STRIDED: anything else."""
+    if all(_follows(shape, s, range(len(shape))) for s in strides):
+        return FLAT.value
+    taps = len(shape) == 4 and shape[2] * shape[3] == 9 and shape[1] % 4 == 0
+    if allow_taps and taps and all(_follows(shape, s, (0, 2, 3, 1)) for s in strides):
+        return TAPS.value
+    return STRIDED.value
+
+
+def _follows(shape: tuple[int, ...], strides: tuple[int, ...], order: Sequence[int]) -> bool:
+    """Whether memory holds the dimensions densely, outermost first in `order` (strides of size 1 do not count)."""
+    expected = 1
+    for d in reversed(order):
+        if shape[d] != 1 and strides[d] != expected:
+            return False
+        expected *= shape[d]
+    return True
+
+
+def _collapse(
+    shape: tuple[int, ...], strides: list[tuple[int, ...]]
+) -> tuple[list[int], list[list[int]]]:
+    """Sizes and strides by role with neighbouring dimensions joined where every role allows it."""
+    sizes: list[int] = []
+    by_role: list[list[int]] = [[] for _ in strides]
+    for d, size in enumerate(shape):
+        if size == 1:
+            continue
+        if sizes and all(own[-1] == s[d] * size for own, s in zip(by_role, strides, strict=True)):
+            sizes[-1] *= size
+            for own, s in zip(by_role, strides, strict=True):
+                own[-1] = s[d]
+        else:
+            sizes.append(size)
+            for own, s in zip(by_role, strides, strict=True):
+                own.append(s[d])
+    if len(sizes) > MAX_RANK:
+        raise InputError(
+            f"a weight of shape {tuple(shape)} has {len(sizes)} dimensions that cannot be joined; the triton "
+            f"backend expects at most {MAX_RANK}: make weight, logits and gradient contiguous"
+        )
+    return sizes, by_role
+
+
+def _pad(sizes: list[int], strides: list[list[int]], rank: int) -> list[int]:
+    lead = rank - len(sizes)
+    return [1] * lead + sizes + list(itertools.chain(*([0] * lead + own for own in strides)))
+
+
+def _blocks(tensor: int, kind: int, numel: int, launch: Launch) -> list[tuple[int, int]]:
+    """Programs of one tensor; a FLAT tensor whose last block of four is partial ends in a STRIDED program."""
+    size = 36 * launch.groups if kind == TAPS.value else launch.block
+    blocks = [(tensor * 4 + kind, chunk) for chunk in range(-(-numel // size))]
+    if kind == FLAT.value and numel % 4:
+        blocks[-1] = (tensor * 4 + STRIDED.value, blocks[-1][1])
+    return blocks
+
+
+def _to_device(
+    rows: list[list[int]], geometry: list[list[int]], blocks: list[tuple[int, int]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = [torch.tensor(rows, dtype=torch.int64), torch.tensor(geometry, dtype=torch.int64),
+             torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2).view(torch.int64)]  # fmt: skip
+    host = torch.cat([part.reshape(-1) for part in parts])
+    if device.type == "cuda":
+        flat = host.pin_memory().to(device, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+    else:
+        flat = host
+    first, second, third = flat.split([part.numel() for part in parts])
+    return first.view(parts[0].shape), second.view(parts[1].shape), third.view(torch.int32).view(-1, 2)
+
+
+# --- pointer tables ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Entry:
+    table: Tensor
+    event: torch.cuda.Event | None
+    streams: set[int]
+
+
+_plans: collections.OrderedDict[tuple[object, ...], Plan] = collections.OrderedDict()
+_entries: collections.OrderedDict[tuple[object, ...], _Entry] = collections.OrderedDict()
+_kept: dict[int, object] = {}  # what captured graphs read: never freed
+_lock = threading.Lock()
+
+
+def _forget(cache: collections.OrderedDict[tuple[object, ...], object], size: int) -> None:
+    while len(cache) > size:
+        cache.popitem(last=False)
+
+
+@triton.jit(do_not_specialize=["values"])
+def write_pointers_kernel(table, values, N: tl.constexpr):
+    for i in tl.static_range(N):
+        tl.store(table + i, values[i])
+
+
+def pointers(roles: Sequence[Sequence[Tensor]]) -> Tensor:
+    """int64 table (tensors, roles) of addresses in device memory, valid on the current stream."""
+    device = roles[0][0].device
+    values = tuple(t.data_ptr() for group in zip(*roles, strict=True) for t in group)
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64)
+    key = (device, values)
+    with _lock:
+        entry = _entries.get(key)
+        if _capturing(device):
+            if entry is None:
+                return _write(values, device)
+            _kept[id(entry)] = entry
+            return entry.table
+        stream = torch.cuda.current_stream(device)
+        if entry is None:
+            entry = _Entry(_write(values, device), stream.record_event(), {stream.cuda_stream})
+            _entries[key] = entry
+            _forget(_entries, _POINTER_TABLES)
+        elif stream.cuda_stream not in entry.streams:
+            stream.wait_event(entry.event)
+            entry.table.record_stream(stream)
+            entry.streams.add(stream.cuda_stream)
+        _entries.move_to_end(key)
+        return entry.table
+
+
+def _write(values: tuple[int, ...], device: torch.device) -> Tensor:
+    size = -(-len(values) // POINTERS_PER_LAUNCH) * POINTERS_PER_LAUNCH
+    table = empty(size, dtype=torch.int64, device=device)
+    # An empty tensor's address is 0, which would be passed as a 32-bit integer; nobody reads its entry.
+    filled = tuple(value or table.data_ptr() for value in values) + (table.data_ptr(),) * (size - len(values))
+    for first in range(0, size, POINTERS_PER_LAUNCH):
+        part = filled[first : first + POINTERS_PER_LAUNCH]
+        write_pointers_kernel[(1,)](table[first:], part, N=POINTERS_PER_LAUNCH, num_warps=1)
+    return table

@@ -1,0 +1,404 @@
+"""sample and its backward in Triton: one launch for the masked weights, bits and penalty of a whole network."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwm_fast.errors import InputError
+from dwm_fast.kernels import _tables
+from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
+from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES
+from dwm_fast.kernels._tiles import (
+    address,
+    block_entry,
+    flat_offsets,
+    narrow,
+    output_start,
+    row_of,
+    rows_of_four,
+    store_bits,
+    store_taps_bits,
+    strided_coordinates,
+    strided_index,
+    strided_offsets,
+    taps_offsets,
+)
+from dwm_fast.kernels.philox import (
+    block_words4,
+    drop_probability,
+    hard_keep,
+    seed_and_step,
+    sigmoid_slope,
+    soft_argument,
+    uniform,
+    words4,
+)
+
+GUMBEL_HARD: tl.constexpr = tl.constexpr(0)
+GUMBEL_SOFT: tl.constexpr = tl.constexpr(1)
+KEEP: tl.constexpr = tl.constexpr(2)
+THRESHOLD_MODE: tl.constexpr = tl.constexpr(3)
+TERNARY: tl.constexpr = tl.constexpr(4)
+EDIT: tl.constexpr = tl.constexpr(5)
+
+
+@triton.jit
+def flat_uniform(seed, step, layer, chunk, BLOCK: tl.constexpr, MODE: tl.constexpr):
+    """u of a FLAT or STRIDED chunk [BLOCK / 4, 4]; zeros, never read, for the modes without noise."""
+    if MODE <= GUMBEL_SOFT:
+        first = chunk * (BLOCK // 4)  # a multiple of the number of rows: the low word never carries
+        low = (first & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
+        high = ((first >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        w0, w1, w2, w3 = words4(seed, step, layer, low, high)
+        return uniform(rows_of_four(w0, w1, w2, w3, BLOCK // 4))
+    else:
+        return tl.zeros([BLOCK // 4, 4], tl.float32)
+
+
+@triton.jit
+def taps_words(seed, step, layer, group, MODE: tl.constexpr):
+    """The 36 words of each group of a TAPS chunk, in logical order, as a tuple of blocks [GROUPS]."""
+    words = ()
+    if MODE <= GUMBEL_SOFT:
+        for block in tl.static_range(9):
+            words = words + block_words4(seed, step, layer, 9 * group + block)
+    return words
+
+
+@triton.jit
+def tap_uniform(words, tap: tl.constexpr, GROUPS: tl.constexpr, MODE: tl.constexpr):
+    """u of one tap of a TAPS chunk [GROUPS, 4]: channel i of a group takes logical element 9 * i + tap."""
+    if MODE <= GUMBEL_SOFT:
+        return uniform(rows_of_four(words[tap], words[9 + tap], words[18 + tap], words[27 + tap], GROUPS))
+    else:
+        return tl.zeros([GROUPS, 4], tl.float32)
+
+
+@triton.jit
+def masked_value(logit, weight, u, threshold, tau, MODE: tl.constexpr, PENALTY: tl.constexpr):
+    """Keep flag, masked weight (fp32) and term of the penalty's sum of each element."""
+    term = logit
+    if MODE <= GUMBEL_SOFT:
+        drop, exponential = drop_probability(logit)
+        keep = u > drop
+        if MODE == GUMBEL_HARD:
+            value = tl.where(keep, weight, 0.0)
+        else:
+            value = weight * (1.0 / (1.0 + tl.exp(-soft_argument(logit, u, tau))))
+        if PENALTY:
+            term = tl.where(logit > 40.0, 1.0, exponential * drop)
+    elif MODE == KEEP:
+        keep = logit >= 0
+        value = tl.where(keep, weight, 0.0)
+    elif MODE == THRESHOLD_MODE:
+        keep = logit > threshold
+        value = tl.where(keep, weight, 0.0)
+    elif MODE == TERNARY:
+        sign = (logit > threshold).to(tl.float32) - (logit < 0).to(tl.float32)
+        keep = sign != 0
+        value = weight * sign
+    else:
+        keep = tl.abs(logit) <= 1.0
+        value = weight + threshold * logit
+        if PENALTY:
+            term = tl.exp(-tl.abs(logit))
+    return keep, value, term
+
+
+@triton.jit
+def logit_gradient(
+    grad, logit, weight, u, threshold, tau, penalty_scale, MODE: tl.constexpr
+):
+    """Gradient of the loss and of the penalty with respect to a logit; `penalty_scale` is grad_penalty / N."""
+    if MODE <= GUMBEL_SOFT:
+        slope = sigmoid_slope(soft_argument(logit, u, tau)) / tau
+        return grad * weight * slope + penalty_scale * sigmoid_slope(logit)
+    elif MODE == KEEP:
+        return tl.zeros_like(logit)
+    elif MODE == EDIT:
+        sign = (logit > 0).to(tl.float32) - (logit < 0).to(tl.float32)
+        return grad * threshold - penalty_scale * sign * tl.exp(-tl.abs(logit))
+    else:
+        return grad * weight
+
+
+@triton.jit
+def weight_gradient(grad, logit, u, threshold, tau, MODE: tl.constexpr):
+    """Gradient of the loss with respect to a weight: grad times the mask's value."""
+    if MODE == GUMBEL_HARD:
+        return tl.where(hard_keep(logit, u), grad, 0.0)
+    elif MODE == GUMBEL_SOFT:
+        return grad * (1.0 / (1.0 + tl.exp(-soft_argument(logit, u, tau))))
+    elif MODE == KEEP:
+        return tl.where(logit >= 0, grad, 0.0)
+    elif MODE == THRESHOLD_MODE:
+        return tl.where(logit > threshold, grad, 0.0)
+    elif MODE == TERNARY:
+        return grad * ((logit > threshold).to(tl.float32) - (logit < 0).to(tl.float32))
+    else:
+        return grad
+
+
+@triton.jit(do_not_specialize=["step_offset"])
+def sample_fwd_kernel(
+    ptrs, rows, geometry, blocks, out, bits, partials, rng_state, tau_ptr, step_offset,
+    WEIGHT: tl.constexpr, MODE: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    tensor, kind, chunk = block_entry(blocks)
+    numel, layer, threshold, word = row_of(rows, tensor)
+    logits = address(ptrs, tensor, 0, 2, tl.float32)
+    weights = address(ptrs, tensor, 1, 2, WEIGHT)
+    out += output_start(rows, tensor, 0)
+    seed, step = seed_and_step(rng_state, step_offset)
+    tau = tl.load(tau_ptr)
+    PENALTY: tl.constexpr = (MODE <= GUMBEL_SOFT) | (MODE == EDIT)
+
+    if kind == FLAT:
+        start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
+        l = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+        w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
+        keep, value, term = masked_value(l, w, u, threshold, tau, MODE, PENALTY)
+        tl.store(out + start + offsets, narrow(value, out.dtype.element_ty), mask=mask)
+        if PACK:
+            store_bits(bits, word, numel, chunk, keep & mask, BLOCK)
+        if PENALTY:
+            tl.store(partials + tl.program_id(0), tl.sum(tl.where(mask, term, 0.0)))
+
+    if HAS_TAPS:
+        if kind == TAPS:
+            group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
+            words = taps_words(seed, step, layer, group, MODE)
+            taps = tl.zeros([GROUPS, 4], tl.int32)
+            total = tl.zeros([GROUPS, 4], tl.float32)
+            for tap in tl.static_range(9):
+                l = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
+                w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
+                u = tap_uniform(words, tap, GROUPS, MODE)
+                keep, value, term = masked_value(l, w.to(tl.float32), u, threshold, tau, MODE, PENALTY)
+                tl.store(out + tap * stride + offsets, narrow(value, out.dtype.element_ty), mask=mask)
+                taps |= (keep & mask).to(tl.int32) << tap
+                total += term
+            if PACK:
+                store_taps_bits(bits, word, numel, chunk, taps, GROUPS)
+            if PENALTY:
+                tl.store(partials + tl.program_id(0), tl.sum(tl.where(mask, total, 0.0)))
+
+    if RANK > 0:
+        if kind > TAPS:
+            index, mask = strided_index(numel, chunk, BLOCK)
+            places = strided_coordinates(geometry, tensor, index, RANK, 3)
+            l = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 3), mask=mask, other=0.0)
+            w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 3), mask=mask, other=0.0)
+            u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
+            keep, value, term = masked_value(l, w.to(tl.float32), u, threshold, tau, MODE, PENALTY)
+            target = out + strided_offsets(geometry, tensor, places, 2, RANK, 3)
+            tl.store(target, narrow(value, out.dtype.element_ty), mask=mask)
+            if PACK:
+                store_bits(bits, word, numel, chunk, keep & mask, BLOCK)
+            if PENALTY:
+                tl.store(partials + tl.program_id(0), tl.sum(tl.where(mask, term, 0.0)))
+
+
+@triton.jit(do_not_specialize=["count", "total"])
+def penalty_fwd_kernel(partials, penalty, count, total, BLOCK: tl.constexpr):
+    """Mean over `total` elements from the programs' partial sums, added in a fixed order, in fp64."""
+    sums = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, count, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        sums += tl.load(partials + index, mask=index < count, other=0.0).to(tl.float64)
+    tl.store(penalty, (tl.sum(sums) / total.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["step_offset", "total"])
+def sample_bwd_kernel(
+    ptrs, rows, geometry, blocks, dlogits, dweights, grad_penalty, rng_state, tau_ptr, step_offset, total,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MODE: tl.constexpr, NEED_LOGITS: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, HAS_TAPS: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    tensor, kind, chunk = block_entry(blocks)
+    numel, layer, threshold, _ = row_of(rows, tensor)
+    logits = address(ptrs, tensor, 0, 3, tl.float32)
+    weights = address(ptrs, tensor, 1, 3, WEIGHT)
+    grads = address(ptrs, tensor, 2, 3, GRAD)
+    dlogits += output_start(rows, tensor, 0)
+    dweights += output_start(rows, tensor, 1)
+    seed, step = seed_and_step(rng_state, step_offset)
+    tau = tl.load(tau_ptr)
+    scale = tl.load(grad_penalty).to(tl.float32) / total.to(tl.float32)
+
+    if kind == FLAT:
+        start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
+        l = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+        g = tl.load(tl.multiple_of(grads, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
+        if NEED_LOGITS:
+            w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            dl = logit_gradient(g, l, w, u, threshold, tau, scale, MODE)
+            tl.store(dlogits + start + offsets, dl, mask=mask)
+        if NEED_WEIGHTS:
+            dw = narrow(weight_gradient(g, l, u, threshold, tau, MODE), WEIGHT)
+            tl.store(dweights + start + offsets, dw, mask=mask)
+
+    if HAS_TAPS:
+        if kind == TAPS:
+            group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
+            words = taps_words(seed, step, layer, group, MODE)
+            for tap in tl.static_range(9):
+                l = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
+                g = tl.load(tl.multiple_of(grads, 16) + tap * stride + offsets, mask=mask, other=0.0)
+                g = g.to(tl.float32)
+                u = tap_uniform(words, tap, GROUPS, MODE)
+                if NEED_LOGITS:
+                    w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
+                    dl = logit_gradient(g, l, w.to(tl.float32), u, threshold, tau, scale, MODE)
+                    tl.store(dlogits + tap * stride + offsets, dl, mask=mask)
+                if NEED_WEIGHTS:
+                    dw = narrow(weight_gradient(g, l, u, threshold, tau, MODE), WEIGHT)
+                    tl.store(dweights + tap * stride + offsets, dw, mask=mask)
+
+    if RANK > 0:
+        if kind > TAPS:
+            index, mask = strided_index(numel, chunk, BLOCK)
+            places = strided_coordinates(geometry, tensor, index, RANK, 5)
+            l = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 5), mask=mask, other=0.0)
+            g = tl.load(grads + strided_offsets(geometry, tensor, places, 2, RANK, 5), mask=mask, other=0.0)
+            g = g.to(tl.float32)
+            u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
+            if NEED_LOGITS:
+                w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 5), mask=mask, other=0.0)
+                dl = logit_gradient(g, l, w.to(tl.float32), u, threshold, tau, scale, MODE)
+                tl.store(dlogits + strided_offsets(geometry, tensor, places, 3, RANK, 5), dl, mask=mask)
+            if NEED_WEIGHTS:
+                dw = narrow(weight_gradient(g, l, u, threshold, tau, MODE), WEIGHT)
+                tl.store(dweights + strided_offsets(geometry, tensor, places, 4, RANK, 5), dw, mask=mask)
+
+
+def has_penalty(mode: int) -> bool:
+    return mode <= GUMBEL_SOFT.value or mode == EDIT.value
+
+
+def require_fp32(logits: Sequence[Tensor]) -> None:
+    for logit in logits:
+        if logit.dtype != torch.float32:
+            raise InputError(
+                f"the triton backend got logits of {logit.dtype}; expected torch.float32: convert them, or use the "
+                f"backend 'reference'"
+            )
+
+
+def groups_of(*lists: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the tensors that share their dtypes: one launch each, hence one launch for an ordinary network."""
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        groups.setdefault(tuple(t.dtype for t in tensors), []).append(i)
+    return list(groups.values())
+
+
+def _pick(values: Sequence[object], indices: list[int]) -> list:
+    return [values[i] for i in indices]
+
+
+def sample(
+    logits: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rng_state: Tensor,
+    tau: Tensor,
+    layers: Sequence[int],
+    thresholds: Sequence[float],
+    mode: int,
+    step_offset: int,
+    dtype: torch.dtype | None,
+    pack: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Masked weights, packed bits (empty unless `pack`) and penalty; arguments: dwm_fast.ops.sample."""
+    require_fp32(logits)
+    device, launch = rng_state.device, launch_parameters("sample")
+    words = [0]
+    for weight in weights:
+        words.append(words[-1] + _tables.packed_words(weight.numel()))
+    bits = _tables.empty(4 * words[-1] if pack else 0, dtype=torch.uint8, device=device)
+    masked: list[Tensor] = [rng_state] * len(weights)
+    with _tables.device_guard(device):
+        calls = []
+        for indices in groups_of(weights):
+            roles = [_pick(logits, indices), _pick(weights, indices)]
+            plan = _tables.plan(
+                roles, launch, outputs=(1,), layers=_pick(layers, indices), thresholds=_pick(thresholds, indices),
+                words=_pick(words, indices),
+            )  # fmt: skip
+            calls.append((indices, roles, plan))
+        count = sum(plan.num_blocks for _, _, plan in calls)
+        partials = _tables.empty(count, dtype=torch.float32, device=device)
+        first = 0
+        for indices, roles, plan in calls:
+            flat, views = plan.outputs(0, dtype or roles[1][0].dtype)
+            for i, view in zip(indices, views, strict=True):
+                masked[i] = view
+            if plan.num_blocks:
+                sample_fwd_kernel[(plan.num_blocks,)](
+                    _tables.pointers(roles), plan.rows, plan.geometry, plan.blocks, flat, bits.view(torch.int32),
+                    partials[first:], rng_state, tau, step_offset, WEIGHT=TL_DTYPES[roles[1][0].dtype], MODE=mode,
+                    PACK=pack, **plan.constants(launch), **OPTIONS,
+                )  # fmt: skip
+            first += plan.num_blocks
+        penalty = _mean(partials, sum(w.numel() for w in weights)) if has_penalty(mode) else None
+        if penalty is None:
+            penalty = torch.zeros((), dtype=torch.float32, device=device)
+    return masked, bits, penalty
+
+
+def _mean(partials: Tensor, total: int) -> Tensor | None:
+    if total == 0:
+        return None
+    penalty = _tables.empty((), dtype=torch.float32, device=partials.device)
+    penalty_fwd_kernel[(1,)](partials, penalty, partials.numel(), total, BLOCK=1024, num_warps=4, **OPTIONS)
+    return penalty
+
+
+def sample_backward(
+    grads: Sequence[Tensor],
+    grad_penalty: Tensor,
+    logits: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rng_state: Tensor,
+    tau: Tensor,
+    layers: Sequence[int],
+    thresholds: Sequence[float],
+    mode: int,
+    step_offset: int,
+    need_logits: bool,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of logits (fp32) and of weights (their dtype), each with its tensor's strides; [] where not needed."""
+    require_fp32(logits)
+    launch, total = launch_parameters("sample_backward"), sum(x.numel() for x in logits)
+    results: list[list[Tensor]] = [[rng_state] * len(x) if need else [] for x, need in (
+        (logits, need_logits), (weights, need_weights))]  # fmt: skip
+    if not (need_logits or need_weights):
+        return results[0], results[1]
+    with _tables.device_guard(rng_state.device):
+        for indices in groups_of(weights, grads):
+            roles = [_pick(logits, indices), _pick(weights, indices), _pick(grads, indices)]
+            plan = _tables.plan(
+                roles, launch, outputs=(0, 1), layers=_pick(layers, indices),
+                thresholds=_pick(thresholds, indices),
+            )  # fmt: skip
+            flats = []
+            for which, needed in enumerate((need_logits, need_weights)):
+                flat, views = plan.outputs(which, roles[which][0].dtype) if needed else (rng_state, [])
+                flats.append(flat)
+                for i, view in zip(indices, views, strict=False):
+                    results[which][i] = view
+            if plan.num_blocks:
+                sample_bwd_kernel[(plan.num_blocks,)](
+                    _tables.pointers(roles), plan.rows, plan.geometry, plan.blocks, *flats, grad_penalty, rng_state,
+                    tau, step_offset, total, WEIGHT=TL_DTYPES[roles[1][0].dtype], GRAD=TL_DTYPES[roles[2][0].dtype],
+                    MODE=mode, NEED_LOGITS=need_logits, NEED_WEIGHTS=need_weights, **plan.constants(launch), **OPTIONS,
+                )  # fmt: skip
+    return results[0], results[1]
