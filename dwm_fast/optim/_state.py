@@ -1,0 +1,330 @@
+"""What the optimisers share: buckets of parameters, state on the device, masks as bits, state dicts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dwm_fast.errors import InputError
+from dwm_fast.ops.bits import pack, packed_offsets, unpack
+from dwm_fast.ops.update import BLOCK, free_ranks
+
+Keep = Mapping[Tensor, Tensor] | Sequence[Tensor | None]
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+_GROUP_OF = BLOCK // 8
+
+
+class Bucket:
+    """The parameters of one group that share device and dtype: what one operation steps together.
+
+    `steps`, fp32 (n,), holds every parameter's step count; state[p]["step"] is a 0-dim view into it. `bits`
+    and `ranks` are as in `dwm_fast.ops.update`, both empty where nothing is kept.
+    """
+
+    def __init__(self, params: list[Tensor], kept: Mapping[Tensor, Tensor], compact: bool) -> None:
+        self.params = params
+        self.index = {p: i for i, p in enumerate(params)}
+        self.device = params[0].device
+        self.dtype = params[0].dtype
+        self.steps = torch.zeros(len(params), device=self.device)
+        self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.scale = torch.zeros((), device=self.device)
+        self.bits = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self.ranks = torch.empty(0, dtype=torch.int64, device=self.device)
+        numels = [p.numel() for p in params]
+        self._offsets = packed_offsets(numels)
+        if any(p in kept for p in params):
+            lengths = [b - a for a, b in itertools.pairwise(self._offsets)]
+            nothing = [torch.zeros(n, dtype=torch.uint8) for n in lengths]
+            parts = [kept.get(p, zero) for p, zero in zip(params, nothing, strict=True)]
+            self.bits = torch.cat([part.to(self.device) for part in parts])
+            if compact:
+                self.ranks = free_ranks(self.bits, numels)
+        self._selections: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def free_index(self, i: int) -> Tensor | None:
+        """Logical index of each free lane of parameter i, int64; None unless state is compact."""
+        if self.ranks.numel() == 0:
+            return None
+        bits = self.bits[self._offsets[i] : self._offsets[i + 1]]
+        return (~unpack(bits, [self.params[i].numel()])[0]).nonzero().squeeze(1)
+
+    def new_state(self, i: int) -> Tensor:
+        """Zeros: of the parameter's shape and strides, or 1-D, one entry per free lane."""
+        index = self.free_index(i)
+        if index is None:
+            return torch.zeros_like(self.params[i], dtype=self.state_dtype, requires_grad=False)
+        return torch.zeros(index.numel(), dtype=self.state_dtype, device=self.device)
+
+    def advance(self, active: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Count one step for the parameters in `active`: their bits, ranks and steps, in that order."""
+        if active == list(range(len(self.params))):
+            self.steps.add_(1)
+            return self.bits, self.ranks, self.steps
+        bits, ranks, index = self._select(tuple(active))
+        self.steps.index_add_(0, index, torch.ones_like(index, dtype=self.steps.dtype))
+        return bits, ranks, self.steps.index_select(0, index)
+
+    def _select(self, active: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        # Selections stay: a captured graph may be reading any of them.
+        if active not in self._selections:
+            spans = [(self._offsets[i], self._offsets[i + 1]) for i in active]
+            bits, ranks = self.bits, self.ranks
+            if bits.numel():
+                bits = torch.cat([bits[a:b] for a, b in spans])
+            if ranks.numel():
+                ranks = torch.cat([ranks[a // _GROUP_OF : b // _GROUP_OF] for a, b in spans])
+            self._selections[active] = bits, ranks, torch.tensor(active, device=self.device)
+        return self._selections[active]
+
+    def gradients(self, active: list[int]) -> list[Tensor]:
+        found = []
+        for i in active:
+            grad = self.params[i].grad
+            assert grad is not None
+            if grad.is_sparse:
+                raise InputError("a gradient is sparse; expected dense ones (sparse=False in the layer)")
+            found.append(grad if grad.dtype == self.dtype else grad.to(self.dtype))
+        return found
+
+
+class DeviceOptimizer(torch.optim.Optimizer):
+    """An optimiser whose step never waits for the device: step counts and learning rates live there.
+
+    On CUDA a float learning rate becomes a 0-dim fp64 tensor in its param group, which schedulers fill in
+    place, so a captured graph follows them. `state_dict` gives plain floats and torch.optim's own keys.
+    """
+
+    STATE: ClassVar[tuple[str, ...]] = ()
+    """Names of the state tensors of a parameter."""
+
+    def __init__(self, params: Params, defaults: dict[str, Any], keep: Keep | None, compact: bool) -> None:
+        self.compact = compact
+        self._kept: dict[Tensor, Tensor] = {}
+        self._buckets: dict[int, list[Bucket]] = {}
+        super().__init__(params, defaults)
+        if keep is not None:
+            self._keep_all(keep)
+
+    def _keep_all(self, keep: Keep) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if isinstance(keep, Mapping):
+            known = set(params)
+            if any(p not in known for p in keep):
+                raise InputError("keep names a tensor that is not a parameter of this optimiser; drop that entry")
+            items: Iterable[tuple[Tensor, Tensor | None]] = keep.items()
+        else:
+            masks = list(keep)
+            if len(masks) != len(params):
+                raise InputError(
+                    f"keep holds {len(masks)} masks for {len(params)} parameters; give one per parameter, None "
+                    f"where nothing is kept"
+                )
+            items = zip(params, masks, strict=True)
+        for param, mask in items:
+            self._keep_one(param, mask)
+
+    def _keep_one(self, param: Tensor, mask: Tensor | None) -> None:
+        if mask is None:
+            return
+        if mask.dtype != torch.bool or mask.shape != param.shape:
+            raise InputError(
+                f"a keep mask is {mask.dtype} of shape {tuple(mask.shape)} for a parameter of shape "
+                f"{tuple(param.shape)}; expected torch.bool (True = keep) of the same shape"
+            )
+        if bool(mask.any()):
+            self._kept[param] = pack([mask.to(param.device)])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's own; the group may carry "keep", masks aligned with its "params"."""
+        keep = param_group.get("keep")
+        super().add_param_group({k: v for k, v in param_group.items() if k != "keep"})
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            if not param.is_floating_point():
+                raise InputError(f"a parameter is {param.dtype}; expected a real floating dtype")
+        if keep is not None:
+            count = len(group["params"])
+            if len(keep) != count:
+                raise InputError(f"the group's keep holds {len(keep)} masks; expected one for each of {count}")
+            for param, mask in zip(group["params"], keep, strict=True):
+                self._keep_one(param, mask)
+
+    def buckets(self, group_index: int) -> list[Bucket]:
+        """The buckets of one param group, made at their first use: by then parameters have been moved."""
+        if group_index not in self._buckets:
+            found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for p in self.param_groups[group_index]["params"]:
+                found.setdefault((p.device, p.dtype), []).append(p)
+            made = [Bucket(params, self._kept, self.compact) for params in found.values()]
+            for bucket in made:
+                self._adopt(bucket)
+            self._buckets[group_index] = made
+        return self._buckets[group_index]
+
+    def _adopt(self, bucket: Bucket) -> None:
+        """Give the bucket's step counts to states that exist already (a copied or unpickled optimiser)."""
+        for i, p in enumerate(bucket.params):
+            if p in self.state and "step" in self.state[p]:
+                bucket.steps[i].copy_(self.state[p]["step"])
+                self.state[p]["step"] = bucket.steps[i]
+
+    def all_buckets(self) -> Iterator[tuple[dict[str, Any], Bucket]]:
+        for index, group in enumerate(self.param_groups):
+            for bucket in self.buckets(index):
+                yield group, bucket
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """State tensors that a group's rule needs."""
+        return self.STATE
+
+    def states(self, group: dict[str, Any], bucket: Bucket, active: Iterable[int]) -> list[list[Tensor]]:
+        """One list per name of `state_names`, each aligned with `active`; zeros where there was no state."""
+        names = self.state_names(group)
+        rows = []
+        for i in active:
+            state = self.state[bucket.params[i]]
+            if "step" not in state:
+                state["step"] = bucket.steps[i]
+            for name in names:
+                if name not in state:
+                    state[name] = bucket.new_state(i)
+            rows.append([state[name] for name in names])
+        return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
+
+    def learning_rate(self, group: dict[str, Any], bucket: Bucket) -> Tensor:
+        """The group's learning rate, 0-dim fp64 on the bucket's device."""
+        value = group["lr"]
+        if isinstance(value, Tensor) and value.dtype == torch.float64 and value.device == bucket.device:
+            return value.squeeze()
+        if isinstance(value, Tensor):
+            return bucket.lr.copy_(value.squeeze())
+        bucket.lr.fill_(value)
+        if bucket.device.type == "cuda":
+            group["lr"] = bucket.lr
+        return bucket.lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient; returns what `closure` returned, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, bucket in self.all_buckets():
+            self.update(group, bucket)
+        return loss
+
+    def update(self, group: dict[str, Any], bucket: Bucket) -> None:
+        """Step the parameters of one bucket."""
+        raise AssertionError("DeviceOptimizer is a base class; use FrozenAdamW, FrozenSGD or MaskAdam")
+
+    def exported_state(self, state: dict[str, Any], bucket: Bucket, i: int, step: float) -> dict[str, Any]:
+        """A parameter's state as torch.optim keeps it."""
+        index = bucket.free_index(i)
+        out: dict[str, Any] = {"step": torch.tensor(step)}
+        for name in self.STATE:
+            if name in state:
+                out[name] = state[name] if index is None else _expanded(state[name], index, bucket.params[i])
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's own for the same algorithm: dense state in fp32, floats for learning rates.
+
+        Compact state is expanded, with zeros where weights are kept. Step counts are read, so it waits for the
+        device.
+        """
+        result = super().state_dict()
+        number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        exported = {}
+        for _, bucket in self.all_buckets():
+            for i, (p, step) in enumerate(zip(bucket.params, bucket.steps.tolist(), strict=True)):
+                if step > 0:
+                    exported[number[p]] = self.exported_state(self.state[p], bucket, i, step)
+        result["state"] = dict(sorted(exported.items()))
+        result["param_groups"] = [
+            {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in group.items()}
+            for group in result["param_groups"]
+        ]
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimiser, compact or not, or of torch.optim's for the same algorithm.
+
+        State and tensor learning rates are written in place: a captured graph goes on from what was loaded.
+        Raises InputError for amsgrad, which has no counterpart here, and for state of another shape.
+        """
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise InputError("the state dict is of amsgrad=True, which is not offered here; use torch.optim's")
+        state, rates = self.state, [group["lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        self.state = state
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            if isinstance(rate, Tensor):
+                group["lr"] = rate.fill_(float(group["lr"]))
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = {p: state_dict["state"].get(i, {}) for i, p in zip(saved_ids, params, strict=True)}
+        for group, bucket in self.all_buckets():
+            for i, p in enumerate(bucket.params):
+                self._load(group, bucket, i, saved[p])
+
+    def loaded_step(self, saved: dict[str, Any]) -> float:
+        """Steps that a saved state has behind it."""
+        return float(saved.get("step", 0))
+
+    @torch.no_grad()
+    def _load(self, group: dict[str, Any], bucket: Bucket, i: int, saved: dict[str, Any]) -> None:
+        if not saved and bucket.params[i] not in self.state:
+            return
+        columns = self.states(group, bucket, [i])
+        bucket.steps[i] = self.loaded_step(saved)
+        index = bucket.free_index(i)
+        for name, (target,) in zip(self.state_names(group), columns, strict=True):
+            value = saved.get(name)
+            if value is None:
+                target.zero_()
+                continue
+            if value.shape != bucket.params[i].shape:
+                raise InputError(
+                    f"state '{name}' has shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(bucket.params[i].shape)}; load a state dict of the same model"
+                )
+            value = value.to(target.device)
+            target.copy_(value if index is None else value.reshape(-1)[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compact": self.compact, "_kept": self._kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_kept" in state:  # unpickled or copied; torch's load_state_dict comes here too
+            self._buckets = {}
+
+
+def _expanded(state: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    flat = torch.zeros(like.numel(), dtype=state.dtype, device=state.device)
+    return torch.zeros_like(like, dtype=state.dtype).copy_(flat.index_copy_(0, index, state).view(like.shape))
+
+
+def non_negative(**values: float | Tensor) -> None:
+    """Raise InputError for a number below 0; tensors are not read."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise InputError(f"{name} is {value}; expected a number of at least 0")
+
+
+def valid_betas(betas: tuple[float, float]) -> None:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise InputError(f"betas is {betas}; expected two numbers in [0, 1)")
