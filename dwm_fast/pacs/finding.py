@@ -22,7 +22,7 @@ def finding(results: Mapping[str, Any]) -> list[str]:
     shared = _groups(results, "shared")
     baseline = [key for key in shared if key[0] == "none"]
     rivals = [key for key in shared if key[0] != "none"]
-    data = results["data"]["name"]
+    data = results["data"]["name"] if results["data"]["real"] else f"the {results['data']['name']}"
     if not shared:
         return [f"No fine-tuning run on {data} has finished yet."]
     if not baseline or not rivals:

@@ -89,9 +89,11 @@ def _section(title: str, content: str) -> str:
 def _header(results: Mapping[str, Any]) -> str:
     data = results["data"]
     kind = "real" if data["real"] else "standin"
+    pairs = len({(run["source"], run["target"]) for run in results["rows"]})
+    seeds = len({run["seed"] for run in results["rows"]})
     facts = (
-        f"{len({(run['source'], run['target']) for run in results['rows']})} pairs",
-        f"{len({run['seed'] for run in results['rows']})} seeds",
+        f"{pairs} pair{'s' * (pairs != 1)}",
+        f"{seeds} seed{'s' * (seeds != 1)}",
         f"{len(data['classes'])} classes at {data['image_size']} px",
         f"on {results['versions'].get('device', 'an unknown device')}",
     )
@@ -102,8 +104,8 @@ def _header(results: Mapping[str, Any]) -> str:
 
 
 def _finding(sentences: Sequence[str]) -> str:
-    lead, *rest = sentences
-    return f'<p class="lead">{escape(lead)}</p>' + (f"<p>{escape(' '.join(rest))}</p>" if rest else "")
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences[2:])
+    return f'<p class="lead">{escape(" ".join(sentences[:2]))}</p>' + (f"<ul>{items}</ul>" if items else "")
 
 
 def _table(header: Iterable[str], body: Iterable[Iterable[str]], caption: str = "") -> str:
@@ -146,7 +148,8 @@ def _gain_tables(rows: Sequence[TableRow], real: bool) -> str:
     if not rows:
         return "<p>No run has finished yet.</p>"
     cover = uniform_coverage(row.cells.get(source) for row in rows for source in row.sources) is None
-    parts = ["<p>In each cell S gain stands above T drop; bold is the highest S gain of its column.</p>"]
+    bold = "" if cover else "; bold is the highest S gain of its column"
+    parts = [f"<p>In each cell S gain stands above T drop{bold}.</p>"]
     for view in sorted({row.view for row in rows}, key=lambda one: rank(list(VIEWS), one)):
         chosen = [row for row in rows if row.view == view and row.method != "none"]
         best: dict[str, float] = {}
@@ -158,7 +161,7 @@ def _gain_tables(rows: Sequence[TableRow], real: bool) -> str:
         for row in chosen:
             cells = [at(row, column) for column in columns(rows)]
             marks = [
-                one is not None and one.s_gain.mean == best[column]
+                one is not None and not cover and one.s_gain.mean == best[column]
                 for one, column in zip(cells, columns(rows), strict=True)
             ]
             kept = _html_number(Stat(row.overall.fraction_kept.mean, None))
@@ -270,7 +273,7 @@ def _reproduce(results: Mapping[str, Any], command: str) -> str:
     config = _pairs(((name, _text(value)) for name, value in _flat(results["config"])), "settings")
     return (
         f"<pre>{escape(command)}</pre>"
-        "<p>The same seeds, versions and device give the same numbers; <code>results.json</code> has them.</p>"
+        "<p>Same seeds, versions and device give the same numbers; <code>results.json</code> has them.</p>"
         f"<h3>Versions</h3>{versions}<details><summary>Every option</summary>{config}</details>"
     )
 

@@ -31,8 +31,8 @@ DEFINITIONS = (
     ("view shared", "The paper's view: one network, as fine-tuning left it, is tested on both domains."),
     (
         "view masked",
-        "The source is tested under its own keep mask: reused weights are zeroed, batch norm and head are its "
-        "own. Nothing done for the target can change it.",
+        "The source is tested under its own keep mask: reused weights are zeroed, batch norm and head are "
+        "its own. Nothing done for the target can change it.",
     ),
     ("batch norm", "Frozen: as the source left it. Shared: trained on the target. Per-domain: each its own."),
 )
@@ -45,13 +45,15 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 80rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem;
   border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
-header p { color: var(--soft); margin: 0; }
-p { max-width: 46rem; }
+p, ul { max-width: 46rem; }
+header p { color: var(--soft); margin: 0; max-width: none; }
+ul { padding-left: 1.25rem; }
+li { margin: .25rem 0; }
 .badge { display: inline-block; padding: .1rem .6rem; margin-right: .5rem; border-radius: 1rem;
   font-weight: 600; background: var(--panel); color: var(--ink); border: 1px solid var(--line); }
 .badge.standin { background: var(--warnground); color: var(--warn); border-color: currentColor; }
@@ -60,7 +62,7 @@ p { max-width: 46rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 caption { text-align: left; padding: .25rem 0 .5rem; font-weight: 600; }
-th, td { padding: .35rem .8rem; text-align: right; vertical-align: top; white-space: nowrap;
+th, td { padding: .35rem .65rem; text-align: right; vertical-align: top; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 thead th { background: var(--panel); font-weight: 600; }
 th:first-child { text-align: left; font-weight: 500; }

@@ -1,0 +1,216 @@
+"""The report is one file that opens with the truth about the runs, and says on what data."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from dwm_fast.errors import DataError
+from dwm_fast.pacs.finding import finding
+from dwm_fast.pacs.report import write_report
+
+from .results_for_tests import STAND_IN, results, row, two_seeds
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
+)
+
+
+class Page(HTMLParser):
+    """Collects text, headings and links, and checks that tags are closed in order."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.text, self.headings, self.links, self.images = [], [], [], [], []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.links += [values[name] for name in ("href", "src", "action", "data", "srcset") if name in values]
+        if tag == "img":
+            self.images.append(values)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+            if self.open and self.open[-1] in ("h1", "h2"):
+                self.headings.append(data)
+
+
+def page(tmp_path, study, figures=(), **options):
+    source = write_report(study, tmp_path, figures, **options).read_text(encoding="utf-8")
+    return source, Page(source)
+
+
+def test_report_is_self_contained(tmp_path):
+    for name in ("accuracy.png", "accuracy.svg", "retention.png"):
+        (tmp_path / name).write_bytes(PNG)
+    figures = [tmp_path / name for name in ("accuracy.png", "accuracy.svg", "retention.png")]
+    source, parsed = page(tmp_path, results(two_seeds(), real=True), figures)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", source)
+    assert "<script" not in source
+    assert "<link" not in source
+    assert [link.split(";")[0] for link in parsed.links] == ["data:image/svg+xml", "data:image/png"]
+    assert base64.b64decode(parsed.links[1].split(",")[1]) == PNG
+    assert all(image["alt"] for image in parsed.images)
+
+
+def test_report_opens_with_the_finding_and_has_every_part(tmp_path):
+    source, parsed = page(tmp_path, results(two_seeds()), command="dwm-fast pacs --seeds 0,1")
+    text = " ".join(parsed.text)
+    assert parsed.headings[:2] == ["Weight masks for domain transfer", "Finding"]
+    assert text.index("keeps the source best") < text.index("S gain stands above")
+    assert "+0.200" in text
+    for promised in (
+        "S gain",
+        "T drop",
+        "“shared”",
+        "“masked”",
+        "dwm-fast pacs --seeds 0,1",
+        "binary.tau",
+        "2.11",
+    ):
+        assert promised in text
+    assert text.count(STAND_IN) >= 3
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_report_has_no_nan_and_no_none(tmp_path):
+    study = results(two_seeds())
+    study["rows"][0]["s_gain"] = math.nan
+    study["rows"][1]["t_drop"] = None
+    study["config"]["rate"] = math.inf
+    study["masks"][0] |= {"within_budget": None, "coefficient": None}
+    _, parsed = page(tmp_path, study)
+    words = set(re.findall(r"[A-Za-z]+", " ".join(parsed.text)))
+    assert not words & {"nan", "NaN", "inf", "None"}
+
+
+def test_everything_is_escaped(tmp_path):
+    hostile = '<script>alert("x")</script>'
+    study = results(two_seeds(), name=hostile)
+    study["config"][hostile] = hostile
+    study["versions"]["device"] = hostile
+    study["data"]["classes"] = [hostile]
+    for run in study["rows"]:
+        run["bn_policy"] = hostile
+    source, parsed = page(tmp_path, study, command=hostile)
+    assert "<script" not in source
+    assert hostile in "".join(parsed.text)
+
+
+def test_empty_and_partial_studies_have_a_report(tmp_path):
+    empty = results([]) | {"masks": [], "overlap": [], "sources": []}
+    assert "No run has finished" in " ".join(page(tmp_path, empty)[1].text)
+    partial = [*two_seeds(), row("art", "photo", "none", 0, 0.0, 0.0)]
+    text = " ".join(page(tmp_path, results(partial))[1].text)
+    assert "uneven" in text
+    assert "2 pairs × 2 seeds" in text
+
+
+def test_published_table_stands_only_beside_real_data(tmp_path):
+    assert "Published table" in page(tmp_path, results(two_seeds(), real=True))[0]
+    assert "Published table" not in page(tmp_path, results(two_seeds()))[0]
+
+
+def test_missing_figure_and_unwritable_folder_are_one_line(tmp_path):
+    with pytest.raises(DataError, match="cannot read figure"):
+        write_report(results([]), tmp_path, [tmp_path / "accuracy.png"])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot write") as error:
+        write_report(results([]), tmp_path / "file", [])
+    assert "\n" not in str(error.value)
+
+
+def test_finding_names_the_winner_its_gain_and_its_cost():
+    said = finding(results(two_seeds()))
+    assert said[0] == (
+        f"On the {STAND_IN}, binary masking with S_start (batch norm frozen) keeps the source best: accuracy 0.600 "
+        "against 0.400 with plain fine-tuning (S gain +0.200 ± 0.071); before fine-tuning it was 0.950."
+    )
+    assert (
+        said[1]
+        == "On the target it reaches 0.890 against 0.900 (T drop -0.010 ± 0.000), equal within two points."
+    )
+    text = " ".join(said)
+    assert "stays at 0.940" in text
+    assert "0.25 of the weights kept" in text
+    assert "2 pairs × 2 seeds" in text
+    assert "highest of 2 configurations" in text
+    assert "procedural, not PACS" in text
+
+
+def test_finding_says_when_no_mask_helps():
+    rows = [row("photo", "art", "none", 0, 0.0, 0.0), row("photo", "art", "binary", 0, -0.1, 0.03)]
+    said = " ".join(finding(results(rows, real=True)))
+    assert said.startswith("On PACS, no mask keeps the source better than plain fine-tuning does.")
+    assert "0.300 against 0.400" in said
+    assert "more than two points above" in said
+    assert "one seed" in said
+    assert "procedural" not in said
+
+
+def test_finding_offers_the_best_at_equal_target():
+    rows = [
+        row("photo", "art", "none", 0, 0.0, 0.0),
+        row("photo", "art", "binary", 0, 0.3, -0.1),
+        row("photo", "art", "edit", 0, 0.2, -0.01),
+        row("photo", "art", "naive", 0, 0.1, 0.0),
+    ]
+    said = finding(results(rows, real=True))
+    assert "binary" in said[0]
+    assert "more than two points below" in said[1]
+    assert "edit masking with S_start (batch norm frozen) keeps most: S gain +0.200, T drop -0.010" in said[2]
+
+
+def test_finding_compares_only_runs_that_all_have():
+    rows = [*two_seeds(), row("art", "photo", "binary", 0, 0.9, 0.0)]
+    said = " ".join(finding(results(rows)))
+    assert "S gain +0.200" in said
+    assert "Only the runs that every configuration has" in said
+
+
+def test_finding_counts_the_sources_won():
+    rows = [
+        row(source, "sketch", method, 0, gain, 0.0)
+        for source, gains in (("photo", (0.3, 0.1)), ("art", (0.1, 0.2)))
+        for method, gain in (("none", 0.0), ("binary", gains[0]), ("edit", gains[1]))
+    ]
+    assert (
+        "By source domain, binary masking keeps the source best on 1 of 2 (otherwise edit on art)."
+        in finding(results(rows))
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "has finished yet"),
+        ([row("photo", "art", "binary", 0, 0.1, 0.0)], "no plain fine-tuning"),
+        ([row("photo", "art", "none", 0, 0.0, 0.0)], "only plain fine-tuning"),
+        (
+            [row("photo", "art", "none", 0, 0.0, 0.0), row("art", "photo", "binary", 0, 0.1, 0.0)],
+            "no pair and seed",
+        ),
+        (
+            [row("photo", "art", "none", 0, 0.0, 0.0), row("photo", "art", "binary", 0, math.nan, 0.0)],
+            "no S gain",
+        ),
+    ],
+)
+def test_finding_claims_nothing_without_a_comparison(rows, words):
+    said = finding(results(rows))
+    assert len(said) == 1
+    assert words in said[0]
