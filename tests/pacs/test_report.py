@@ -138,7 +138,8 @@ def test_finding_names_the_winner_its_gain_and_its_cost():
     said = finding(results(two_seeds()))
     assert said[0] == (
         f"On the {STAND_IN}, binary masking with S_start (batch norm frozen) keeps the source best: "
-        "accuracy 0.600 against 0.400 with plain fine-tuning (S gain +0.200 ± 0.071); before fine-tuning it was 0.950."
+        "accuracy 0.600 against 0.400 with plain fine-tuning "
+        "(S gain +0.200 ± 0.071); before fine-tuning it was 0.950."
     )
     assert (
         said[1]
