@@ -1,8 +1,7 @@
-"""What the optimisers share: buckets of parameters, state on the device, masks as bits, state dicts."""
+"""What the optimisers share: state on the device, masks as bits, torch.optim's state dicts."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,92 +9,11 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops.bits import pack, packed_offsets, unpack
-from dwm_fast.ops.update import BLOCK, free_ranks
+from dwm_fast.ops.bits import pack
+from dwm_fast.optim._bucket import Bucket
 
 Keep = Mapping[Tensor, Tensor] | Sequence[Tensor | None]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-_GROUP_OF = BLOCK // 8
-
-
-class Bucket:
-    """The parameters of one group that share device and dtype: what one operation steps together.
-
-    `steps`, fp32 (n,), holds every parameter's step count; state[p]["step"] is a 0-dim view into it. `bits`
-    and `ranks` are as in `dwm_fast.ops.update`, both empty where nothing is kept.
-    """
-
-    def __init__(self, params: list[Tensor], kept: Mapping[Tensor, Tensor], compact: bool) -> None:
-        self.params = params
-        self.index = {p: i for i, p in enumerate(params)}
-        self.device = params[0].device
-        self.dtype = params[0].dtype
-        self.steps = torch.zeros(len(params), device=self.device)
-        self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.scale = torch.zeros((), device=self.device)
-        self.bits = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self.ranks = torch.empty(0, dtype=torch.int64, device=self.device)
-        numels = [p.numel() for p in params]
-        self._offsets = packed_offsets(numels)
-        if any(p in kept for p in params):
-            lengths = [b - a for a, b in itertools.pairwise(self._offsets)]
-            nothing = [torch.zeros(n, dtype=torch.uint8) for n in lengths]
-            parts = [kept.get(p, zero) for p, zero in zip(params, nothing, strict=True)]
-            self.bits = torch.cat([part.to(self.device) for part in parts])
-            if compact:
-                self.ranks = free_ranks(self.bits, numels)
-        self._selections: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def free_index(self, i: int) -> Tensor | None:
-        """Logical index of each free lane of parameter i, int64; None unless state is compact."""
-        if self.ranks.numel() == 0:
-            return None
-        bits = self.bits[self._offsets[i] : self._offsets[i + 1]]
-        return (~unpack(bits, [self.params[i].numel()])[0]).nonzero().squeeze(1)
-
-    def new_state(self, i: int) -> Tensor:
-        """Zeros: of the parameter's shape and strides, or 1-D, one entry per free lane."""
-        index = self.free_index(i)
-        if index is None:
-            return torch.zeros_like(self.params[i], dtype=self.state_dtype, requires_grad=False)
-        return torch.zeros(index.numel(), dtype=self.state_dtype, device=self.device)
-
-    def advance(self, active: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Count one step for the parameters in `active`: their bits, ranks and steps, in that order."""
-        if active == list(range(len(self.params))):
-            self.steps.add_(1)
-            return self.bits, self.ranks, self.steps
-        bits, ranks, index = self._select(tuple(active))
-        self.steps.index_add_(0, index, torch.ones_like(index, dtype=self.steps.dtype))
-        return bits, ranks, self.steps.index_select(0, index)
-
-    def _select(self, active: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        # Selections stay: a captured graph may be reading any of them.
-        if active not in self._selections:
-            spans = [(self._offsets[i], self._offsets[i + 1]) for i in active]
-            bits, ranks = self.bits, self.ranks
-            if bits.numel():
-                bits = torch.cat([bits[a:b] for a, b in spans])
-            if ranks.numel():
-                ranks = torch.cat([ranks[a // _GROUP_OF : b // _GROUP_OF] for a, b in spans])
-            self._selections[active] = bits, ranks, torch.tensor(active, device=self.device)
-        return self._selections[active]
-
-    def gradients(self, active: list[int]) -> list[Tensor]:
-        found = []
-        for i in active:
-            grad = self.params[i].grad
-            assert grad is not None
-            if grad.is_sparse:
-                raise InputError("a gradient is sparse; expected dense ones (sparse=False in the layer)")
-            found.append(grad if grad.dtype == self.dtype else grad.to(self.dtype))
-        return found
-
 
 class DeviceOptimizer(torch.optim.Optimizer):
     """An optimiser whose step never waits for the device: step counts and learning rates live there.
@@ -120,14 +38,14 @@ class DeviceOptimizer(torch.optim.Optimizer):
         if isinstance(keep, Mapping):
             known = set(params)
             if any(p not in known for p in keep):
-                raise InputError("keep names a tensor that is not a parameter of this optimiser; drop that entry")
+                raise InputError("keep names a tensor that is none of the optimiser's parameters; drop it")
             items: Iterable[tuple[Tensor, Tensor | None]] = keep.items()
         else:
             masks = list(keep)
             if len(masks) != len(params):
                 raise InputError(
-                    f"keep holds {len(masks)} masks for {len(params)} parameters; give one per parameter, None "
-                    f"where nothing is kept"
+                    f"keep holds {len(masks)} masks for {len(params)} parameters; give one each, None where "
+                    f"nothing is kept"
                 )
             items = zip(params, masks, strict=True)
         for param, mask in items:
@@ -155,7 +73,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         if keep is not None:
             count = len(group["params"])
             if len(keep) != count:
-                raise InputError(f"the group's keep holds {len(keep)} masks; expected one for each of {count}")
+                raise InputError(f"the group's keep holds {len(keep)} masks; expected {count}, one each")
             for param, mask in zip(group["params"], keep, strict=True):
                 self._keep_one(param, mask)
 
@@ -240,7 +158,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's own for the same algorithm: dense state in fp32, floats for learning rates.
 
-        Compact state is expanded, with zeros where weights are kept. Step counts are read, so it waits for the
+        Compact state is expanded, with zeros where weights are kept. Reading step counts, it waits for the
         device.
         """
         result = super().state_dict()
@@ -264,7 +182,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         Raises InputError for amsgrad, which has no counterpart here, and for state of another shape.
         """
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise InputError("the state dict is of amsgrad=True, which is not offered here; use torch.optim's")
+            raise InputError("the state dict is of amsgrad=True, which is missing here; use torch.optim's")
         state, rates = self.state, [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         self.state = state

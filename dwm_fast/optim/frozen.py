@@ -1,4 +1,4 @@
-"""FrozenAdamW and FrozenSGD: torch.optim's rules on free weights; kept ones and their state stay as they are."""
+"""FrozenAdamW and FrozenSGD: torch.optim's rules on free weights; kept ones and their state stay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.update import frozen_adamw, frozen_sgd
-from dwm_fast.optim._state import Bucket, DeviceOptimizer, Keep, Params, non_negative, valid_betas
+from dwm_fast.optim._bucket import Bucket
+from dwm_fast.optim._state import DeviceOptimizer, Keep, Params, non_negative, valid_betas
 
 
 class FrozenAdamW(DeviceOptimizer):
@@ -20,11 +21,11 @@ class FrozenAdamW(DeviceOptimizer):
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         decoupled_weight_decay: False gives torch.optim.Adam's L2 decay.
         keep: which weights are kept: {parameter: mask} or a list of masks aligned with the parameters (None
-            where nothing is kept). A mask is bool, of the parameter's shape, True = keep. It is packed once, to
-            one bit per weight; changing the mask afterwards changes nothing.
+            where nothing is kept). A mask is bool, of the parameter's shape, True = keep. It is packed once,
+            to one bit per weight; changing the mask afterwards changes nothing.
         compact: store state for free weights only, so its memory falls with the fraction kept.
 
-    State is fp32 for fp32, bf16 and fp16 weights. Gradients of kept weights are ignored, inf and NaN included.
+    State is fp32 for fp32, bf16 and fp16 weights. Gradients of kept weights are ignored, NaN included.
 
     Example:
         >>> import torch, dwm_fast.optim
@@ -117,8 +118,8 @@ class FrozenSGD(DeviceOptimizer):
         non_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise InputError(
-                f"nesterov=True with momentum={momentum} and dampening={dampening}; expected momentum > 0 and "
-                f"dampening 0"
+                f"nesterov=True with momentum={momentum} and dampening={dampening}; expected momentum > 0 "
+                f"and dampening 0"
             )
         defaults = {
             "lr": lr,

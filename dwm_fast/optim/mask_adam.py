@@ -10,17 +10,18 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.update import frozen_adamw, mask_adam
-from dwm_fast.optim._state import Bucket, DeviceOptimizer, non_negative, valid_betas
+from dwm_fast.optim._bucket import Bucket
+from dwm_fast.optim._state import DeviceOptimizer, non_negative, valid_betas
 from dwm_fast.optim.record import DrawRecorder, MaskRecord, MaskSource
 
 
 class MaskAdam(DeviceOptimizer):
     """Adam(W) on mask logits, straight from the gradients of the masked weights.
 
-    With `fold` the source's backward stops at the gradient of the masked weights; `step` draws the noise again
-    and does the rest in one pass, so no gradient of the logits is ever stored (logits.grad stays None). Several
-    backward passes before a step (mask_samples > 1, accumulation), or a gradient that reached the logits another
-    way, are added up first, in more than one pass.
+    With `fold` the source's backward stops at the gradient of the masked weights; `step` draws the noise
+    again and does the rest in one pass, so no gradient of the logits is ever stored (logits.grad stays None).
+    Several backward passes before a step (mask_samples > 1, accumulation), or a gradient that reached the
+    logits another way, are added up first, in more than one pass.
 
     Args:
         source: a `MaskedModel`, or several (each becomes one param group).
@@ -55,8 +56,8 @@ class MaskAdam(DeviceOptimizer):
         valid_betas(betas)
         if not fold and (isinstance(coefficient, Tensor) or coefficient != 0):
             raise InputError(
-                "coefficient needs fold=True; with fold=False add coefficient * masked.sparsity_penalty() to the "
-                "loss"
+                "coefficient needs fold=True; with fold=False add coefficient * masked.sparsity_penalty() to "
+                "the loss"
             )
         sources = list(source) if isinstance(source, Sequence) else [source]
         defaults = {
@@ -114,8 +115,8 @@ class MaskAdam(DeviceOptimizer):
     def _refuse_lost_penalty(self, group: dict[str, Any]) -> None:
         if isinstance(group["coefficient"], Tensor) or group["coefficient"] != 0:
             raise InputError(
-                "logits have gradients but no draw was recorded, so the coefficient's penalty cannot be added; "
-                "is another MaskAdam attached to the same model?"
+                "logits have gradients but no draw was recorded: the coefficient's penalty cannot be added; "
+                "another MaskAdam may have been attached to the model since"
             )
 
     def _penalty_scale(self, group: dict[str, Any], bucket: Bucket, records: Iterable[MaskRecord]) -> Tensor:
