@@ -89,19 +89,19 @@ def capture_step(
 ) -> CapturedStep:
     """Make one call of a whole training step (forward, backward, optimiser) a single CUDA graph replay.
 
-    Mask noise, step counts and learning rates of `dwm_fast` live on the device, so every replay draws new masks
-    and follows the scheduler. Start the step with `optimizer.zero_grad()` (set_to_none=True, as by default).
+    Mask noise, step counts and learning rates of `dwm_fast` live on the device, so every replay draws new
+    masks and follows the scheduler. Start the step with `optimizer.zero_grad()` (set_to_none=True, as by default).
 
     Args:
         step: function of tensors; returns tensors in any nesting. It must not wait for the device.
         examples: a batch, of the shape and dtype of every later one. On a GPU it decides the device.
-        warmup: real steps run on the examples before the capture, at least 2 (the first may set things up); the
-            capture itself runs none.
-        restore: modules, optimisers and tensors that are put back after the warm-up to what they were before it,
-            so that the first call is the first step. State that an optimiser made meanwhile is set to zero, and
-            gradients are dropped.
-        device: where the graph runs; the first example's by default. Anything but CUDA: calls run `step` eagerly
-            and no warm-up is run.
+        warmup: real steps run on the examples before the capture, at least 2 (the first may set things up);
+            the capture itself runs none.
+        restore: modules, optimisers and tensors that are put back after the warm-up to what they were before,
+            so that the first call is the first step. State that an optimiser made meanwhile is set to zero,
+            and gradients are dropped.
+        device: where the graph runs; the first example's by default. Anything but CUDA: calls run `step`
+            eagerly and no warm-up is run.
 
     Raises:
         InputError: examples that are no tensors, warmup below 2, or no example and no device.
@@ -140,8 +140,8 @@ def _no_waiting() -> Iterator[None]:
         if "synchroniz" not in str(error):
             raise
         raise CaptureError(
-            "the step waits for the device, which a CUDA graph cannot: look in the traceback above for .item()"
-            ", .cpu(), float(), print or a choice by a tensor's value, and take it out of the step"
+            "the step waits for the device, which a CUDA graph cannot: look in the traceback above for "
+            ".item(), .cpu(), float(), print or a choice by a tensor's value, and take it out of the step"
         ) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
@@ -163,17 +163,23 @@ def _restored(things: list[Stateful]) -> Iterator[None]:
     before = {x: x.detach().clone() for thing in things for x in _tensors(thing)}
     optimizers = [thing for thing in things if isinstance(thing, torch.optim.Optimizer)]
     rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    yield
-    with torch.no_grad():
-        for x in {x: None for thing in things for x in _tensors(thing)}:
-            x.grad = None
-            if x in before:
-                x.copy_(before[x])
-            else:
-                x.zero_()
+    try:
+        yield
+    finally:
+        _put_back({x for thing in things for x in _tensors(thing)}, before)
         for group, rate in rates:
             if isinstance(group["lr"], Tensor) and not isinstance(rate, Tensor):
                 group["lr"].fill_(rate)
+
+
+@torch.no_grad()
+def _put_back(tensors: set[Tensor], before: dict[Tensor, Tensor]) -> None:
+    for x in tensors:
+        x.grad = None
+        if x in before:
+            x.copy_(before[x])
+        else:
+            x.zero_()
 
 
 def _detached(outputs: Any) -> Any:
