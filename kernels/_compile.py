@@ -53,7 +53,8 @@ class Usage:
 
 
 def _walk(launch: Launch, taps: bool, rank: int) -> dict[str, Any]:
-    return {"BLOCK": launch.block, "GROUPS": launch.groups, "HAS_TAPS": taps, "RANK": rank}
+    return {"BLOCK": launch.block, "STRIDED_BLOCK": launch.strided, "GROUPS": launch.groups, "HAS_TAPS": taps,
+            "RANK": rank}  # fmt: skip
 
 
 def _short(dtype: torch.dtype) -> str:

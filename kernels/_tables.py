@@ -89,7 +89,7 @@ class Plan:
 
     def constants(self, launch: Launch) -> dict[str, int | bool]:
         """Compile-time arguments and warps of a kernel that walks this plan."""
-        return {"BLOCK": launch.block, "GROUPS": launch.groups, "HAS_TAPS": self.taps, "RANK": self.rank,
+        return {"BLOCK": launch.block, "STRIDED_BLOCK": launch.strided, "GROUPS": launch.groups, "HAS_TAPS": self.taps, "RANK": self.rank,
                 "num_warps": launch.num_warps}  # fmt: skip
 
     def outputs(self, which: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -231,6 +231,11 @@ def _collapse(
             sizes.append(size)
             for own, s in zip(by_role, strides, strict=True):
                 own.append(s[d])
+    if max(sizes[1:], default=0) >= 2**31 - 2**16:
+        raise InputError(
+            f"a weight of shape {tuple(shape)} is laid out with an inner dimension of {max(sizes[1:])}; the triton "
+            f"backend expects less than {2**31 - 2**16}: make weight, logits and gradient contiguous"
+        )
     if len(sizes) > MAX_RANK:
         raise InputError(
             f"a weight of shape {tuple(shape)} has {len(sizes)} dimensions that cannot be joined; the triton "
@@ -245,12 +250,14 @@ def _pad(sizes: list[int], strides: list[list[int]], rank: int) -> list[int]:
 
 
 def _blocks(tensor: int, kind: int, numel: int, launch: Launch) -> list[tuple[int, int]]:
-    """Programs of one tensor; a FLAT tensor whose last block of four is partial ends in a STRIDED program."""
-    size = 36 * launch.groups if kind == TAPS.value else launch.block
-    blocks = [(tensor * 4 + kind, chunk) for chunk in range(-(-numel // size))]
-    if kind == FLAT.value and numel % 4:
-        blocks[-1] = (tensor * 4 + STRIDED.value, blocks[-1][1])
-    return blocks
+    """Programs of one tensor; a FLAT tensor whose last four are not complete ends in STRIDED programs."""
+    if kind == TAPS.value:
+        return [(tensor * 4 + kind, chunk) for chunk in range(-(-numel // (36 * launch.groups)))]
+    flat = 0 if kind == STRIDED.value else numel // launch.block if numel % 4 else -(-numel // launch.block)
+    first = flat * launch.block // launch.strided
+    return [(tensor * 4 + FLAT.value, chunk) for chunk in range(flat)] + [
+        (tensor * 4 + STRIDED.value, chunk) for chunk in range(first, -(-numel // launch.strided))
+    ]
 
 
 def _to_device(

@@ -12,14 +12,10 @@ A program handles one chunk of one tensor, as rows of four neighbouring elements
 Offsets inside a chunk are int32, its start is int64.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
 from dwm_fast.kernels._tables import CHANNELS, COLUMNS, LAYER, NUMEL, OUTPUT, THRESHOLD, WORD
-
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -61,24 +57,26 @@ def flat_offsets(numel, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def strided_index(numel, chunk, BLOCK: tl.constexpr):
-    """Logical index (int64) [BLOCK / 4, 4] of a STRIDED chunk, and its mask."""
-    offsets = 4 * tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :]
-    index = chunk * BLOCK + offsets
-    return index, index < numel
+def strided_coordinates(
+    geometry, tensor, numel, chunk, BLOCK: tl.constexpr, RANK: tl.constexpr, ROLES: tl.constexpr
+):
+    """Coordinates of a STRIDED chunk, last dimension first, as a tuple of RANK blocks [BLOCK / 4, 4], and its mask.
 
-
-@triton.jit
-def strided_coordinates(geometry, tensor, index, RANK: tl.constexpr, ROLES: tl.constexpr):
-    """Coordinates of logical indices, last dimension first, as a tuple of RANK blocks."""
+    The start is divided in int64, once a program; lanes add to its last coordinate and carry in int32.
+    """
     sizes = geometry + tensor * (RANK * (1 + ROLES))
+    lane = 4 * tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :]
+    mask = lane < tl.minimum(numel - chunk * BLOCK, BLOCK).to(tl.int32)
     coordinates = ()
-    rest = index
+    rest = chunk * BLOCK
+    carry = lane
     for d in tl.static_range(RANK - 1):
         size = tl.load(sizes + (RANK - 1 - d))
-        coordinates = coordinates + (rest % size,)
+        total = (rest % size).to(tl.int32) + carry
         rest = rest // size
-    return coordinates + (rest,)
+        carry = total // size.to(tl.int32)
+        coordinates = coordinates + (total - carry * size.to(tl.int32),)
+    return coordinates + (rest + carry,), mask
 
 
 @triton.jit
@@ -87,9 +85,9 @@ def strided_offsets(
 ):
     """Offsets (int64) of those elements in the memory of one role."""
     strides = geometry + tensor * (RANK * (1 + ROLES)) + RANK * (1 + role)
-    offsets = coordinates[0] * tl.load(strides + (RANK - 1))
+    offsets = coordinates[0].to(tl.int64) * tl.load(strides + (RANK - 1))
     for d in tl.static_range(1, RANK):
-        offsets += coordinates[d] * tl.load(strides + (RANK - 1 - d))
+        offsets += coordinates[d].to(tl.int64) * tl.load(strides + (RANK - 1 - d))
     return offsets
 
 
@@ -115,17 +113,6 @@ def taps_offsets(rows, tensor, numel, chunk, GROUPS: tl.constexpr):
 def rows_of_four(w0, w1, w2, w3, ROWS: tl.constexpr):
     """Four blocks [ROWS] as columns of one block [ROWS, 4]; no data moves between threads."""
     return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, 4)
-
-
-@triton.jit
-def narrow(value, dtype: tl.constexpr):
-    """fp32 (or fp64) to `dtype`, rounded to nearest even; by integers in the interpreter, which truncates to bfloat16."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        word = value.to(tl.float32).to(tl.uint32, bitcast=True)
-        rounded = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.uint16)
-        return tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(dtype)
 
 
 # --- bits --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ differently when fused, and the option keeps it so whatever surrounds the inline
 import triton
 import triton.language as tl
 
+from dwm_fast.kernels._math import exp, log, reciprocal
+
 
 @triton.jit
 def seed_and_step(rng_state, step_offset):
@@ -40,8 +42,8 @@ def uniform(word):
 @triton.jit
 def drop_probability(logit):
     """1 / (1 + exp(l)) = 1 - sigmoid(l), and exp(l): the threshold that u must exceed to keep a weight."""
-    exponential = tl.exp(logit)
-    return 1.0 / (1.0 + exponential), exponential
+    exponential = exp(logit)
+    return reciprocal(1.0 + exponential), exponential
 
 
 @triton.jit
@@ -52,22 +54,6 @@ def hard_keep(logit, u):
 
 
 @triton.jit
-def soft_argument(logit, u, tau):
+def soft_argument(logit, u, inverse_tau):
     """(l + log u - log(1 - u)) / tau, the argument of the Gumbel-sigmoid."""
-    return (logit + tl.log(u) - tl.log(1.0 - u)) / tau
-
-
-@triton.jit
-def sigmoid(x):
-    """Logistic function with full relative accuracy at both ends."""
-    tail = tl.exp(-tl.abs(x))
-    inverse = 1.0 / (1.0 + tail)
-    return tl.where(x >= 0, inverse, tail * inverse)
-
-
-@triton.jit
-def sigmoid_slope(x):
-    """sigmoid(x) * (1 - sigmoid(x)) with full relative accuracy at both ends."""
-    tail = tl.exp(-tl.abs(x))
-    inverse = 1.0 / (1.0 + tail)
-    return tail * inverse * inverse
+    return (logit + log(u) - log(1.0 - u)) * inverse_tau

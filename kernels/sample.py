@@ -10,19 +10,18 @@ from torch import Tensor
 from dwm_fast.errors import InputError
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
+from dwm_fast.kernels._math import exp, narrow, sigmoid, sigmoid_slope
 from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES
 from dwm_fast.kernels._tiles import (
     address,
     block_entry,
     flat_offsets,
-    narrow,
     output_start,
     row_of,
     rows_of_four,
     store_bits,
     store_taps_bits,
     strided_coordinates,
-    strided_index,
     strided_offsets,
     taps_offsets,
 )
@@ -31,7 +30,6 @@ from dwm_fast.kernels.philox import (
     drop_probability,
     hard_keep,
     seed_and_step,
-    sigmoid_slope,
     soft_argument,
     uniform,
     words4,
@@ -78,7 +76,7 @@ def tap_uniform(words, tap: tl.constexpr, GROUPS: tl.constexpr, MODE: tl.constex
 
 
 @triton.jit
-def masked_value(logit, weight, u, threshold, tau, MODE: tl.constexpr, PENALTY: tl.constexpr):
+def masked_value(logit, weight, u, threshold, inverse_tau, MODE: tl.constexpr, PENALTY: tl.constexpr):
     """Keep flag, masked weight (fp32) and term of the penalty's sum of each element."""
     term = logit
     if MODE <= GUMBEL_SOFT:
@@ -87,7 +85,7 @@ def masked_value(logit, weight, u, threshold, tau, MODE: tl.constexpr, PENALTY: 
         if MODE == GUMBEL_HARD:
             value = tl.where(keep, weight, 0.0)
         else:
-            value = weight * (1.0 / (1.0 + tl.exp(-soft_argument(logit, u, tau))))
+            value = weight * sigmoid(soft_argument(logit, u, inverse_tau))
         if PENALTY:
             term = tl.where(logit > 40.0, 1.0, exponential * drop)
     elif MODE == KEEP:
@@ -104,34 +102,34 @@ def masked_value(logit, weight, u, threshold, tau, MODE: tl.constexpr, PENALTY: 
         keep = tl.abs(logit) <= 1.0
         value = weight + threshold * logit
         if PENALTY:
-            term = tl.exp(-tl.abs(logit))
+            term = exp(-tl.abs(logit))
     return keep, value, term
 
 
 @triton.jit
 def logit_gradient(
-    grad, logit, weight, u, threshold, tau, penalty_scale, MODE: tl.constexpr
+    grad, logit, weight, u, threshold, inverse_tau, penalty_scale, MODE: tl.constexpr
 ):
     """Gradient of the loss and of the penalty with respect to a logit; `penalty_scale` is grad_penalty / N."""
     if MODE <= GUMBEL_SOFT:
-        slope = sigmoid_slope(soft_argument(logit, u, tau)) / tau
+        slope = sigmoid_slope(soft_argument(logit, u, inverse_tau)) * inverse_tau
         return grad * weight * slope + penalty_scale * sigmoid_slope(logit)
     elif MODE == KEEP:
         return tl.zeros_like(logit)
     elif MODE == EDIT:
         sign = (logit > 0).to(tl.float32) - (logit < 0).to(tl.float32)
-        return grad * threshold - penalty_scale * sign * tl.exp(-tl.abs(logit))
+        return grad * threshold - penalty_scale * sign * exp(-tl.abs(logit))
     else:
         return grad * weight
 
 
 @triton.jit
-def weight_gradient(grad, logit, u, threshold, tau, MODE: tl.constexpr):
+def weight_gradient(grad, logit, u, threshold, inverse_tau, MODE: tl.constexpr):
     """Gradient of the loss with respect to a weight: grad times the mask's value."""
     if MODE == GUMBEL_HARD:
         return tl.where(hard_keep(logit, u), grad, 0.0)
     elif MODE == GUMBEL_SOFT:
-        return grad * (1.0 / (1.0 + tl.exp(-soft_argument(logit, u, tau))))
+        return grad * sigmoid(soft_argument(logit, u, inverse_tau))
     elif MODE == KEEP:
         return tl.where(logit >= 0, grad, 0.0)
     elif MODE == THRESHOLD_MODE:
@@ -145,8 +143,8 @@ def weight_gradient(grad, logit, u, threshold, tau, MODE: tl.constexpr):
 @triton.jit(do_not_specialize=["step_offset"])
 def sample_fwd_kernel(
     ptrs, rows, geometry, blocks, out, bits, partials, rng_state, tau_ptr, step_offset,
-    WEIGHT: tl.constexpr, MODE: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
-    HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
+    WEIGHT: tl.constexpr, MODE: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr, STRIDED_BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, layer, threshold, word = row_of(rows, tensor)
@@ -154,7 +152,7 @@ def sample_fwd_kernel(
     weights = address(ptrs, tensor, 1, 2, WEIGHT)
     out += output_start(rows, tensor, 0)
     seed, step = seed_and_step(rng_state, step_offset)
-    tau = tl.load(tau_ptr)
+    inverse_tau = 1.0 / tl.load(tau_ptr)
     PENALTY: tl.constexpr = (MODE <= GUMBEL_SOFT) | (MODE == EDIT)
 
     if kind == FLAT:
@@ -162,7 +160,7 @@ def sample_fwd_kernel(
         l = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
         w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
-        keep, value, term = masked_value(l, w, u, threshold, tau, MODE, PENALTY)
+        keep, value, term = masked_value(l, w, u, threshold, inverse_tau, MODE, PENALTY)
         tl.store(out + start + offsets, narrow(value, out.dtype.element_ty), mask=mask)
         if PACK:
             store_bits(bits, word, numel, chunk, keep & mask, BLOCK)
@@ -174,32 +172,32 @@ def sample_fwd_kernel(
             group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
             words = taps_words(seed, step, layer, group, MODE)
             taps = tl.zeros([GROUPS, 4], tl.int32)
-            total = tl.zeros([GROUPS, 4], tl.float32)
+            total = tl.zeros([GROUPS], tl.float32)
             for tap in tl.static_range(9):
                 l = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
                 w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
                 u = tap_uniform(words, tap, GROUPS, MODE)
-                keep, value, term = masked_value(l, w.to(tl.float32), u, threshold, tau, MODE, PENALTY)
+                keep, value, term = masked_value(l, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
                 tl.store(out + tap * stride + offsets, narrow(value, out.dtype.element_ty), mask=mask)
                 taps |= (keep & mask).to(tl.int32) << tap
-                total += term
+                if PENALTY:
+                    total += tl.sum(tl.where(mask, term, 0.0), axis=1)
             if PACK:
                 store_taps_bits(bits, word, numel, chunk, taps, GROUPS)
             if PENALTY:
-                tl.store(partials + tl.program_id(0), tl.sum(tl.where(mask, total, 0.0)))
+                tl.store(partials + tl.program_id(0), tl.sum(total))
 
     if RANK > 0:
         if kind > TAPS:
-            index, mask = strided_index(numel, chunk, BLOCK)
-            places = strided_coordinates(geometry, tensor, index, RANK, 3)
+            places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 3)
             l = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 3), mask=mask, other=0.0)
             w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 3), mask=mask, other=0.0)
-            u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
-            keep, value, term = masked_value(l, w.to(tl.float32), u, threshold, tau, MODE, PENALTY)
+            u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
+            keep, value, term = masked_value(l, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
             target = out + strided_offsets(geometry, tensor, places, 2, RANK, 3)
             tl.store(target, narrow(value, out.dtype.element_ty), mask=mask)
             if PACK:
-                store_bits(bits, word, numel, chunk, keep & mask, BLOCK)
+                store_bits(bits, word, numel, chunk, keep & mask, STRIDED_BLOCK)
             if PENALTY:
                 tl.store(partials + tl.program_id(0), tl.sum(tl.where(mask, term, 0.0)))
 
@@ -218,8 +216,8 @@ def penalty_fwd_kernel(partials, penalty, count, total, BLOCK: tl.constexpr):
 def sample_bwd_kernel(
     ptrs, rows, geometry, blocks, dlogits, dweights, grad_penalty, rng_state, tau_ptr, step_offset, total,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, MODE: tl.constexpr, NEED_LOGITS: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, HAS_TAPS: tl.constexpr,
-    RANK: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, STRIDED_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, layer, threshold, _ = row_of(rows, tensor)
@@ -229,7 +227,7 @@ def sample_bwd_kernel(
     dlogits += output_start(rows, tensor, 0)
     dweights += output_start(rows, tensor, 1)
     seed, step = seed_and_step(rng_state, step_offset)
-    tau = tl.load(tau_ptr)
+    inverse_tau = 1.0 / tl.load(tau_ptr)
     scale = tl.load(grad_penalty).to(tl.float32) / total.to(tl.float32)
 
     if kind == FLAT:
@@ -239,10 +237,10 @@ def sample_bwd_kernel(
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
         if NEED_LOGITS:
             w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
-            dl = logit_gradient(g, l, w, u, threshold, tau, scale, MODE)
+            dl = logit_gradient(g, l, w, u, threshold, inverse_tau, scale, MODE)
             tl.store(dlogits + start + offsets, dl, mask=mask)
         if NEED_WEIGHTS:
-            dw = narrow(weight_gradient(g, l, u, threshold, tau, MODE), WEIGHT)
+            dw = narrow(weight_gradient(g, l, u, threshold, inverse_tau, MODE), WEIGHT)
             tl.store(dweights + start + offsets, dw, mask=mask)
 
     if HAS_TAPS:
@@ -256,26 +254,25 @@ def sample_bwd_kernel(
                 u = tap_uniform(words, tap, GROUPS, MODE)
                 if NEED_LOGITS:
                     w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
-                    dl = logit_gradient(g, l, w.to(tl.float32), u, threshold, tau, scale, MODE)
+                    dl = logit_gradient(g, l, w.to(tl.float32), u, threshold, inverse_tau, scale, MODE)
                     tl.store(dlogits + tap * stride + offsets, dl, mask=mask)
                 if NEED_WEIGHTS:
-                    dw = narrow(weight_gradient(g, l, u, threshold, tau, MODE), WEIGHT)
+                    dw = narrow(weight_gradient(g, l, u, threshold, inverse_tau, MODE), WEIGHT)
                     tl.store(dweights + tap * stride + offsets, dw, mask=mask)
 
     if RANK > 0:
         if kind > TAPS:
-            index, mask = strided_index(numel, chunk, BLOCK)
-            places = strided_coordinates(geometry, tensor, index, RANK, 5)
+            places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 5)
             l = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 5), mask=mask, other=0.0)
             g = tl.load(grads + strided_offsets(geometry, tensor, places, 2, RANK, 5), mask=mask, other=0.0)
             g = g.to(tl.float32)
-            u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
+            u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
             if NEED_LOGITS:
                 w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 5), mask=mask, other=0.0)
-                dl = logit_gradient(g, l, w.to(tl.float32), u, threshold, tau, scale, MODE)
+                dl = logit_gradient(g, l, w.to(tl.float32), u, threshold, inverse_tau, scale, MODE)
                 tl.store(dlogits + strided_offsets(geometry, tensor, places, 3, RANK, 5), dl, mask=mask)
             if NEED_WEIGHTS:
-                dw = narrow(weight_gradient(g, l, u, threshold, tau, MODE), WEIGHT)
+                dw = narrow(weight_gradient(g, l, u, threshold, inverse_tau, MODE), WEIGHT)
                 tl.store(dweights + strided_offsets(geometry, tensor, places, 4, RANK, 5), dw, mask=mask)
 
 
