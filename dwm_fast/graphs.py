@@ -90,7 +90,7 @@ def capture_step(
     """Make one call of a whole training step (forward, backward, optimiser) a single CUDA graph replay.
 
     Mask noise, step counts and learning rates of `dwm_fast` live on the device, so every replay draws new
-    masks and follows the scheduler. Start the step with `optimizer.zero_grad()` (set_to_none=True, as by default).
+    masks and follows the scheduler. Start the step with `optimizer.zero_grad()` (set_to_none=True, the default).
 
     Args:
         step: function of tensors; returns tensors in any nesting. It must not wait for the device.

@@ -197,10 +197,11 @@ define(
     device_of=lambda args: args[5],
 )
 define(
-    "mask_adam(Tensor(a!)[] logits, Tensor[] weights, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] "
-    "exp_avg_sq, Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mode, int step_offset, "
-    "Tensor penalty_scale, Tensor steps, Tensor lr, float beta1, float beta2, float eps, float "
-    "weight_decay, bool decoupled) -> ()",
+    # torch.compile passes arguments of a mutating operation by name, and keeps the name "mode" for itself.
+    "mask_adam(Tensor(a!)[] logits, Tensor[] weights, Tensor[] grads, Tensor(b!)[] exp_avg, "
+    "Tensor(c!)[] exp_avg_sq, Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mask_mode, "
+    "int step_offset, Tensor penalty_scale, Tensor steps, Tensor lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool decoupled) -> ()",
     fake=_in_place_fake,
     device_of=lambda args: args[5],
 )
