@@ -1,0 +1,95 @@
+"""What a masked model becomes in a bank: its bits, its form, and the tensors in which it differs from the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwm_fast.bank.record import pack_signs
+from dwm_fast.errors import InputError
+
+_UNUSED_IN_EVAL = "num_batches_tracked"
+
+
+@dataclass
+class Adopted:
+    """Arguments of `make_domain` that a masked model gives."""
+
+    masks: dict[str, Tensor]
+    form: str = "binary"
+    method: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+def weight_names(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks by parameter name, from masks by parameter or module name ("conv1" means "conv1.weight").
+
+    Raises InputError for a name that the backbone lacks, or a mask whose shape does not spread over its weight.
+    """
+    result = {}
+    for given, mask in masks.items():
+        name = given if given in tensors else f"{given}.weight"
+        if name not in tensors:
+            near = get_close_matches(given, tensors, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"mask '{given}': the backbone has no such weight{hint}")
+        check_mask_shape(name, tuple(mask.shape), tuple(tensors[name].shape))
+        result[name] = mask
+    return result
+
+
+def check_mask_shape(name: str, mask: tuple[int, ...], weight: tuple[int, ...]) -> None:
+    """InputError unless every size of the mask is the weight's or 1."""
+    fits = len(mask) == len(weight) and all(m in (w, 1) for m, w in zip(mask, weight, strict=True))
+    if not fits:
+        raise InputError(f"mask '{name}' has shape {mask}; expected {weight}, or 1 in place of some of its sizes")
+
+
+def adopt(masked: Any, tensors: Mapping[str, Tensor]) -> Adopted:
+    """Read a masked model: `keep_masks()`, and where it has them `kind`, `mask_layers()` and `model`.
+
+    Args:
+        masked: an object such as `dwm_fast.MaskedModel`.
+        tensors: the backbone's state dict, which decides what is the domain's own.
+    """
+    result = Adopted(weight_names(masked.keep_masks(), tensors))
+    kind = getattr(masked, "kind", None)
+    if kind is not None:
+        result.method, result.options = str(kind.name), dict(kind.to_dict())
+        _read_kind(masked, result)
+    model = getattr(masked, "model", None)
+    if model is not None:
+        result.state = _own_state(model.state_dict(), result.masks, tensors)
+    return result
+
+
+def _read_kind(masked: Any, result: Adopted) -> None:
+    """Edits and signs: what a mask of such a kind holds beside its bits."""
+    edits, ternary = result.options.get("kind") == "edit", bool(result.options.get("ternary"))
+    if not edits and not ternary:
+        return
+    result.form = "edit" if edits else "ternary"
+    for name, layer in zip(result.masks, masked.mask_layers().values(), strict=True):
+        learned = layer.mask_logits.detach()
+        result.values[name] = (learned * layer.unit).half().reshape(-1) if edits else pack_signs(learned < 0)
+
+
+def _own_state(
+    state: Mapping[str, Tensor], masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors of `state` that the backbone has too, with another shape or other values, and that no mask covers."""
+    own = {}
+    for name, theirs in tensors.items():
+        mine = state.get(name)
+        if mine is None or name in masks or name.endswith(_UNUSED_IN_EVAL):
+            continue
+        if mine.shape != theirs.shape or not torch.equal(mine.detach().cpu(), theirs.detach().cpu()):
+            own[name] = mine
+    return own

@@ -1,0 +1,143 @@
+"""Files that are either old or new: one file by rename, several by a journal, under a lock."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from dwm_fast.errors import MaskFileError
+
+JOURNAL = ".journal.json"
+_held = threading.local()
+_LOCK = ".lock"
+_PART = ".part"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_part(path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
+    """Write `chunks` to a new temporary file beside `path`, forced to disk; the caller renames it."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PART}")
+    try:
+        with part.open("xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return part
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write `path` atomically: readers see the old content or the new one. Disk trouble: MaskFileError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = write_part(path, chunks)
+        try:
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise MaskFileError(f"{path}: cannot be written: {error.strerror or error}; free the disk or choose "
+                            f"another folder") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the folder's lock: one writer, or any number of readers. It ends with the process that holds it.
+
+    A reader in a folder it may not write to goes on without a lock; so does one inside its own writer's lock.
+    """
+    if shared and folder.resolve() in _writing():
+        yield
+        return
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    try:
+        handle = os.open(folder / _LOCK, flags, 0o666)
+    except OSError:
+        if not shared:
+            raise
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        if not shared:
+            _writing().add(folder.resolve())
+        yield
+    finally:
+        if not shared:
+            _writing().discard(folder.resolve())
+        os.close(handle)
+
+
+def _writing() -> set[Path]:
+    """Folders whose writer's lock this thread holds."""
+    folders: set[Path] = _held.__dict__.setdefault("folders", set())
+    return folders
+
+
+def commit(folder: Path, replace: Mapping[str, Path], delete: Iterable[str]) -> None:
+    """Rename every prepared part onto its name and delete the rest, all or nothing even under SIGKILL.
+
+    The journal's rename is the instant of change; `recover` finishes what is cut off after it. Needs the lock.
+    """
+    plan = {"replace": {name: part.name for name, part in replace.items()}, "delete": sorted(delete)}
+    sync_folder(folder)
+    write_file(folder / JOURNAL, [json.dumps(plan, sort_keys=True).encode()])
+    recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Finish a commit that was cut off, and drop leftovers of one that never began. Needs the lock."""
+    plan = read_journal(folder)
+    if plan is not None:
+        for name, part in plan[0].items():
+            if (folder / part).exists():
+                os.replace(folder / part, folder / name)
+        for name in plan[1]:
+            (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
+        (folder / JOURNAL).unlink()
+        sync_folder(folder)
+    for leftover in folder.glob(f".*{_PART}"):
+        leftover.unlink(missing_ok=True)
+
+
+def current_path(folder: Path, name: str) -> Path:
+    """Where the content of `name` is now, for a reader that may not write and meets an unfinished commit."""
+    plan = read_journal(folder)
+    part = plan[0].get(name) if plan is not None else None
+    return folder / part if part is not None and (folder / part).exists() else folder / name
+
+
+def read_journal(folder: Path) -> tuple[dict[str, str], list[str]] | None:
+    """The unfinished commit of `folder`: ({name: part}, [deleted names]); None when there is none."""
+    path = folder / JOURNAL
+    try:
+        plan = json.loads(path.read_bytes())
+        replace, delete = plan["replace"], plan["delete"]
+        names = [*replace, *replace.values(), *delete]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise MaskFileError(f"{path}: not a journal ({error}); restore the folder from a copy") from error
+    if not all(isinstance(name, str) and name not in ("", ".", "..") and "/" not in name for name in names):
+        raise MaskFileError(f"{path}: names a file outside its folder; restore the folder from a copy")
+    return replace, delete

@@ -1,0 +1,188 @@
+"""Entropy coding of one tensor's bits: an ANS coder with one probability, or a quantised one per channel.
+
+The coder is the 64-bit-state, 32-bit-word, 24-bit-precision asymmetric numeral system of `constriction` (an
+optional package, imported at first use). Frequencies are whole numbers, so another program decodes exactly;
+docs/format.md has the procedure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwm_fast.errors import BackendUnavailable
+
+Bytes = NDArray[np.uint8]
+
+PRECISION = 24
+_TOTAL = 1 << PRECISION
+LEVELS = 64
+_CHUNK = 1 << 18
+_STATE_BITS = 64
+
+
+def _level_frequencies() -> tuple[int, ...]:
+    inner = LEVELS - 2
+    whole = 2 * inner
+    odds = range(1, whole, 2)
+    middle = [odd**2 * (3 * whole - 2 * odd) * _TOTAL // whole**3 for odd in odds]
+    return (1, *middle, _TOTAL - 1)
+
+
+LEVEL_FREQUENCIES = _level_frequencies()
+"""Frequency of a one, of 2^24, per level: t^2 (3 - 2t) with t = (k - 1/2) / 62 for k in 1 .. 62, and both ends."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one tensor's bits are stored.
+
+    coding: "raw" (packed bits), "ans" (one frequency) or "channel" (one level per index of dimension `axis`).
+    frequency: of a one, in 1 .. 2^24 - 1, for "ans" only. bits: the size that the model predicts.
+    """
+
+    coding: str
+    bits: float
+    frequency: int = 0
+    axis: int = 0
+    levels: Bytes | None = None
+
+
+class Undecodable(ValueError):
+    """The stored bytes are not the code of that many bits."""
+
+
+class _Coder(Protocol):
+    def encode_reverse(self, symbols: NDArray[np.int32], model: Any) -> None: ...
+    def decode(self, model: Any, amount: int) -> NDArray[np.int32]: ...
+    def get_compressed(self) -> NDArray[np.uint32]: ...
+    def is_empty(self) -> bool: ...
+
+
+def _constriction() -> Any:
+    try:
+        return importlib.import_module("constriction").stream
+    except ImportError as error:
+        raise BackendUnavailable("coded mask files need the package 'constriction'; "
+                                 "type: pip install 'dwm-fast[coding]'") from error
+
+
+def plan(keep: Bytes, shape: tuple[int, ...]) -> Plan:
+    """The smallest way to store `keep` (flat, zeros and ones) of a tensor of `shape`, side information included."""
+    n = keep.size
+    raw = Plan("raw", 8.0 * ((n + 7) // 8))
+    if n == 0:
+        return raw
+    ones = int(np.count_nonzero(keep))
+    frequency = min(max(round(ones * _TOTAL / n), 1), _TOTAL - 1)
+    best = min(raw, Plan("ans", _cost(ones, n, frequency) + _STATE_BITS, frequency=frequency), key=_bits)
+    for axis in range(min(2, len(shape))):
+        if shape[axis] > 1:
+            best = min(best, _channel_plan(keep.reshape(shape), axis), key=_bits)
+    return best
+
+
+def _bits(plan: Plan) -> float:
+    return plan.bits
+
+
+def _cost(ones: int, n: int, frequency: int) -> float:
+    zeros = n - ones
+    return ones * (PRECISION - math.log2(frequency)) + zeros * (PRECISION - math.log2(_TOTAL - frequency))
+
+
+def _channel_plan(keep: Bytes, axis: int) -> Plan:
+    others = tuple(d for d in range(keep.ndim) if d != axis)
+    ones = np.count_nonzero(keep, axis=others).astype(np.float64)
+    zeros = keep.size / keep.shape[axis] - ones
+    frequencies = np.array(LEVEL_FREQUENCIES, dtype=np.float64)
+    cost = np.outer(ones, PRECISION - np.log2(frequencies))
+    cost += np.outer(zeros, PRECISION - np.log2(_TOTAL - frequencies))
+    levels = cost.argmin(axis=1)
+    total = float(cost[np.arange(levels.size), levels].sum())
+    return Plan("channel", total + 8.0 * levels.size + _STATE_BITS, axis=axis, levels=levels.astype(np.uint8))
+
+
+def encode(keep: Bytes, shape: tuple[int, ...], plan: Plan) -> Bytes:
+    """The stored bytes of `keep` under `plan`."""
+    if plan.coding == "raw":
+        return np.packbits(keep, bitorder="little")
+    coder: _Coder = _constriction().stack.AnsCoder()
+    if plan.levels is None:
+        _encode_run(coder, keep, plan.frequency)
+        return _words_to_bytes(coder)
+    rows = np.moveaxis(keep.reshape(shape), plan.axis, 0).reshape(shape[plan.axis], -1)
+    for level in np.unique(plan.levels)[::-1]:
+        _encode_run(coder, rows[plan.levels == level].reshape(-1), LEVEL_FREQUENCIES[level])
+    return np.concatenate([plan.levels, _words_to_bytes(coder)])
+
+
+def decode(stored: Bytes, shape: tuple[int, ...], plan: Plan) -> Bytes:
+    """The packed bits (LSB first, ceil(n / 8) bytes) of an "ans" or "channel" tensor. Undecodable otherwise."""
+    n = math.prod(shape)
+    if plan.coding == "ans":
+        coder = _open(stored)
+        packed = np.empty((n + 7) // 8, dtype=np.uint8)
+        for start in range(0, n, _CHUNK):
+            run = _decode_run(coder, min(_CHUNK, n - start), plan.frequency)
+            packed[start // 8 : start // 8 + (run.size + 7) // 8] = np.packbits(run, bitorder="little")
+    else:
+        channels = shape[plan.axis]
+        coder = _open(stored[channels:])
+        rows = _decode_channels(coder, stored[:channels], n // max(channels, 1))
+        moved = (shape[plan.axis], *shape[: plan.axis], *shape[plan.axis + 1 :])
+        keep = np.moveaxis(rows.reshape(moved), 0, plan.axis)
+        packed = np.packbits(keep.reshape(-1), bitorder="little")
+    if not coder.is_empty():
+        raise Undecodable("the code is longer than its tensor")
+    return packed
+
+
+def _decode_channels(coder: _Coder, levels: Bytes, width: int) -> Bytes:
+    if levels.size and levels.max() >= LEVELS:
+        raise Undecodable(f"a channel level is beyond {LEVELS - 1}")
+    rows = np.empty((levels.size, width), dtype=np.uint8)
+    for level in np.unique(levels):
+        for channels in _groups(np.flatnonzero(levels == level), width):
+            run = _decode_run(coder, channels.size * width, LEVEL_FREQUENCIES[level])
+            rows[channels] = run.reshape(channels.size, width)
+    return rows
+
+
+def _groups(channels: NDArray[np.int64], width: int) -> list[NDArray[np.int64]]:
+    step = max(1, _CHUNK // max(width, 1))
+    return [channels[start : start + step] for start in range(0, channels.size, step)]
+
+
+def _encode_run(coder: _Coder, keep: Bytes, frequency: int) -> None:
+    model = _model(frequency)
+    for stop in range(keep.size, 0, -_CHUNK):
+        coder.encode_reverse(keep[max(0, stop - _CHUNK) : stop].astype(np.int32), model)
+
+
+def _decode_run(coder: _Coder, amount: int, frequency: int) -> Bytes:
+    return coder.decode(_model(frequency), amount).astype(np.uint8)
+
+
+def _model(frequency: int) -> Any:
+    return _constriction().model.Bernoulli(frequency / _TOTAL, perfect=True)
+
+
+def _open(stored: Bytes) -> _Coder:
+    if stored.size % 4:
+        raise Undecodable(f"{stored.size} bytes are not whole 32-bit words")
+    words = np.frombuffer(stored.tobytes(), dtype="<u4").astype(np.uint32)
+    if words.size and words[-1] == 0:
+        raise Undecodable("the last word is zero")
+    coder: _Coder = _constriction().stack.AnsCoder(words)
+    return coder
+
+
+def _words_to_bytes(coder: _Coder) -> Bytes:
+    words = coder.get_compressed().astype("<u4")
+    return np.frombuffer(words.tobytes(), dtype=np.uint8)

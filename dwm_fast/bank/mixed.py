@@ -1,0 +1,162 @@
+"""A twin of the backbone for mixed batches: same tensors, but its layers look up the domain of every sample."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwm_fast import ops
+from dwm_fast.bank.layers import BankConv2d, BankLinear, BankNorm, Layer, OwnLinear, SameLayer
+from dwm_fast.bank.record import DomainMasks
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Modules whose code reads their children's weights instead of calling them."""
+_UNUSED_IN_EVAL = "num_batches_tracked"
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose parameters and buffers are the same tensors as the model's."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks]) -> tuple[nn.Module, int] | None:
+    """The twin that serves `domains` (in this order) together, and the bytes it holds beside the backbone.
+
+    None when that cannot be done layer by layer: then the domains have to run one after the other. That is so for
+    forms other than binary, and for masks or own tensors on anything but Linear, Conv2d and batch norm layers.
+    """
+    if any(domain.info.form != "binary" for domain in domains):
+        return None
+    changed = {name for domain in domains for name in (*domain.info.layout.names, *domain.state)}
+    if changed & tied_names(model):
+        return None
+    twin = share_copy(model)
+    if any(isinstance(module, _READS_WEIGHTS) and _touches(path, changed) for path, module in twin.named_modules()):
+        return None
+    builder = _Builder(domains)
+    for path, module in twin.named_modules():
+        layer = builder.layer(path, module)
+        if layer is not None:
+            module.forward = layer
+            for attribute in builder.taken(path):
+                module._parameters.pop(attribute, None)
+    if changed - builder.done:
+        return None
+    return twin, builder.nbytes
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of tensors that have more than one name in the model."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+def _touches(path: str, names: set[str]) -> bool:
+    return any(name.startswith(f"{path}.") for name in names)
+
+
+class _Builder:
+    """Makes the layers of one twin and remembers which of the domains' tensors they have used."""
+
+    def __init__(self, domains: Sequence[DomainMasks]) -> None:
+        self._domains = domains
+        self._masks = {name for domain in domains for name in domain.info.layout.names}
+        self._state = {name for domain in domains for name in domain.state}
+        self.done = {name for name in self._state if name.endswith(_UNUSED_IN_EVAL)}
+        self.nbytes = 0
+
+    def layer(self, path: str, module: nn.Module) -> Layer | None:
+        """What takes the place of the module's forward; None leaves it alone."""
+        names = {attribute: f"{path}.{attribute}" for attribute in ("weight", "bias")}
+        if type(module) in (nn.Linear, nn.Conv2d):
+            if names["weight"] in self._state:
+                return self._own_linear(names, module) if type(module) is nn.Linear else None
+            if names["weight"] in self._masks:
+                return self._masked(names, module)
+            if names["bias"] not in self._state:
+                return SameLayer(module.forward)
+            return self._own_linear(names, module) if type(module) is nn.Linear else None
+        if isinstance(module, _NORMS) and module.running_mean is not None:
+            return self._norm(path, module)
+        return None
+
+    def taken(self, path: str) -> list[str]:
+        """Attributes of the module whose plain value must not be read any more."""
+        return [a for a in ("weight", "bias") if f"{path}.{a}" in self.done]
+
+    def _own(self, name: str, shared: Tensor | None) -> list[Tensor | None]:
+        """The tensor called `name` of each domain, or the backbone's where a domain has none."""
+        values = [domain.state.get(name) for domain in self._domains]
+        self.done.add(name)
+        if shared is None:
+            return values
+        return [shared if value is None else value.to(shared.device, shared.dtype) for value in values]
+
+    def _stacked(self, name: str, shared: Tensor | None) -> Tensor | None:
+        """(D, ...) where some domain has its own, the shared tensor itself where none has."""
+        if name not in self._state:
+            return shared
+        values = [value for value in self._own(name, shared) if value is not None]
+        return self._count(torch.stack(values))
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        self.nbytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _masked(self, names: Mapping[str, str], module: Any) -> Layer:
+        weight = module.weight.detach()
+        rows = [network_bits(domain, names["weight"], weight) for domain in self._domains]
+        bits = self._count(torch.stack(rows).to(weight.device))
+        bias = self._stacked(names["bias"], _detached(module.bias))
+        self.done.add(names["weight"])
+        if isinstance(module, nn.Linear):
+            return BankLinear(weight, bits, bias)
+        return BankConv2d(module, weight, bits, bias)
+
+    def _own_linear(self, names: Mapping[str, str], module: nn.Module) -> Layer | None:
+        if names["weight"] in self._masks:
+            return None
+        weights = [w for w in self._own(names["weight"], _detached(module.weight)) if w is not None]
+        layer = OwnLinear(weights, self._own(names["bias"], _detached(module.bias)))
+        self._count(layer.stacked)
+        return layer
+
+    def _norm(self, path: str, module: Any) -> Layer | None:
+        names = {a: f"{path}.{a}" for a in ("running_mean", "running_var", "weight", "bias")}
+        if not self._state & set(names.values()):
+            return None
+        values = {}
+        for attribute, name in names.items():
+            shared = _detached(getattr(module, attribute))
+            own = [value for value in self._own(name, shared) if value is not None]
+            values[attribute] = self._count(torch.stack(own)) if own else None
+        mean, var = values["running_mean"], values["running_var"]
+        if mean is None or var is None:
+            return None
+        return BankNorm(mean, var, values["weight"], values["bias"], module.eps)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def network_bits(domain: DomainMasks, name: str, weight: Tensor) -> Tensor:
+    """The packed bits of one weight in one domain, spread over the weight's shape; all ones where it has no mask."""
+    layout = domain.info.layout
+    if name not in layout.names:
+        return ops.pack([torch.ones(weight.shape, dtype=torch.bool)])
+    index = layout.names.index(name)
+    starts = ops.packed_offsets(layout.numels)
+    bits = domain.bits[starts[index] : starts[index + 1]]
+    if layout.shapes[index] == tuple(weight.shape):
+        return bits
+    mask = ops.unpack(bits, [layout.numels[index]])[0].view(layout.shapes[index])
+    return ops.pack([mask.expand(weight.shape)])

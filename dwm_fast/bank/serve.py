@@ -1,0 +1,121 @@
+"""Mixed batches: every sample under its own domain, over one copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dwm_fast.bank.layers import Batch, NotByLayer, current_batch
+from dwm_fast.errors import InputError
+
+RunOne = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
+"""Runs the network under one named domain."""
+
+
+class Served:
+    """A fixed set of domains, ready for mixed batches. `MaskBank.serve` makes it.
+
+    Calling it with `ids`, int64 (B,) on the input's device, gives sample i the domain names[ids[i]]. On a GPU
+    nothing waits for the device, so a CUDA graph may capture the call and be replayed with other ids in place.
+    With `layerwise` False (see docs/bank.md for when) the domains run one after the other, and ids are read.
+
+    Attributes:
+        names: the domains, in the order of their ids.
+        layerwise: whether layers look domains up per sample.
+    """
+
+    def __init__(self, names: Sequence[str], twin: nn.Module | None, run_one: RunOne) -> None:
+        self.names = tuple(names)
+        self._twin = twin
+        self._run_one = run_one
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether one pass of the network serves all domains."""
+        return self._twin is not None
+
+    def __call__(self, *args: Any, ids: Tensor, **kwargs: Any) -> Any:
+        """The network's output; sample i of every tensor argument whose first size is B is under names[ids[i]].
+
+        Where the domains' heads have different class counts, outputs are as wide as the widest, the missing
+        classes -inf.
+        """
+        if ids.dtype != torch.int64 or ids.dim() != 1 or ids.numel() == 0:
+            raise InputError(f"ids: given {ids.dtype} of shape {tuple(ids.shape)}; expected int64 of shape (B,), B > 0")
+        order = torch.argsort(ids, stable=True)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        args, kwargs = _take((args, kwargs), order)
+        rows = ids[order]
+        result = self._layerwise(rows, args, kwargs) if self._twin is not None else NotImplemented
+        if result is NotImplemented:
+            result = self._one_by_one(rows, args, kwargs)
+        return _take(result, places)
+
+    def _layerwise(self, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One pass for all domains; NotImplemented, for good, when the network turns out not to allow it."""
+        marks = torch.arange(len(self.names) + 1, device=rows.device)
+        offsets = torch.searchsorted(rows, marks)
+        bounds: tuple[int, ...] = ()
+        if rows.device.type == "cpu":
+            bounds = tuple(offsets.tolist())
+            self._check_range(rows)
+        token = current_batch.set(Batch(offsets, rows, rows.numel(), bounds))
+        try:
+            assert self._twin is not None
+            return self._twin(*args, **kwargs)
+        except (NotByLayer, AttributeError):
+            self._twin = None
+            return NotImplemented
+        finally:
+            current_batch.reset(token)
+
+    def _one_by_one(self, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self._check_range(rows)
+        found, counts = torch.unique_consecutive(rows, return_counts=True)
+        results, start = [], 0
+        for domain, count in zip(found.tolist(), counts.tolist(), strict=True):
+            part_args, part_kwargs = _narrow((args, kwargs), rows.numel(), start, count)
+            results.append(self._run_one(self.names[domain], part_args, part_kwargs))
+            start += count
+        return pytree.tree_map(lambda *parts: _join(parts), results[0], *results[1:])
+
+    def _check_range(self, rows: Tensor) -> None:
+        low, high = int(rows[0]), int(rows[-1])
+        if low < 0 or high >= len(self.names):
+            raise InputError(f"ids lie in [{low}, {high}]; expected 0 to {len(self.names) - 1}")
+
+
+def _take(tree: Any, order: Tensor) -> Any:
+    """Reorder dim 0 of every tensor of the tree whose first size is the batch's."""
+    size = order.numel()
+
+    def take(leaf: Any) -> Any:
+        return leaf.index_select(0, order) if _in_batch(leaf, size) else leaf
+
+    return pytree.tree_map(take, tree)
+
+
+def _narrow(tree: Any, size: int, start: int, count: int) -> Any:
+    def narrow(leaf: Any) -> Any:
+        return leaf.narrow(0, start, count) if _in_batch(leaf, size) else leaf
+
+    return pytree.tree_map(narrow, tree)
+
+
+def _in_batch(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+
+def _join(parts: Sequence[Any]) -> Any:
+    """Outputs of several domains behind one another; narrower ones are filled up with -inf in their last dimension."""
+    if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
+        return parts[0]
+    width = max(part.shape[-1] for part in parts)
+    same = all(part.shape[-1] == width for part in parts)
+    if parts[0].dim() > 1 and not same:
+        parts = [torch.nn.functional.pad(p, (0, width - p.shape[-1]), value=-torch.inf) for p in parts]
+    return torch.cat(list(parts))
