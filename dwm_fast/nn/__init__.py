@@ -3,7 +3,9 @@
 from dwm_fast.nn.io import load_masked, save_masked
 from dwm_fast.nn.kinds import Edit, GumbelSigmoid, MaskKind, TauSchedule, Threshold, kind_from_dict
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
-from dwm_fast.nn.model import MaskedModel, maskable_layers, mask_model, merge
+from dwm_fast.nn.merge import merge
+from dwm_fast.nn.model import MaskedModel, mask_model
+from dwm_fast.nn.select import maskable_layers
 
 __all__ = [
     "Edit",

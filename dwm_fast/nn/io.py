@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from dwm_fast._files import write_atomic
 from dwm_fast.errors import MaskFileError
@@ -23,6 +25,10 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
     """Write the whole state of a masked model (weights, mask parameters, noise state) atomically.
 
     For one bit per weight and domain use `dwm_fast.MaskBank`; this file is for going on with training.
+
+    Args:
+        masked: the masked model.
+        path: where to; missing folders are made, an old file is replaced. Unwritable: DataError.
     """
     header = {
         "format": _FORMAT,
@@ -35,7 +41,10 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
             }
         ),
     }
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in masked.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in masked.state_dict().items()
+    }
     write_atomic(path, save(tensors, metadata=header))
 
 
@@ -43,8 +52,11 @@ def load_masked(model: nn.Module, path: str | os.PathLike[str]) -> MaskedModel:
     """Rebuild a masked model from `save_masked`'s file over a plain network of the same architecture.
 
     Args:
-        model: the plain network; it is left as it is, and its values are not used.
+        model: the plain network; it is left as it is, and of its values only device and dtypes are used.
         path: the file.
+
+    Returns:
+        The masked model; as after `mask_model`, nothing but the mask parameters is trainable.
 
     Raises:
         MaskFileError: the file is missing, broken, or of another architecture (names the first difference).
@@ -57,26 +69,63 @@ def load_masked(model: nn.Module, path: str | os.PathLike[str]) -> MaskedModel:
     except (OSError, SafetensorError) as error:
         raise MaskFileError(f"{path}: cannot be read as safetensors: {error}") from error
     if header.get("format") != _FORMAT:
-        raise MaskFileError(f"{path}: format is {header.get('format')!r}; expected '{_FORMAT}' (from save_masked)")
-    about = json.loads(header["masked"])
-    private = _private_copy(model)
-    masked = mask_model(
-        private, kind_from_dict(about["kind"]), include=[_literal(n) for n in about["layers"]],
-        mask_samples=about["mask_samples"], batch_norm=about["batch_norm"], seed=0,
-    )  # fmt: skip
-    try:
-        masked.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise MaskFileError(f"{path}: was saved from another network: {error}") from error
+        raise MaskFileError(
+            f"{path}: format is {header.get('format')!r}; expected '{_FORMAT}' (from save_masked)"
+        )
+    masked = _rebuild(copy.deepcopy(model), header.get("masked", ""), path)
+    _compare(masked.state_dict(), tensors, path)
+    masked.load_state_dict(tensors)
     return masked
 
 
-def _private_copy(model: nn.Module) -> nn.Module:
-    """A copy with storage of its own, so that loading does not write into the given network."""
-    import copy
+def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
+    """The masked model that the header describes, over `model`'s own storage."""
+    try:
+        header = json.loads(about)
+        kind, layers = kind_from_dict(header["kind"]), [str(name) for name in header["layers"]]
+        samples, batch_norm = int(header["mask_samples"]), str(header["batch_norm"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise MaskFileError(
+            f"{path}: the field 'masked' of the header is broken: {error!r}; save it again"
+        ) from error
+    missing = [n for n in layers if not isinstance(_submodule(model, n), (nn.Linear, nn.Conv2d))]
+    if missing or not layers:
+        raise MaskFileError(
+            f"{path}: was saved from another network: it masks '{next(iter(missing), '')}', and the given "
+            "model has no Linear or Conv2d of that name; give the architecture it was saved from"
+        )
+    return mask_model(
+        model,
+        kind,
+        include=[_literal(n) for n in layers],
+        mask_samples=samples,
+        batch_norm=batch_norm,
+        seed=0,
+    )
 
-    with torch.no_grad():
-        return copy.deepcopy(model)
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:
+    for name in (*expected, *given):
+        if name not in given or name not in expected:
+            place = "is not in the file" if name not in given else "is in the file alone"
+        elif expected[name].shape != given[name].shape:
+            shapes = [tuple(tensors[name].shape) for tensors in (given, expected)]
+            place = f"has shape {shapes[0]} in the file and {shapes[1]} in the model"
+        elif expected[name].is_floating_point() != given[name].is_floating_point():
+            place = f"is {given[name].dtype} in the file and {expected[name].dtype} in the model"
+        else:
+            continue
+        raise MaskFileError(
+            f"{path}: was saved from another network: '{name}' {place}; give the architecture it was "
+            "saved from"
+        )
 
 
 def _literal(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ class TauSchedule:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.start <= 0 or self.end <= 0 or self.steps < 1:
+        if not (0 < self.start < math.inf and 0 < self.end < math.inf and self.steps >= 1):
             raise InputError(
                 f"TauSchedule got start={self.start}, end={self.end}, steps={self.steps}; "
                 "expected temperatures above 0 and at least one step"
@@ -39,7 +40,7 @@ class TauSchedule:
 
 @dataclass(frozen=True)
 class MaskKind:
-    """Base of the mask kinds; frozen, comparable, and turned to and from plain data by `to_dict` / `kind_from_dict`."""
+    """Base of the mask kinds; frozen, comparable, and plain data by `to_dict` / `kind_from_dict`."""
 
     name: ClassVar[str]
 
@@ -91,7 +92,7 @@ class GumbelSigmoid(MaskKind):
     Args:
         tau: temperature of the backward pass (and of the soft forward), above 0, or a `TauSchedule`.
         init: logit every weight starts from; sigmoid(init) is the start probability of keeping.
-        hard: draw bits and pass the soft sample's gradient straight through; False multiplies by the soft sample.
+        hard: draw bits and pass the soft sample's gradient straight through; False: multiply by the soft one.
     """
 
     tau: float | TauSchedule = 1.0
@@ -100,7 +101,7 @@ class GumbelSigmoid(MaskKind):
     name: ClassVar[str] = "gumbel-sigmoid"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tau, TauSchedule) and self.tau <= 0:
+        if not isinstance(self.tau, TauSchedule) and not 0 < self.tau < math.inf:
             raise InputError(f"GumbelSigmoid got tau={self.tau}; expected a number above 0 or a TauSchedule")
 
     @property
@@ -158,8 +159,13 @@ class Threshold(MaskKind):
 class Edit(MaskKind):
     """DWM's variant A: W is frozen and a real edit is learned; the forward uses W + unit * e.
 
-    A weight whose edit grew beyond the threshold is not specialised: keep = abs(e) <= 1, with e in units of the
-    threshold, which is `threshold` standard deviations of the layer's weights (our choice: nobody published one).
+    A weight whose edit grew beyond the threshold is not specialised: keep = abs(e) <= 1, with e in units of
+    the threshold, which is `threshold` standard deviations of the layer's weights, measured when the layer
+    is made or its state loaded (our choice: nobody published one).
+
+    Args:
+        threshold: the edit above which a weight counts as reusable, in deviations of its layer, above 0.
+        init: start value of every edit.
     """
 
     threshold: float = 0.5
@@ -167,8 +173,10 @@ class Edit(MaskKind):
     name: ClassVar[str] = "edit"
 
     def __post_init__(self) -> None:
-        if self.threshold <= 0:
-            raise InputError(f"Edit got threshold={self.threshold}; expected a number of standard deviations above 0")
+        if not 0 < self.threshold < math.inf:
+            raise InputError(
+                f"Edit got threshold={self.threshold}; expected a number of standard deviations above 0"
+            )
 
     @property
     def training_mode(self) -> Mode:
@@ -179,7 +187,9 @@ class Edit(MaskKind):
         return self.init
 
     def unit(self, weight: Tensor) -> float:
-        deviation = weight.detach().float().std(correction=0) if weight.numel() else torch.zeros(())
+        if weight.is_meta:
+            return math.nan
+        deviation = weight.detach().double().std(correction=0) if weight.numel() else torch.zeros(())
         return self.threshold * float(deviation)
 
     def keep(self, logits: Tensor) -> Tensor:
@@ -191,13 +201,15 @@ _KINDS: dict[str, type[MaskKind]] = {k.name: k for k in (GumbelSigmoid, Threshol
 
 def kind_from_dict(data: dict[str, Any]) -> MaskKind:
     """The kind that `MaskKind.to_dict` wrote. Unknown names or fields: InputError."""
+    if not isinstance(data, dict):
+        raise InputError(f"mask kind is {data!r}; expected the dictionary that to_dict() writes")
     fields = dict(data)
     name = fields.pop("kind", None)
     if name not in _KINDS:
         raise InputError(f"mask kind '{name}' is unknown; expected one of {', '.join(_KINDS)}")
-    if isinstance(fields.get("tau"), dict):
-        fields["tau"] = TauSchedule(**fields["tau"])
     try:
+        if isinstance(fields.get("tau"), dict):
+            fields["tau"] = TauSchedule(**fields["tau"])
         return _KINDS[name](**fields)
     except TypeError as error:
         raise InputError(f"mask kind '{name}': {error}; expected the fields that to_dict() writes") from error

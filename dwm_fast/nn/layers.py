@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -11,20 +12,25 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind
+from dwm_fast.ops._library import autocast_dtype
 
 
 def new_rng_state(seed: int | None, device: torch.device | str | None = None) -> Tensor:
-    """Seed and step for the noise contract, int64 (2,); the seed comes from torch's generator when None."""
+    """Seed and step for the noise contract, int64 (2,); the seed comes from torch's generator when None.
+
+    A seed is 64 bits: any number from -2^63 to 2^64 - 1, where s and s - 2^64 are the same seed.
+    """
     if seed is None:
-        seed = int(torch.randint(0, 2**62, ()))
-    return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        seed = int(torch.randint(0, 2**62, (), device="cpu"))
+    if not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed={seed}; expected a 64-bit number, from -2^63 to 2^64 - 1")
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.tensor([signed, 0], dtype=torch.int64, device=device)
 
 
-def compute_dtype(device_type: str, weight: Tensor) -> torch.dtype:
-    """Dtype a masked weight is written in: autocast's where it is on, else the weight's own."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
+def new_tau(kind: MaskKind, device: torch.device | str | None) -> Tensor:
+    """The kind's first temperature, 0-dim fp32."""
+    return torch.tensor(float(kind.initial_tau), dtype=torch.float32, device=device)
 
 
 def current_tau(kind: MaskKind, tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
@@ -37,34 +43,49 @@ class MaskedLayer(nn.Module):
     """What MaskedLinear and MaskedConv2d share; not used alone.
 
     Attributes:
-        weight: the backbone's weight, frozen unless made trainable again.
-        mask_logits: the learned tensor, fp32 Parameter of the weight's shape: logits (GumbelSigmoid), real mask
-            weights (Threshold) or edits (Edit).
+        weight: the backbone's weight, frozen unless made trainable again; while a MaskedModel runs, the
+            masked weight of the moment, so that code that reads a layer's weight without calling it sees the
+            mask too.
+        mask_logits: the learned tensor, fp32 Parameter of the weight's shape: logits (GumbelSigmoid), real
+            mask weights (Threshold) or edits (Edit).
         kind: the mask kind.
         layer_index: the noise contract's layer number.
         rng_state: seed and step, int64 (2,); None when a MaskedModel draws for this layer.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
     rng_state: Tensor | None
     tau: Tensor | None
 
     def _init_mask(self, kind: MaskKind, seed: int | None) -> None:
         self.kind = kind
         self.layer_index = 0
+        self._staged: Tensor | None = None
         self.weight.requires_grad_(False)
         self.mask_logits = nn.Parameter(kind.initial(self.weight.detach()))
         self.unit = kind.unit(self.weight)
         self.register_buffer("rng_state", new_rng_state(seed, self.weight.device))
-        self.register_buffer("tau", torch.tensor(kind.initial_tau, device=self.weight.device))
-        self._staged: Tensor | None = None
+        self.register_buffer("tau", new_tau(kind, self.weight.device))
 
     def hand_over(self, layer_index: int) -> None:
-        """Let a MaskedModel draw for this layer from now on: its own noise state and temperature are dropped."""
+        """Let a MaskedModel draw for this layer from now on: its own noise and temperature are dropped."""
         self.layer_index = layer_index
         self.rng_state = None
         self.tau = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            staged = self.__dict__.get("_staged")
+            if staged is not None:
+                return staged
+        return super().__getattr__(name)
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """The backbone's weight, whether a MaskedModel is running or not."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     @property
     def mode(self) -> ops.Mode:
@@ -78,13 +99,13 @@ class MaskedLayer(nn.Module):
     def masked_weight(self) -> Tensor:
         """The weight that the next matrix product sees, in the compute dtype; draws a mask in train()."""
         if self._staged is not None:
-            return self._staged
+            return self._staged.to(autocast_dtype(self.frozen_weight))
         if self.rng_state is None or self.tau is None:
             raise InputError(
-                "this layer belongs to a masked model, which draws its masks; call the masked model, or give the "
-                "layer its own noise with `layer.stand_alone()`"
+                "this layer belongs to a masked model, which draws its masks; call the masked model, or give "
+                "the layer its own noise with `layer.stand_alone()`"
             )
-        state = ops.advance(self.rng_state) if self.training else self.rng_state
+        state = ops.advance(self.rng_state) if self.training else self.rng_state.clone()
         masked, _, _ = ops.sample(
             [self.mask_logits],
             [self.weight],
@@ -93,14 +114,22 @@ class MaskedLayer(nn.Module):
             mode=self.mode,
             layers=[self.layer_index],
             thresholds=[self.unit],
-            dtype=compute_dtype(self.weight.device.type, self.weight),
+            dtype=autocast_dtype(self.weight),
         )
         return masked[0]
 
     def stand_alone(self, seed: int | None = None) -> None:
-        """Give the layer its own noise state and temperature, so that it can be called outside a masked model."""
+        """Give the layer its own noise and temperature, so that it can be called outside a masked model."""
         self.rng_state = new_rng_state(seed, self.weight.device)
-        self.tau = torch.tensor(self.kind.initial_tau, device=self.weight.device)
+        self.tau = new_tau(self.kind, self.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        fp32 = (self.mask_logits, self.mask_logits.grad, self.tau)
+        return super()._apply(keep_dtype(fn, fp32), recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.unit = self.kind.unit(self.frozen_weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_staged": None}
@@ -137,14 +166,13 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self._init_mask(kind or GumbelSigmoid(), seed)
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear, kind: MaskKind | None = None, seed: int | None = None) -> MaskedLinear:
+    def from_linear(
+        cls, layer: nn.Linear, kind: MaskKind | None = None, seed: int | None = None
+    ) -> MaskedLinear:
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Linear):
             raise InputError(f"from_linear got {type(layer).__name__}; expected a torch.nn.Linear")
-        masked = cls(
-            layer.in_features, layer.out_features, layer.bias is not None, seed=0, device="meta"
-        )
-        return _adopt(masked, layer, kind, seed)
+        return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.masked_weight(), self.bias)
@@ -190,39 +218,51 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         self._init_mask(kind or GumbelSigmoid(), seed)
 
     @classmethod
-    def from_conv(cls, layer: nn.Conv2d, kind: MaskKind | None = None, seed: int | None = None) -> MaskedConv2d:
+    def from_conv(
+        cls, layer: nn.Conv2d, kind: MaskKind | None = None, seed: int | None = None
+    ) -> MaskedConv2d:
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Conv2d):
             raise InputError(f"from_conv got {type(layer).__name__}; expected a torch.nn.Conv2d")
-        masked = cls(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            layer.groups,
-            layer.bias is not None,
-            layer.padding_mode,
-            seed=0,
-            device="meta",
-        )
-        return _adopt(masked, layer, kind, seed)
+        return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.masked_weight(), self.bias)
+        output: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
+        return output
 
     def extra_repr(self) -> str:
-        return f"{nn.Conv2d.extra_repr(self)}, {self._mask_repr()}"
+        plain: str = nn.Conv2d.extra_repr(self)  # type: ignore[no-untyped-call]
+        return f"{plain}, {self._mask_repr()}"
 
 
-_Masked = TypeVar("_Masked", "MaskedLinear", "MaskedConv2d")
+_Module = TypeVar("_Module", bound=nn.Module)
+_Masked = TypeVar("_Masked", bound=MaskedLayer)
 
 
-def _adopt(masked: _Masked, layer: nn.Linear | nn.Conv2d, kind: MaskKind | None, seed: int | None) -> _Masked:
-    """Fill a masked layer made on the meta device with a plain layer's weight, bias and train/eval state."""
-    masked.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
-    if layer.bias is not None:
-        masked.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+def recast(layer: nn.Module, cls: type[_Module]) -> _Module:
+    """A module of class `cls` with the parameters, hooks and attributes of `layer`, in tables of its own."""
+    module = cls.__new__(cls)
+    module.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+    return module
+
+
+def keep_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """`fn` as `nn.Module._apply` takes it, except that the tensors of `kept` go without a change of dtype."""
+    kept_ids = {id(t) for t in kept}
+
+    def moved(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        if id(tensor) not in kept_ids or out.dtype == tensor.dtype:
+            return out
+        return torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
+
+    return moved
+
+
+def _adopt(masked: _Masked, kind: MaskKind | None, seed: int | None) -> _Masked:
+    """Make a recast plain layer a masked one: weight shared, bias its own."""
+    masked.weight = nn.Parameter(masked.weight.detach(), requires_grad=False)
+    if masked.bias is not None:
+        masked.bias = nn.Parameter(masked.bias.detach().clone(), requires_grad=masked.bias.requires_grad)
     masked._init_mask(kind or GumbelSigmoid(), seed)
-    return masked.train(layer.training)
+    return masked

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +16,16 @@ from dwm_fast.nn.layers import (
     MaskedConv2d,
     MaskedLayer,
     MaskedLinear,
-    compute_dtype,
     current_tau,
+    keep_dtype,
     new_rng_state,
+    new_tau,
 )
+from dwm_fast.nn.select import maskable_layers, refuse_shared
+from dwm_fast.ops._library import autocast_dtype
+from dwm_fast.ops.sample import penalty
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-
-
-def maskable_layers(
-    model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
-) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Linear and Conv2d layers by name, in definition order, whose name fits `include` and not `exclude`.
-
-    Patterns are those of the shell ("layer1.*", "fc"). Raises InputError when nothing fits, naming what is there.
-    """
-    include, exclude = tuple(include), tuple(exclude)
-    found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    chosen = {
-        name: module
-        for name, module in found.items()
-        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-    }
-    if not chosen:
-        raise InputError(
-            f"no Linear or Conv2d layer fits include={list(include)} and exclude={list(exclude)}; "
-            f"the model has: {', '.join(found) or 'none at all'}"
-        )
-    return chosen
 
 
 def copy_sharing(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
@@ -58,6 +39,14 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+class Sampler(Protocol):
+    """What may draw in the place of `dwm_fast.ops.sample` in training, with its signature."""
+
+    def sample(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Masked weights, bits and penalty."""
+        ...
+
+
 class MaskedModel(nn.Module):
     """A network with masked layers. `mask_model` makes it; calling it is calling the network.
 
@@ -66,8 +55,9 @@ class MaskedModel(nn.Module):
 
     Args:
         model: network in which some layers are MaskedLinear or MaskedConv2d.
-        mask_samples: independent masks per batch in train(): the batch is split in as many parts (Csordas: 4).
-        batch_norm: "frozen" keeps batch and instance norm in eval mode in train() too; "train" lets it follow.
+        mask_samples: independent masks per batch in train(): the batch is split in as many parts (Csordas:
+            4); a batch of fewer samples gets a mask for each.
+        batch_norm: "frozen" keeps batch and instance norm in eval mode in train() too; "train" does not.
         seed: seed of the mask noise; from torch's generator by default.
     """
 
@@ -90,15 +80,17 @@ class MaskedModel(nn.Module):
             raise InputError("the model has no masked layer; make one with dwm_fast.mask_model(model, kind)")
         kinds = {layer.kind for layer in self._layers.values()}
         if len(kinds) > 1:
-            raise InputError(f"the layers have different mask kinds: {sorted(map(repr, kinds))}; expected one kind")
+            raise InputError(
+                f"the layers have different mask kinds: {sorted(map(repr, kinds))}; expected one kind"
+            )
         self.kind: MaskKind = kinds.pop()
         device = next(iter(self._layers.values())).weight.device
         self.register_buffer("rng_state", new_rng_state(seed, device))
-        self.register_buffer("tau", torch.tensor(self.kind.initial_tau, device=device))
+        self.register_buffer("tau", new_tau(self.kind, device))
         for index, layer in enumerate(self._layers.values()):
             layer.hand_over(index)
         self._penalty: Tensor | None = None
-        self._recorder: Any = None
+        self._recorder: Sampler | None = None
         self.train(model.training)
 
     def mask_layers(self) -> dict[str, MaskedLayer]:
@@ -122,17 +114,25 @@ class MaskedModel(nn.Module):
     def sparsity_penalty(self) -> Tensor:
         """Mean expected keep value over all masked weights, in [0, 1], 0-dim fp32, differentiable.
 
-        Divided by the number of weights, so a coefficient means the same for every network size. After a call in
-        train() it costs nothing: the draw computed it. Threshold has no published regulariser: 0.
+        Divided by the number of weights, so a coefficient means the same for every network size. Between a
+        call in train() and its backward it costs nothing: the draw computed it. Threshold has no published
+        regulariser: 0.
         """
-        penalty, self._penalty = self._penalty, None
-        if penalty is not None:
-            return penalty
-        return self._sample(self.kind.training_mode, self.rng_state.clone(), self.tau, 0)[2]
+        drawn, self._penalty = self._penalty, None
+        if drawn is not None and (torch.compiler.is_compiling() or _backward_possible(drawn)):
+            return drawn
+        return penalty([layer.mask_logits for layer in self._layers.values()], self.kind.training_mode)
 
-    def _sample(self, mode: ops.Mode, state: Tensor, tau: Tensor, step_offset: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    def attach_recorder(self, recorder: Sampler | None) -> None:
+        """Draw for training by `recorder.sample`, not `dwm_fast.ops.sample`, from now on; None: as before."""
+        self._recorder = recorder
+
+    def _sample(
+        self, mode: ops.Mode, state: Tensor, tau: Tensor, step_offset: int
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         layers = list(self._layers.values())
-        return ops.sample(
+        draw = ops.sample if self._recorder is None or not self.training else self._recorder.sample
+        return draw(
             [layer.mask_logits for layer in layers],
             [layer.weight for layer in layers],
             state,
@@ -141,7 +141,7 @@ class MaskedModel(nn.Module):
             layers=[layer.layer_index for layer in layers],
             thresholds=[layer.unit for layer in layers],
             step_offset=step_offset,
-            dtype=compute_dtype(layers[0].weight.device.type, layers[0].weight) if _one_dtype(layers) else None,
+            dtype=autocast_dtype(layers[0].weight) if _one_dtype(layers) else None,
         )
 
     def _draw(self, state: Tensor, step_offset: int) -> list[Tensor]:
@@ -149,9 +149,6 @@ class MaskedModel(nn.Module):
         if not self.training:
             return self._sample(self.kind.eval_mode, state, self.tau, 0)[0]
         tau = current_tau(self.kind, self.tau, state, self.mask_samples)
-        if self._recorder is not None:
-            drawn: list[Tensor] = self._recorder.draw(self, state, tau, step_offset)
-            return drawn
         masked, _, self._penalty = self._sample(self.kind.training_mode, state, tau, step_offset)
         return masked
 
@@ -167,7 +164,7 @@ class MaskedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
-            return self._run(self.rng_state, 0, args, kwargs)
+            return self._run(self.rng_state.clone(), 0, args, kwargs)
         state = ops.advance(self.rng_state, self.mask_samples)
         if self.mask_samples == 1:
             return self._run(state, 0, args, kwargs)
@@ -175,12 +172,20 @@ class MaskedModel(nn.Module):
 
     def _run_split(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         samples = self.mask_samples
-        if kwargs or not all(isinstance(a, Tensor) for a in args):
-            raise InputError("mask_samples > 1 splits the batch and needs tensors as positional arguments only")
-        if len(args[0]) < samples:
-            raise InputError(f"mask_samples={samples} needs a batch of at least as many; given {len(args[0])}")
+        if kwargs or not args or not all(isinstance(a, Tensor) and a.dim() > 0 for a in args):
+            raise InputError(
+                "mask_samples > 1 splits the batch in its first dimension: expected tensors with a batch "
+                "dimension as positional arguments and nothing else; use mask_samples=1"
+            )
+        samples = max(1, min(samples, len(args[0])))
         parts = zip(*(a.tensor_split(samples) for a in args), strict=True)
-        return torch.cat([self._run(state, j, part, {}) for j, part in enumerate(parts)])
+        outputs = [self._run(state, j, part, {}) for j, part in enumerate(parts)]
+        if not all(isinstance(output, Tensor) for output in outputs):
+            raise InputError(
+                f"mask_samples > 1 joins the outputs of the parts and got a {type(outputs[0]).__name__}; "
+                "expected a model that returns one tensor; use mask_samples=1"
+            )
+        return torch.cat(outputs)
 
     def train(self, mode: bool = True) -> MaskedModel:
         super().train(mode)
@@ -190,8 +195,12 @@ class MaskedModel(nn.Module):
                     module.eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._penalty = None
+        return super()._apply(keep_dtype(fn, (self.tau,)), recurse)  # type: ignore[no-untyped-call]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_penalty": None}
+        return {**self.__dict__, "_penalty": None, "_recorder": None}
 
     def extra_repr(self) -> str:
         total = sum(layer.weight.numel() for layer in self._layers.values())
@@ -199,6 +208,17 @@ class MaskedModel(nn.Module):
             f"kind={self.kind.name}, masked_layers={len(self._layers)}, masked_weights={total:,}, "
             f"mask_samples={self.mask_samples}, batch_norm={self.batch_norm}"
         )
+
+
+def _backward_possible(drawn: Tensor) -> bool:
+    """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
+    if drawn.grad_fn is None:
+        return False
+    try:
+        _ = drawn.grad_fn.saved_tensors  # type: ignore[attr-defined]
+    except RuntimeError:  # freed by a backward, or a logit tensor changed in place since
+        return False
+    return True
 
 
 def _one_dtype(layers: Sequence[MaskedLayer]) -> bool:
@@ -209,8 +229,8 @@ def mask_model(
     model: nn.Module,
     kind: MaskKind,
     *,
-    include: Iterable[str] = ("*",),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = ("*",),
+    exclude: str | Iterable[str] = (),
     mask_samples: int = 1,
     batch_norm: str = "frozen",
     seed: int | None = None,
@@ -218,8 +238,8 @@ def mask_model(
     """Wrap a network so that its Linear and Conv2d weights are seen through learned masks.
 
     The given model is left as it is. The masked weights share its storage (nothing the size of the weights is
-    copied); everything else (biases, norms, layers that are not masked) is copied. Only the mask parameters are
-    trainable; call requires_grad_() on what else should learn, a fresh head for instance.
+    copied); everything else (biases, norms, layers that are not masked) is copied. Only the mask parameters
+    are trainable; call requires_grad_() on what else should learn, a fresh head for instance.
 
     Args:
         model: any nn.Module.
@@ -231,7 +251,9 @@ def mask_model(
         A MaskedModel.
 
     Raises:
-        InputError: no layer fits the patterns, or a layer shares its weight with another (say which to exclude).
+        InputError: no layer fits the patterns, or one that fits cannot be masked: its weight is tied to
+            another tensor or computed, or its class has a forward of its own (the message says what to
+            exclude).
 
     Example:
         >>> import torch, dwm_fast as dwm
@@ -241,7 +263,7 @@ def mask_model(
         [(8, 4)]
     """
     chosen = maskable_layers(model, include, exclude)
-    _refuse_shared(model, chosen)
+    refuse_shared(model, chosen)
     copied = copy_sharing(model, [m.weight for m in chosen.values()])
     weights = {id(m.weight) for m in chosen.values()}
     for parameter in copied.parameters():
@@ -259,58 +281,3 @@ def mask_model(
         else:
             replace_module(copied, name, masked)
     return MaskedModel(copied, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)
-
-
-def _refuse_shared(model: nn.Module, chosen: dict[str, Any]) -> None:
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            full = f"{name}.{key}" if name else key
-            other = owners.setdefault(id(parameter), full)
-            involved = {full.removesuffix(".weight"), other.removesuffix(".weight")} & set(chosen)
-            if other != full and involved:
-                raise InputError(
-                    f"'{full}' and '{other}' are one tied tensor, and one tensor cannot have two masks; "
-                    f"exclude it with exclude={sorted(involved)}"
-                )
-
-
-def merge(masked: MaskedModel) -> nn.Module:
-    """An ordinary nn.Module with the deterministic masks (or the edits) baked into the weights.
-
-    Args:
-        masked: what `mask_model` returned; it is left as it is.
-
-    Returns:
-        A network of plain Linear and Conv2d layers that shares no storage with `masked` and gives the output that
-        `masked.eval()` gives.
-    """
-    layers = masked.mask_layers()
-    with torch.no_grad():
-        baked = masked._sample(masked.kind.eval_mode, masked.rng_state, masked.tau, 0)[0]
-    plain = copy.deepcopy(masked.model)
-    for (name, layer), weight in zip(layers.items(), baked, strict=True):
-        module = _plain_layer(layer, weight)
-        if not name:
-            plain = module
-        else:
-            replace_module(plain, name, module)
-    return plain
-
-
-def _plain_layer(layer: MaskedLayer, weight: Tensor) -> nn.Module:
-    bias = layer.bias is not None
-    module: nn.Module
-    if isinstance(layer, MaskedLinear):
-        module = nn.Linear(layer.in_features, layer.out_features, bias, device="meta")
-    elif isinstance(layer, MaskedConv2d):
-        module = nn.Conv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,  # type: ignore[arg-type]
-            layer.padding, layer.dilation, layer.groups, bias, layer.padding_mode, device="meta",  # type: ignore[arg-type]
-        )  # fmt: skip
-    else:
-        raise InputError(f"merge met a {type(layer).__name__}; expected MaskedLinear or MaskedConv2d")
-    module.weight = nn.Parameter(weight.to(layer.weight.dtype))
-    if layer.bias is not None:
-        module.bias = nn.Parameter(layer.bias.detach().clone())
-    return module.train(layer.training)

@@ -2,7 +2,17 @@
 
 from dwm_fast.ops._backends import BACKENDS, use_backend
 from dwm_fast.ops._modes import Mode
-from dwm_fast.ops.bits import apply, combine, count, jaccard, overlap, pack, packed_nbytes, packed_offsets, unpack
+from dwm_fast.ops.bits import (
+    apply,
+    combine,
+    count,
+    jaccard,
+    overlap,
+    pack,
+    packed_nbytes,
+    packed_offsets,
+    unpack,
+)
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.philox import advance, random_words, uniform

@@ -12,7 +12,6 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 from dwm_fast.errors import BackendUnavailable, InputError
@@ -25,7 +24,9 @@ _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 _REFERENCE_ONLY = frozenset({"advance"})
 
 _targets: dict[tuple[str, str], str] = {}
-_forced: ContextVar[str | None] = ContextVar("dwm_fast_backend", default=None)
+
+# Of the process, not of the thread: autograd runs the backward of CUDA tensors on threads of its own.
+_forced: str | None = None
 
 
 def register(op: str, backend: str, target: str) -> None:
@@ -45,8 +46,10 @@ def _probe(target: str) -> Callable[..., Any] | str:
     module, _, name = target.partition(":")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, BackendUnavailable) as error:
-        return str(error)
+    except (
+        Exception
+    ) as error:  # whatever keeps a backend from loading is a reason, never a failure of dwm_fast
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return function
 
 
@@ -68,41 +71,62 @@ register_table(_EXTENSION, "cuda", BIT_OPS)
 
 
 def forced_backend() -> str | None:
-    """The backend a user asked for by name: `use_backend` first, then DWM_FAST_BACKEND; None when nobody did."""
-    name = _forced.get() or os.environ.get("DWM_FAST_BACKEND") or None
+    """The backend a user asked for: by `use_backend`, else by DWM_FAST_BACKEND; None when nobody did."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("DWM_FAST_BACKEND") or None
     if name is not None and name not in BACKENDS:
-        raise InputError(f"DWM_FAST_BACKEND is '{name}'; expected one of {', '.join(BACKENDS)}")
+        raise InputError(
+            f"DWM_FAST_BACKEND is '{name}'; expected one of {', '.join(BACKENDS)}; set one or unset it"
+        )
     return name
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force every operation inside the block onto one backend; None gives the choice back to the library.
+    """Force every operation inside the block onto one backend; None takes back an outer block's choice.
+
+    It holds for the whole process, backward passes inside the block included.
 
     Raises InputError for a name that is not in BACKENDS. An operation that the backend cannot run raises
     BackendUnavailable when it is called.
     """
     if name is not None and name not in BACKENDS:
         raise InputError(f"use_backend got '{name}'; expected one of {', '.join(BACKENDS)}, or None")
-    token = _forced.set(name)
+    global _forced
+    outer, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = outer
 
 
 def get(op: str, device_type: str) -> Callable[..., Any]:
     """The function that computes `op` for tensors on `device_type` ("cpu", "cuda", ...)."""
     name = forced_backend()
     if name is not None and op not in _REFERENCE_ONLY:
-        return _forced_implementation(op, name)
+        return _forced_implementation(op, name, device_type)
     order = _ORDER.get(device_type, ("reference",))
     if device_type == "cuda" and op in BIT_OPS:
         order = ("cuda", "triton", "reference")
     return _first_available(op, order)
 
 
-def _forced_implementation(op: str, name: str) -> Callable[..., Any]:
+def _devices(name: str) -> tuple[str, ...]:
+    """Device types whose tensors a backend takes; empty for any."""
+    if name == "triton":
+        return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+    return {"cpp": ("cpu",), "cuda": ("cuda",)}.get(name, ())
+
+
+def _forced_implementation(op: str, name: str, device_type: str) -> Callable[..., Any]:
+    devices = _devices(name)
+    if devices and device_type not in devices:
+        hint = " or set TRITON_INTERPRET=1 before the start" if name == "triton" else ""
+        raise BackendUnavailable(
+            f"backend '{name}' was asked for and given a tensor on '{device_type}', it computes on "
+            f"{' and '.join(devices)}; move the tensors{hint}, or use 'reference'"
+        )
     target = _targets.get((op, name))
     if target is None:
         raise BackendUnavailable(

@@ -1,11 +1,13 @@
 """bits: masks at one bit per weight: pack, unpack, apply, count, combine, overlap.
 
-Bit order: LSB first, logical contiguous order, each tensor of a network on a fresh 16-byte boundary, padding zero.
+Bit order: LSB first, logical contiguous order, each tensor of a network on a fresh 16-byte boundary, padding
+zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +36,14 @@ def packed_offsets(numels: Sequence[int]) -> list[int]:
     return offsets
 
 
-def _check_length(bits: Tensor, numels: Sequence[int]) -> None:
+def check_length(bits: Tensor, numels: Sequence[int]) -> None:
+    """InputError unless `bits` is a network buffer for tensors of `numels` elements."""
     expected = packed_offsets(numels)[-1]
     if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != expected:
         raise InputError(
-            f"packed bits: given {bits.dtype} of shape {tuple(bits.shape)}, expected uint8 of shape ({expected},) "
-            f"for {len(numels)} tensors of {sum(numels)} weights; pack the masks with dwm_fast.ops.pack"
+            f"packed bits: given {bits.dtype} of shape {tuple(bits.shape)}, expected uint8 of shape "
+            f"({expected},) for {len(numels)} tensors of {sum(numels)} weights; pack the masks with "
+            "dwm_fast.ops.pack"
         )
 
 
@@ -61,15 +65,15 @@ def pack_reference(masks: Sequence[Tensor]) -> Tensor:
 def unpack_reference(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
     offsets = packed_offsets(numels)
     flat = (bits.unsqueeze(1) & _powers(bits.device)) != 0
-    return [
-        flat[offsets[i] : offsets[i + 1]].reshape(-1)[:numel].clone() for i, numel in enumerate(numels)
-    ]
+    return [flat[offsets[i] : offsets[i + 1]].reshape(-1)[:numel].clone() for i, numel in enumerate(numels)]
 
 
 def apply_reference(bits: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     masks = unpack_reference(bits, [w.numel() for w in weights])
     return [
-        torch.empty_like(w).copy_(torch.where(m.view(w.shape), w, torch.zeros((), dtype=w.dtype, device=w.device)))
+        torch.empty_like(w).copy_(
+            torch.where(m.view(w.shape), w, torch.zeros((), dtype=w.dtype, device=w.device))
+        )
         for w, m in zip(weights, masks, strict=True)
     ]
 
@@ -101,7 +105,9 @@ def _pack_fake(masks: Sequence[Tensor]) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-define("pack(Tensor[] masks) -> Tensor", fake=_pack_fake, device_of=lambda a: a[0][0] if a[0] else torch.empty(0))
+define(
+    "pack(Tensor[] masks) -> Tensor", fake=_pack_fake, device_of=lambda a: a[0][0] if a[0] else torch.empty(0)
+)
 define(
     "unpack(Tensor bits, SymInt[] numels) -> Tensor[]",
     fake=lambda bits, numels: [bits.new_empty(n, dtype=torch.bool) for n in numels],
@@ -129,6 +135,20 @@ define(
 )
 
 
+def _apply_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    bits, weights = inputs
+    ctx.save_for_backward(bits, *weights)
+
+
+def _apply_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    bits, *weights = ctx.saved_tensors
+    filled = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
+    return None, torch.ops.dwm_fast.apply(bits, filled)
+
+
+torch.library.register_autograd("dwm_fast::apply", _apply_backward, setup_context=_apply_setup_context)
+
+
 def pack(masks: Sequence[Tensor]) -> Tensor:
     """Masks (any shapes and dtypes; nonzero = keep) -> one network buffer, uint8 (nbytes,)."""
     result: Tensor = torch.ops.dwm_fast.pack(list(masks))
@@ -137,39 +157,45 @@ def pack(masks: Sequence[Tensor]) -> Tensor:
 
 def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
     """Network buffer -> one flat bool tensor of numels[i] elements per tensor. Wrong length: InputError."""
-    _check_length(bits, numels)
+    check_length(bits, numels)
     result: list[Tensor] = torch.ops.dwm_fast.unpack(bits, list(numels))
     return result
 
 
 def apply(bits: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """weights[i] where its bit is 1, else +0; strides and dtype kept. Wrong length: InputError."""
-    _check_length(bits, [w.numel() for w in weights])
+    """weights[i] where its bit is 1, else +0; strides and dtype kept; differentiable in the weights.
+
+    Wrong length: InputError.
+    """
+    check_length(bits, [w.numel() for w in weights])
     result: list[Tensor] = torch.ops.dwm_fast.apply(bits, list(weights))
     return result
 
 
 def count(bits: Tensor, numels: Sequence[int]) -> Tensor:
     """Ones of each tensor, int64 (len(numels),). Wrong length: InputError."""
-    _check_length(bits, numels)
+    check_length(bits, numels)
     result: Tensor = torch.ops.dwm_fast.count(bits, list(numels))
     return result
 
 
 def combine(a: Tensor, b: Tensor, op: str) -> Tensor:
-    """Set operation on two packed buffers of equal length; `op` is "and", "or", "xor" or "andnot" (a and not b)."""
+    """Set operation on packed buffers of equal length; `op`: "and", "or", "xor" or "andnot" (a and not b)."""
     if op not in COMBINATIONS:
         raise InputError(f"combine got op '{op}'; expected one of {', '.join(COMBINATIONS)}")
-    if a.shape != b.shape:
-        raise InputError(f"combine got buffers of {a.numel()} and {b.numel()} bytes; expected equal lengths")
+    if a.shape != b.shape or a.dtype != torch.uint8 or b.dtype != torch.uint8:
+        raise InputError(
+            f"combine got {a.dtype} of shape {tuple(a.shape)} and {b.dtype} of shape {tuple(b.shape)}; "
+            "expected two packed buffers: uint8, of equal length"
+        )
     result: Tensor = torch.ops.dwm_fast.combine(a, b, op)
     return result
 
 
 def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
     """Sizes of intersection and union of each tensor's bits, int64 (len(numels), 2)."""
-    _check_length(a, numels)
-    _check_length(b, numels)
+    check_length(a, numels)
+    check_length(b, numels)
     result: Tensor = torch.ops.dwm_fast.overlap(a, b, list(numels))
     return result
 

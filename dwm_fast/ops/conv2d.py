@@ -9,14 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwm_fast.errors import InputError
 from dwm_fast.ops import _backends
-from dwm_fast.ops._library import define
+from dwm_fast.ops._library import autocast_operands, define
 from dwm_fast.ops.bits import apply as apply_bits
+from dwm_fast.ops.bits import check_length
+from dwm_fast.ops.sample import check_noise
 
 
 def conv2d_reference(
-    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor, layer: int,
-    threshold: float, mode: int, step_offset: int, stride: Sequence[int], padding: Sequence[int],
+    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor,
+    layer: int, threshold: float, mode: int, step_offset: int, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
     masked, _, _ = torch.ops.dwm_fast.sample(
@@ -26,8 +29,8 @@ def conv2d_reference(
 
 
 def conv2d_packed_reference(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
     masked = apply_bits(bits, [weight])[0].to(x.dtype)
     return F.conv2d(x, masked, bias, list(stride), list(padding), list(dilation), groups)
@@ -44,10 +47,10 @@ def _shape_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) 
 
 define(
     "conv2d(Tensor x, Tensor weight, Tensor logits, Tensor? bias, Tensor rng_state, Tensor tau, int layer, "
-    "float threshold, int mode, int step_offset, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) "
-    "-> Tensor",
-    fake=lambda x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *geometry: _shape_fake(
-        x, weight, bias, *geometry
+    "float threshold, int mode, int step_offset, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "SymInt groups) -> Tensor",
+    fake=lambda x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *geometry: (
+        _shape_fake(x, weight, bias, *geometry)
     ),
     device_of=lambda a: a[0],
 )
@@ -85,7 +88,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     masked, _, _ = torch.ops.dwm_fast.sample(
         [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, x.dtype, False
     )
-    dx, dense, db = _convolution_gradients(ctx, grad, x, masked[0], need_x, need_weight or need_logits, need_bias)
+    dx, dense, db = _convolution_gradients(
+        ctx, grad, x, masked[0], need_x, need_weight or need_logits, need_bias
+    )
     dw = dl = None
     if dense is not None and (need_weight or need_logits):
         zero = torch.zeros((), device=grad.device)
@@ -114,25 +119,36 @@ def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("dwm_fast::conv2d", _backward, setup_context=_setup_context)
-torch.library.register_autograd("dwm_fast::conv2d_packed", _packed_backward, setup_context=_packed_setup_context)
+torch.library.register_autograd(
+    "dwm_fast::conv2d_packed", _packed_backward, setup_context=_packed_setup_context
+)
+
+
+def _check_images(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise InputError(f"x has shape {tuple(x.shape)}; expected (batch, channels, rows, columns)")
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor, *, layer: int = 0,
-    threshold: float = 0.0, mode: int = 0, step_offset: int = 0, stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), groups: int = 1,
+    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor, *,
+    layer: int = 0, threshold: float = 0.0, mode: int = 0, step_offset: int = 0,
+    stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """Masked convolution with the mask drawn by the operation itself.
 
     Args:
-        x: (B, C, H, W), NCHW or channels_last; its dtype is the compute dtype.
+        x: (B, C, H, W), NCHW or channels_last; its dtype is the compute dtype (autocast's, where that is on).
         weight: (O, C / groups, KH, KW); logits: the same shape, fp32; bias: (O,) or None.
         rng_state, tau, layer, threshold, mode, step_offset: see `dwm_fast.ops.sample`.
         stride, padding, dilation: two numbers each (rows, columns).
 
     Returns:
-        (B, O, H', W') in x's dtype; differentiable once in x, weight, logits and bias.
+        (B, O, H', W') in the compute dtype; differentiable once in x, weight, logits and bias.
     """
+    check_noise(rng_state, tau)
+    _check_images(x)
+    x, bias = autocast_operands(x, bias)
     result: Tensor = torch.ops.dwm_fast.conv2d(
         x, weight, logits, bias, rng_state, tau, layer, threshold, int(mode), step_offset,
         list(stride), list(padding), list(dilation), groups,
@@ -144,7 +160,10 @@ def conv2d_packed(
     x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None, *, stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Convolution under a packed mask: bits (packed_nbytes(weight.numel()),); the rest as in torch's conv2d."""
+    """Convolution under a packed mask: bits (packed_nbytes(weight.numel()),); the rest as in `conv2d`."""
+    check_length(bits, [weight.numel()])
+    _check_images(x)
+    x, bias = autocast_operands(x, bias)
     result: Tensor = torch.ops.dwm_fast.conv2d_packed(
         x, weight, bits, bias, list(stride), list(padding), list(dilation), groups
     )

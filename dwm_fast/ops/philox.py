@@ -1,6 +1,6 @@
-"""The noise contract: Philox4x32-10 (Salmon et al., SC 2011) as a pure function of seed, step, layer and element.
+"""The noise contract: Philox4x32-10 (Salmon et al., SC 2011), a function of seed, step, layer and element.
 
-Reference in plain PyTorch. Words are carried in int64 tensors, since PyTorch has no full set of uint32 operations.
+Reference in plain PyTorch. Words are carried in int64 tensors: PyTorch has no full set of uint32 operations.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _WEYL_1 = 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
 
-# Blocks a chunk on a CPU, so that the dozen int64 temporaries stay in cache.
-_CHUNK = 1 << 15
+# Blocks a chunk: on a CPU the dozen int64 temporaries stay in cache, elsewhere they stay under 1 GiB.
+_CHUNK_CPU, _CHUNK = 1 << 15, 1 << 22
 
 LARGEST_UNIFORM = 1.0 - 2.0**-24
 """Upper end of `uniform`: the largest fp32 below 1."""
@@ -32,7 +32,9 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high_half >> 16, ((high_half & 0xFFFF) << 16) | (low_half & 0xFFFF)
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Four random words for each counter.
 
     Args:
@@ -52,6 +54,14 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
+def block_words(block: Tensor, rng_state: Tensor, layer: int, step_offset: int = 0) -> Tensor:
+    """Words of elements 4 * block ... 4 * block + 3: block int64 (n,), each in [0, 2^61) -> int64 (n, 4)."""
+    seed, step = rng_state[0], (rng_state[1] + step_offset) & _LOW
+    key = (seed & _LOW, (seed >> 32) & _LOW)
+    counter = (block & _LOW, block >> 32, torch.full_like(block, layer), step.expand_as(block))
+    return torch.stack(philox4x32(counter, key), dim=1)
+
+
 def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0) -> Tensor:
     """The contract's random word of every element of one tensor.
 
@@ -66,15 +76,12 @@ def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0
     Returns:
         int64 tensor (numel,) with values in [0, 2^32).
     """
-    seed, step = rng_state[0], (rng_state[1] + step_offset) & _LOW
-    key = (seed & _LOW, (seed >> 32) & _LOW)
     blocks = (numel + 3) // 4
     words = torch.empty((blocks, 4), dtype=torch.int64, device=rng_state.device)
-    chunk = _CHUNK if rng_state.device.type == "cpu" else max(blocks, 1)
+    chunk = _CHUNK_CPU if rng_state.device.type == "cpu" else _CHUNK
     for first in range(0, blocks, chunk):
         block = torch.arange(first, min(first + chunk, blocks), device=rng_state.device, dtype=torch.int64)
-        counter = (block & _LOW, block >> 32, torch.full_like(block, layer), step.expand_as(block))
-        torch.stack(philox4x32(counter, key), dim=1, out=words[first : first + chunk])
+        words[first : first + chunk] = block_words(block, rng_state, layer, step_offset)
     return words.view(-1)[:numel]
 
 
@@ -98,10 +105,10 @@ define(
 
 
 def advance(rng_state: Tensor, steps: int = 1) -> Tensor:
-    """Take the noise state of this draw, a copy of `rng_state` (2,), and move `rng_state` on by `steps` in place.
+    """Take the noise state of this draw, a copy of `rng_state` (2,), and move `rng_state` on by `steps`.
 
-    It runs on the device without synchronising, so each replay of a CUDA graph moves on and draws new noise. An
-    operation of its own, because a compiler may otherwise read the advanced state in the backward pass.
+    It runs on the device without synchronising, so each replay of a CUDA graph moves on and draws new noise.
+    An operation of its own, because a compiler may otherwise read the advanced state in the backward pass.
     """
     drawn: Tensor = torch.ops.dwm_fast.advance(rng_state, steps)
     return drawn

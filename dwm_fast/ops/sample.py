@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwm_fast.errors import InputError
 from dwm_fast.ops import _backends
 from dwm_fast.ops._library import define
 from dwm_fast.ops._modes import GUMBEL_MODES, Mode
@@ -60,8 +61,18 @@ def _no_penalty(logits: TensorList, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=logits[0].dtype if logits else torch.float32, device=device)
 
 
-def _penalty(logits: TensorList, mode: int, device: torch.device) -> Tensor:
-    """Mean of the expected keep value over every element of the network (0 where the rule has no regulariser)."""
+def penalty(logits: TensorList, mode: int, device: torch.device | None = None) -> Tensor:
+    """The regulariser that `sample` returns, alone and without a draw; differentiable in the logits.
+
+    Args:
+        logits: learned tensors of every layer of the network.
+        mode: a `Mode`: mean sigmoid(l) for the Gumbel rules, mean exp(-abs(e)) for EDIT, 0 for the others.
+        device: device of the result where `logits` is empty.
+
+    Returns:
+        0-dim tensor in [0, 1]: a mean over every element, so a coefficient means the same for any size.
+    """
+    device = logits[0].device if logits else device or torch.device("cpu")
     total = sum(x.numel() for x in logits)
     if mode in GUMBEL_MODES:
         parts = [torch.sigmoid(x).sum() for x in logits]
@@ -98,13 +109,13 @@ def sample_reference(
         out = torch.empty_like(weight, dtype=dtype or weight.dtype)
         masked.append(out.copy_(product))
         keeps.append(keep)
-    bits = pack_reference(keeps) if pack else rng_state.new_empty(0, dtype=torch.uint8)
-    return masked, bits, _penalty(logits, mode, rng_state.device)
+    bits = pack_reference(keeps) if pack and keeps else rng_state.new_empty(0, dtype=torch.uint8)
+    return masked, bits, penalty(logits, mode, rng_state.device)
 
 
 def _logits_gradient(
-    grad: Tensor, logits: Tensor, weight: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
-    mode: int, step_offset: int,
+    grad: Tensor, logits: Tensor, weight: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
+    threshold: float, mode: int, step_offset: int,
 ) -> Tensor:  # fmt: skip
     """d loss / d logits of one tensor without the regulariser, fp32."""
     if mode in GUMBEL_MODES:
@@ -142,11 +153,15 @@ def sample_backward_reference(
 ) -> tuple[list[Tensor], list[Tensor]]:
     total = max(1, sum(x.numel() for x in logits))
     dlogits, dweights = [], []
-    for grad, scores, weight, layer, threshold in zip(grads, logits, weights, layers, thresholds, strict=True):
+    for grad, scores, weight, layer, threshold in zip(
+        grads, logits, weights, layers, thresholds, strict=True
+    ):
         g = grad.to(scores.dtype)
         if need_logits:
             d = _logits_gradient(g, scores, weight, rng_state, tau, layer, threshold, mode, step_offset)
-            dlogits.append(torch.empty_like(scores).copy_(d + grad_penalty * _penalty_gradient(scores, mode, total)))
+            dlogits.append(
+                torch.empty_like(scores).copy_(d + grad_penalty * _penalty_gradient(scores, mode, total))
+            )
         if need_weights:
             value, _ = mask_value(scores, rng_state, tau, layer, threshold, mode, step_offset)
             dweights.append(torch.empty_like(weight).copy_(g * value))
@@ -167,9 +182,9 @@ def _sample_fake(
 
 
 def _sample_backward_fake(
-    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor,
-    layers: Sequence[int], thresholds: Sequence[float], mode: int, step_offset: int, need_logits: bool,
-    need_weights: bool,
+    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, rng_state: Tensor,
+    tau: Tensor, layers: Sequence[int], thresholds: Sequence[float], mode: int, step_offset: int,
+    need_logits: bool, need_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     return (
         [torch.empty_like(x) for x in logits] if need_logits else [],
@@ -178,14 +193,16 @@ def _sample_backward_fake(
 
 
 _sample = define(
-    "sample(Tensor[] logits, Tensor[] weights, Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, "
-    "int mode, int step_offset, ScalarType? dtype, bool pack) -> (Tensor[] masked, Tensor bits, Tensor penalty)",
+    "sample(Tensor[] logits, Tensor[] weights, Tensor rng_state, Tensor tau, int[] layers, "
+    "float[] thresholds, int mode, int step_offset, ScalarType? dtype, bool pack) "
+    "-> (Tensor[] masked, Tensor bits, Tensor penalty)",
     fake=_sample_fake,
     device_of=lambda args: args[2],
 )
 _sample_backward = define(
-    "sample_backward(Tensor[] grads, Tensor grad_penalty, Tensor[] logits, Tensor[] weights, Tensor rng_state, "
-    "Tensor tau, int[] layers, float[] thresholds, int mode, int step_offset, bool need_logits, bool need_weights) "
+    "sample_backward(Tensor[] grads, Tensor grad_penalty, Tensor[] logits, Tensor[] weights, "
+    "Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mode, int step_offset, "
+    "bool need_logits, bool need_weights) "
     "-> (Tensor[] dlogits, Tensor[] dweights)",
     fake=_sample_backward_fake,
     device_of=lambda args: args[4],
@@ -200,7 +217,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.need_weights = any(w.requires_grad for w in weights)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty: Tensor | None
+) -> tuple[Any, ...]:
     rng_state, tau, *tensors = ctx.saved_tensors
     count = len(tensors) // 2
     logits, weights = tensors[:count], tensors[count:]
@@ -208,7 +227,15 @@ def _backward(ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty
     if grad_penalty is None:
         grad_penalty = torch.zeros((), device=rng_state.device)
     dlogits, dweights = torch.ops.dwm_fast.sample_backward(
-        filled, grad_penalty, logits, weights, rng_state, tau, *ctx.arguments, ctx.need_logits, ctx.need_weights
+        filled,
+        grad_penalty,
+        logits,
+        weights,
+        rng_state,
+        tau,
+        *ctx.arguments,
+        ctx.need_logits,
+        ctx.need_weights,
     )
     return (
         dlogits if ctx.need_logits else [None] * count,
@@ -218,6 +245,42 @@ def _backward(ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty
 
 
 torch.library.register_autograd("dwm_fast::sample", _backward, setup_context=_setup_context)
+
+
+def check_noise(rng_state: Tensor, tau: Tensor) -> None:
+    """InputError unless `rng_state` is int64 (2,) and `tau` one floating number, both tensors."""
+    if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
+        raise InputError(
+            f"rng_state is {rng_state.dtype} of shape {tuple(rng_state.shape)}; expected int64 of shape "
+            "(2,): torch.tensor([seed, step])"
+        )
+    if tau.dim() != 0 or not tau.is_floating_point():
+        raise InputError(
+            f"tau is {tau.dtype} of shape {tuple(tau.shape)}; expected a 0-dim fp32 tensor: torch.tensor(1.0)"
+        )
+
+
+def _check_sample(
+    logits: TensorList,
+    weights: TensorList,
+    rng_state: Tensor,
+    tau: Tensor,
+    layers: Sequence[int],
+    thresholds: Sequence[float],
+) -> None:
+    check_noise(rng_state, tau)
+    given = (len(logits), len(weights), len(layers), len(thresholds))
+    if len(set(given)) > 1:
+        raise InputError(
+            f"sample got {given[0]} logits, {given[1]} weights, {given[2]} layers and {given[3]} thresholds; "
+            "expected one of each per layer"
+        )
+    for i, (scores, weight) in enumerate(zip(logits, weights, strict=True)):
+        if scores.shape != weight.shape:
+            raise InputError(
+                f"sample: logits[{i}] has shape {tuple(scores.shape)} and weights[{i}] "
+                f"{tuple(weight.shape)}; expected equal shapes"
+            )
 
 
 def sample(
@@ -238,8 +301,8 @@ def sample(
     Args:
         logits: learned tensors, fp32, logits[i] of the shape of weights[i] with any strides.
         weights: weights, any floating dtype and strides.
-        rng_state: int64 (2,): seed and step. The backward draws the same noise from it again, so it must not be
-            changed in place before: pass what `advance` returned.
+        rng_state: int64 (2,): seed and step. The backward draws the same noise from it again, so it must not
+            be changed in place before: pass what `advance` returned.
         tau: 0-dim fp32 tensor, temperature > 0 (read by the Gumbel modes).
         mode: a `Mode`.
         layers: the noise contract's layer index of each tensor; 0, 1, 2, ... by default.
@@ -249,18 +312,34 @@ def sample(
         pack: whether keep bits are wanted.
 
     Returns:
-        masked weights (each with its weight's strides), keep bits (uint8 network buffer, empty unless `pack`),
-        and the penalty: mean expected keep value over the network, 0-dim fp32, differentiable.
+        masked weights (each with its weight's strides), keep bits (uint8 network buffer, empty
+        unless `pack`), and the penalty: mean expected keep value over the network, 0-dim, differentiable.
+
+    Raises:
+        InputError: lists of different lengths, a logit tensor of another shape than its weight, or a noise
+            state or temperature of another form.
+
+    Example:
+        >>> import torch
+        >>> from dwm_fast import ops
+        >>> state, tau = torch.tensor([7, 0]), torch.tensor(1.0)
+        >>> logits, weight = torch.tensor([3.0, -3.0, 0.0]), torch.tensor([1.0, 2.0, 4.0])
+        >>> masked, bits, penalty = ops.sample([logits], [weight], state, tau, mode=ops.Mode.KEEP, pack=True)
+        >>> masked[0].tolist(), int(bits[0])
+        ([1.0, 0.0, 4.0], 5)
     """
     count = len(weights)
+    layers = range(count) if layers is None else layers
+    thresholds = [0.0] * count if thresholds is None else thresholds
+    _check_sample(logits, weights, rng_state, tau, layers, thresholds)
     result: tuple[list[Tensor], Tensor, Tensor] = torch.ops.dwm_fast.sample(
         list(logits),
         list(weights),
         rng_state,
         tau,
-        list(range(count)) if layers is None else list(layers),
-        [0.0] * count if thresholds is None else list(thresholds),
-        int(mode),
+        list(layers),
+        list(thresholds),
+        int(Mode(mode)),
         step_offset,
         dtype,
         pack,

@@ -1,0 +1,67 @@
+"""merge: a masked network back to a plain one, with its deterministic masks baked into the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from dwm_fast import ops
+from dwm_fast.errors import InputError
+from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, recast
+from dwm_fast.nn.model import MaskedModel, replace_module
+
+
+def merge(masked: MaskedModel) -> nn.Module:
+    """An ordinary nn.Module with the deterministic masks (or the edits) baked into the weights.
+
+    Args:
+        masked: what `mask_model` returned; it is left as it is.
+
+    Returns:
+        A network of plain Linear and Conv2d layers, in the train/eval state of `masked`, that shares no
+        storage with it and in eval() gives the output that `masked.eval()` gives. All its parameters are
+        trainable.
+
+    Example:
+        >>> import torch, dwm_fast as dwm
+        >>> masked = dwm.mask_model(torch.nn.Linear(3, 2), dwm.Threshold()).eval()
+        >>> plain, x = dwm.merge(masked), torch.ones(1, 3)
+        >>> type(plain).__name__, torch.equal(plain(x), masked(x))
+        ('Linear', True)
+    """
+    layers = list(masked.mask_layers().values())
+    with torch.no_grad():
+        baked, _, _ = ops.sample(
+            [layer.mask_logits for layer in layers],
+            [layer.weight for layer in layers],
+            masked.rng_state,
+            masked.tau,
+            mode=masked.kind.eval_mode,
+            thresholds=[layer.unit for layer in layers],
+        )
+    plain = copy.deepcopy(masked.model)
+    for name, weight in zip(masked.mask_layers(), baked, strict=True):
+        module = _plain_layer(plain.get_submodule(name), weight)
+        if not name:
+            plain = module
+        else:
+            replace_module(plain, name, module)
+    plain.requires_grad_(True)
+    return plain.train(masked.training)
+
+
+def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """The Linear or Conv2d that `layer` was, with its hooks and settings, over `weight`."""
+    plain: nn.Module
+    if isinstance(layer, MaskedLinear):
+        plain = recast(layer, nn.Linear)
+    elif isinstance(layer, MaskedConv2d):
+        plain = recast(layer, nn.Conv2d)
+    else:
+        raise InputError(f"merge met a {type(layer).__name__}; expected MaskedLinear or MaskedConv2d")
+    for name in ("mask_logits", "rng_state", "tau", "kind", "layer_index", "unit", "_staged"):
+        delattr(plain, name)
+    plain.weight = nn.Parameter(weight)
+    return plain
