@@ -20,7 +20,7 @@ class MaskRecord:
         logits, weights: learned tensors and weights, layer by layer.
         grads: gradient of each masked weight, in its dtype; None for a layer that was not reached.
         grad_penalty: gradient of the penalty, 0-dim fp32; None when the loss does not hold it.
-        rng_state: seed and step of the draw (a copy, never advanced).
+        rng_state: seed and step of the draw, a tensor of its own (`dwm_fast.ops.advance` gives one).
     """
 
     logits: list[Tensor]
@@ -67,7 +67,7 @@ class DrawRecorder:
             "step_offset": step_offset,
         }
         *masked, bits, penalty = _RecordedDraw.apply(
-            self.records, rule, dtype, pack, rng_state.clone(), tau, *logits, *weights
+            self.records, rule, dtype, pack, rng_state, tau, *logits, *weights
         )
         return masked, bits, penalty
 
