@@ -31,7 +31,8 @@ class Adopted:
 def weight_names(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks by parameter name, from masks by parameter or module name ("conv1" means "conv1.weight").
 
-    Raises InputError for a name that the backbone lacks, or a mask whose shape does not spread over its weight.
+    Raises InputError for a name that the backbone lacks, or a mask whose shape does not spread over its
+    weight.
     """
     result = {}
     for given, mask in masks.items():

@@ -55,8 +55,9 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             raise
         sync_folder(path.parent)
     except OSError as error:
-        raise MaskFileError(f"{path}: cannot be written: {error.strerror or error}; free the disk or choose "
-                            f"another folder") from error
+        raise MaskFileError(
+            f"{path}: cannot be written: {error.strerror or error}; free the disk or choose another folder"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -96,7 +97,8 @@ def _writing() -> set[Path]:
 def commit(folder: Path, replace: Mapping[str, Path], delete: Iterable[str]) -> None:
     """Rename every prepared part onto its name and delete the rest, all or nothing even under SIGKILL.
 
-    The journal's rename is the instant of change; `recover` finishes what is cut off after it. Needs the lock.
+    The journal's rename is the instant of change; `recover` finishes what is cut off after it. Needs the
+    lock.
     """
     plan = {"replace": {name: part.name for name, part in replace.items()}, "delete": sorted(delete)}
     sync_folder(folder)

@@ -42,8 +42,8 @@ class _Entry:
 class MaskBank:
     """Serves many domains from one copy of a network's weights.
 
-    The backbone is shared, not copied, always runs in eval mode here, and has to stay as it is while domains are
-    used. Calls may come from several threads at once.
+    The backbone is shared, not copied, always runs in eval mode here, and has to stay as it is while domains
+    are used. Calls may come from several threads at once.
 
     Args:
         backbone: any network whose masked weights are parameters.
@@ -118,11 +118,13 @@ class MaskBank:
 
         Args:
             domain: its name, which is also its file's name.
-            masks: bool tensors by parameter or module name (True = keep), or a masked model with `keep_masks()`;
-                from a model, whatever it has beside the masks that differs from the backbone is added too.
+            masks: bool tensors by parameter or module name (True = keep), or a masked model with
+                `keep_masks()`; from a model, whatever it has beside the masks that differs from the backbone
+                is added too.
             state: tensors by state dict name that the domain has for itself (head, batch norm).
             values: for forms other than binary, see `dwm_fast.bank.DomainMasks`.
-            form, method, classes, options: description; form, method and options of a masked model come from it.
+            form, method, classes, options: description; form, method and options of a masked model come from
+                it.
 
         Raises:
             InputError: the name is taken or not usable, or a tensor does not fit the backbone.
@@ -132,8 +134,9 @@ class MaskBank:
         elif isinstance(masks, Mapping):
             given = Adopted(weight_names(masks, self._tensors))
         else:
-            raise InputError(f"masks: given {type(masks).__name__}; expected a mapping of bool tensors, or a model "
-                             f"with keep_masks()")
+            raise InputError(
+                f"masks: given {type(masks).__name__}; expected a mapping of bool tensors, or a model with keep_masks()"
+            )
         names = list(given.masks)
         self._check_parameters(names)
         record = make_domain(
@@ -152,7 +155,10 @@ class MaskBank:
             self._entries[record.info.domain] = _Entry(record, None, allow_other_backbone, record.info)
 
     def add_file(self, path: str | os.PathLike[str], *, allow_other_backbone: bool = False) -> str:
-        """Add the domain of one mask file and return its name. MaskFileError when the file or backbone is wrong."""
+        """Add the domain of one mask file and return its name.
+
+        MaskFileError when the file or backbone is wrong.
+        """
         record = MaskFile(path).load(lambda reference: self.record(reference))
         self.add_record(record, allow_other_backbone=allow_other_backbone)
         return record.info.domain
@@ -199,7 +205,10 @@ class MaskBank:
         return self.record(domain).masks()
 
     def activate(self, domain: str | None) -> None:
-        """Make plain calls use `domain`, None for the bare backbone. One pass over the bits, or nothing if kept."""
+        """Make plain calls use `domain`, None for the bare backbone.
+
+        One pass over the bits, or nothing if kept.
+        """
         if domain is not None:
             self._patch(domain)
         self._active = domain
@@ -208,7 +217,8 @@ class MaskBank:
         """The network's output, under the active domain, or with `domains` each sample under its own.
 
         Args:
-            args, kwargs: the backbone's own. With `domains`, tensors whose first size is B are split by sample.
+            args, kwargs: the backbone's own. With `domains`, tensors whose first size is B are split by
+                sample.
             domains: B names. Heads of different class counts give outputs as wide as the widest, missing
                 classes -inf.
         """
@@ -257,13 +267,11 @@ class MaskBank:
     def _records(self, names: Sequence[str] | None) -> list[DomainMasks]:
         return [self.record(name) for name in (self.domains if names is None else names)]
 
-    def save(
-        self, folder: str | os.PathLike[str], *, coding: str | None = None, reference: str | None = None
-    ) -> None:
+    def save(self, folder: str | os.PathLike[str], *, coding: str | None = None, reference: str | None = None) -> None:
         """Write the domains to a folder: `<domain>.safetensors` each, and an index. All or nothing.
 
-        Other domains that lie in the folder stay. Domains that came from it, and have not changed since, are not
-        written again unless `coding` says otherwise.
+        Other domains that lie in the folder stay. Domains that came from it, and have not changed since, are
+        not written again unless `coding` says otherwise.
 
         Args:
             folder: made if it is missing.
@@ -293,8 +301,8 @@ class MaskBank:
     ) -> MaskBank:
         """Open a folder of domains over a backbone. Only the index is read; each domain is read when it is used.
 
-        Raises MaskFileError when the folder or its index is bad, and at first use of a domain that is broken or
-        was made for another backbone (`allow_other_backbone` permits that).
+        Raises MaskFileError when the folder or its index is bad, and at first use of a domain that is broken
+        or was made for another backbone (`allow_other_backbone` permits that).
         """
         bank = cls(backbone, memory_budget=memory_budget)
         path = Path(folder).resolve()
@@ -363,8 +371,10 @@ class MaskBank:
         except InputError as error:
             raise MaskFileError(f"{source}: does not fit the backbone: {error}") from error
         if info.fingerprint and not any_backbone and self._prints.of(info.layout.names) != info.fingerprint:
-            raise MaskFileError(f"{source}: backbone: the masks of '{info.domain}' were made for other weights; load "
-                                f"the backbone they belong to, or pass allow_other_backbone=True")
+            raise MaskFileError(
+                f"{source}: backbone: the masks of '{info.domain}' were made for other weights; load "
+                f"the backbone they belong to, or pass allow_other_backbone=True"
+            )
 
     def _entry(self, domain: str) -> _Entry:
         entry = self._entries.get(domain)

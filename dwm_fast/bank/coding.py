@@ -35,7 +35,10 @@ def _level_frequencies() -> tuple[int, ...]:
 
 
 LEVEL_FREQUENCIES = _level_frequencies()
-"""Frequency of a one, of 2^24, per level: t^2 (3 - 2t) with t = (k - 1/2) / 62 for k in 1 .. 62, and both ends."""
+"""Frequency of a one, of 2^24, per level: t^2 (3 - 2t) with t = (k - 1/2) / 62 for k in 1 ..
+
+62, and both ends.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ def _constriction() -> Any:
     try:
         return importlib.import_module("constriction").stream
     except ImportError as error:
-        raise BackendUnavailable("coded mask files need the package 'constriction'; "
-                                 "type: pip install 'dwm-fast[coding]'") from error
+        raise BackendUnavailable(
+            "coded mask files need the package 'constriction'; type: pip install 'dwm-fast[coding]'"
+        ) from error
 
 
 def plan(keep: Bytes, shape: tuple[int, ...]) -> Plan:
@@ -123,7 +127,10 @@ def encode(keep: Bytes, shape: tuple[int, ...], plan: Plan) -> Bytes:
 
 
 def decode(stored: Bytes, shape: tuple[int, ...], plan: Plan) -> Bytes:
-    """The packed bits (LSB first, ceil(n / 8) bytes) of an "ans" or "channel" tensor. Undecodable otherwise."""
+    """The packed bits (LSB first, ceil(n / 8) bytes) of an "ans" or "channel" tensor.
+
+    Undecodable otherwise.
+    """
     n = math.prod(shape)
     if plan.coding == "ans":
         coder = _open(stored)

@@ -110,9 +110,7 @@ def _check_tensors(
     return stored, Layout(tuple(stored), tuple(shapes)), tuple(ones)
 
 
-def _check_stored(
-    path: Path, about: dict[str, Any], shape: tuple[int, ...], entry: Entry | None
-) -> StoredTensor:
+def _check_stored(path: Path, about: dict[str, Any], shape: tuple[int, ...], entry: Entry | None) -> StoredTensor:
     name, n = about["name"], math.prod(shape)
     if entry is None or entry.code != "U8" or len(entry.shape) != 1:
         fail(path, f"bits.{name}", "missing, or not a one-dimensional U8 tensor")

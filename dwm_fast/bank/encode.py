@@ -32,8 +32,10 @@ def encode_domain(record: DomainMasks, coding: str = "raw", reference: DomainMas
     if coding not in CODINGS:
         raise InputError(f"coding '{coding}' is unknown; expected one of {', '.join(CODINGS)}")
     if reference is not None and (coding != "coded" or reference.info.layout != record.info.layout):
-        raise InputError(f"reference '{reference.info.domain}' needs coding='coded' and masks of the same names "
-                         f"and shapes as '{record.info.domain}'")
+        raise InputError(
+            f"reference '{reference.info.domain}' needs coding='coded' and masks of the same names "
+            f"and shapes as '{record.info.domain}'"
+        )
     check_values(record)
     tensors = _extras(record)
     table = []

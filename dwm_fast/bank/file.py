@@ -13,7 +13,7 @@ from torch import Tensor
 from dwm_fast import ops
 from dwm_fast.bank import coding as codes
 from dwm_fast.bank.content import CHECKSUMS, check_content
-from dwm_fast.bank.header import DTYPES, Entry, fail, parse_header, map_file
+from dwm_fast.bank.header import DTYPES, Entry, fail, map_file, parse_header
 from dwm_fast.bank.record import DomainMasks, bits_digest, check_values, tensor_bytes
 from dwm_fast.errors import InputError, MaskFileError
 
@@ -40,7 +40,7 @@ class MaskFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._map = map_file(self.path)
-        header = parse_header(self.path, memoryview(tensor_bytes(self._map)))
+        header = parse_header(self.path, tensor_bytes(self._map).data)
         self.seal = header.seal
         self._entries = header.entries
         self._data_start = header.data_start
@@ -139,8 +139,11 @@ class MaskFile:
             return None
         domain, expected = self.reference
         if resolve is None:
-            fail(self.path, "reference", f"stored against domain '{domain}'; open it through the bank or folder "
-                                         f"that holds both")
+            fail(
+                self.path,
+                "reference",
+                f"stored against domain '{domain}'; open it through the bank or folder that holds both",
+            )
         base = resolve(domain)
         if base.info.layout != self.info.layout or bits_digest(base) != expected:
             fail(self.path, "reference", f"domain '{domain}' has other masks than when this file was written")

@@ -31,7 +31,8 @@ class Fingerprinter:
     """Fingerprints of subsets of one model's tensors; each tensor is hashed once until it is written to.
 
     Args:
-        tensors: name -> tensor; the values are held, so a change in place is noticed by torch's version counter.
+        tensors: name -> tensor; the values are held, so a change in place is noticed by torch's version
+            counter.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dwm_fast.bank.atomic import commit, current_path, locked, recover, write_part
+from dwm_fast.bank.atomic import JOURNAL, commit, current_path, locked, read_journal, recover, write_part
 from dwm_fast.bank.file import MaskFile
 from dwm_fast.bank.header import fail, is_count, parse_object
 from dwm_fast.bank.record import DomainMasks, check_domain_name
@@ -25,7 +25,8 @@ _MAX_INDEX_BYTES = 256 << 20
 class Row:
     """What the index says about one domain.
 
-    bits: digest of its masks. reference: the domain it is stored against, "" for none, with that one's digest.
+    bits: digest of its masks. reference: the domain it is stored against, "" for none, with that one's
+        digest.
     """
 
     nbytes: int
@@ -115,6 +116,32 @@ def _load(folder: Path, domain: str, chain: tuple[str, ...]) -> DomainMasks:
     return file.load(lambda reference: _load(folder, reference, (*chain, domain)))
 
 
+def read_domain(path: Path) -> DomainMasks:
+    """The domain in the file at `path`, whatever its name; a reference is looked for beside it."""
+    return MaskFile(path).load(lambda reference: load_domain(path.parent, reference))
+
+
+def check_folder(folder: Path) -> dict[str, str]:
+    """What is wrong in a folder, by file name; empty when every domain reads back and the index tells the truth."""
+    wrong: dict[str, str] = {}
+    with locked(folder, shared=True):
+        rows = _read_rows(folder)
+        if read_journal(folder) is not None:
+            wrong[JOURNAL] = "a save was cut off after its commit; the next save finishes it, nothing is lost"
+        for domain, row in rows.items():
+            try:
+                file = open_domain(folder, domain)
+                _load(folder, domain, ())
+                if file.seal != row.seal:
+                    wrong[domain_file(domain)] = "another file than the index names; save the bank again"
+            except MaskFileError as error:
+                wrong[domain_file(domain)] = str(error)
+        for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):
+            if path.name.removesuffix(SUFFIX) not in rows:
+                wrong[path.name] = f"not in {INDEX}; add it to a bank with MaskBank.add_file, or delete it"
+    return wrong
+
+
 def open_domain(folder: Path, domain: str) -> MaskFile:
     """Open one domain of a folder, never in the middle of another process's change."""
     with locked(folder, shared=True):
@@ -127,7 +154,8 @@ def open_domain(folder: Path, domain: str) -> MaskFile:
 def change_folder(folder: Path, plan: Change) -> dict[str, Row]:
     """Change a folder under its lock, all or nothing, and return the rows it has then.
 
-    A process killed at any moment leaves the state before or after. Other writers wait; what they added stays.
+    A process killed at any moment leaves the state before or after. Other writers wait; what they added
+    stays.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,8 +173,10 @@ def change_folder(folder: Path, plan: Change) -> dict[str, Row]:
             commit(folder, parts, [domain_file(domain) for domain in gone])
             return rows
     except OSError as error:
-        raise MaskFileError(f"{folder}: cannot be written: {error.strerror or error}; nothing was changed, free the "
-                            f"disk or choose another folder") from error
+        raise MaskFileError(
+            f"{folder}: cannot be written: {error.strerror or error}; nothing was changed, free the "
+            f"disk or choose another folder"
+        ) from error
 
 
 def _index(rows: Mapping[str, Row]) -> bytes:

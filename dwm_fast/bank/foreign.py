@@ -26,16 +26,18 @@ EXPORTS = ("bool", "uint8", "float32")
 def as_masks(masks: Mapping[str, Tensor | NDArray[Any]]) -> dict[str, Tensor]:
     """Masks of any dtype whose elements are 0 or 1 (bool, integers, floats; arrays too) as bool tensors.
 
-    A name that ends in "_mask", as torch.nn.utils.prune writes it, loses that ending. Raises InputError when an
-    element is neither 0 nor 1.
+    A name that ends in "_mask", as torch.nn.utils.prune writes it, loses that ending. Raises InputError when
+    an element is neither 0 nor 1.
     """
     result: dict[str, Tensor] = {}
     for name, given in masks.items():
         tensor = torch.from_numpy(np.ascontiguousarray(given)) if isinstance(given, np.ndarray) else given.detach()
         if tensor.dtype != torch.bool:
             if not bool(((tensor == 0) | (tensor == 1)).all()):
-                raise InputError(f"mask '{name}' ({tensor.dtype}) holds values other than 0 and 1; turn scores into "
-                                 f"a mask first, for example scores >= 0")
+                raise InputError(
+                    f"mask '{name}' ({tensor.dtype}) holds values other than 0 and 1; turn scores into "
+                    f"a mask first, for example scores >= 0"
+                )
             tensor = tensor != 0
         result[name.removesuffix(_SUFFIX)] = tensor
     return result
@@ -45,8 +47,9 @@ def from_pruned(module: nn.Module) -> dict[str, Tensor]:
     """The masks that torch.nn.utils.prune put on `module` and its children, by parameter name, as bool tensors."""
     masks = {name: buffer for name, buffer in module.named_buffers() if name.endswith(_SUFFIX)}
     if not masks:
-        raise InputError("the module has no pruning masks; expected buffers such as 'conv1.weight_mask' from "
-                         "torch.nn.utils.prune")
+        raise InputError(
+            "the module has no pruning masks; expected buffers such as 'conv1.weight_mask' from torch.nn.utils.prune"
+        )
     return as_masks(masks)
 
 
@@ -78,8 +81,10 @@ def from_packbits(
         shape = tuple(int(size) for size in shapes[name])
         n = int(np.prod(shape, dtype=np.int64))
         if array.dtype != np.uint8 or array.shape != ((n + 7) // 8,):
-            raise InputError(f"packed mask '{name}' is {array.dtype} of shape {array.shape}; expected uint8 of shape "
-                             f"({(n + 7) // 8},) for a mask of shape {shape}")
+            raise InputError(
+                f"packed mask '{name}' is {array.dtype} of shape {array.shape}; expected uint8 of shape "
+                f"({(n + 7) // 8},) for a mask of shape {shape}"
+            )
         keep = np.unpackbits(array, count=n, bitorder=_order(bit_order))
         result[name] = torch.from_numpy(keep).bool().reshape(shape)
     return result
@@ -126,8 +131,10 @@ def write_foreign(path: str | os.PathLike[str], masks: Mapping[str, Tensor], for
     """
     path = Path(path)
     if form not in (*EXPORTS, "packbits") or path.suffix not in (".npz", ".safetensors"):
-        raise InputError(f"cannot export '{form}' to {path.name}; expected one of {', '.join(EXPORTS)} or packbits, "
-                         f"and a name that ends in .safetensors or .npz")
+        raise InputError(
+            f"cannot export '{form}' to {path.name}; expected one of {', '.join(EXPORTS)} or packbits, "
+            f"and a name that ends in .safetensors or .npz"
+        )
     if form == "packbits":
         if path.suffix != ".npz":
             raise InputError(f"packbits go to .npz; given {path.name}")

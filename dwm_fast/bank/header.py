@@ -120,8 +120,8 @@ def _try_map(path: Path, size: int) -> Tensor | None:
 def parse_header(path: Path, data: memoryview) -> Header:
     """Check the header of the file whose bytes are `data`; `path` is for messages only.
 
-    Raises MaskFileError, naming the file and the field, for anything that is not a sealed header of this version
-    whose tensors tile the rest of the file exactly.
+    Raises MaskFileError, naming the file and the field, for anything that is not a sealed header of this
+    version whose tensors tile the rest of the file exactly.
     """
     size = len(data)
     length = int.from_bytes(data[:8], "little")
@@ -181,8 +181,12 @@ def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         fail(path, "format", f"not a mask file (expected '{FORMAT}' in the safetensors metadata)")
     if metadata.get("version") != VERSION:
-        fail(path, "version", f"found {str(metadata.get('version'))[:40]!r}; this release reads version "
-                              f"{VERSION}; install a newer dwm-fast")
+        fail(
+            path,
+            "version",
+            f"found {str(metadata.get('version'))[:40]!r}; this release reads version "
+            f"{VERSION}; install a newer dwm-fast",
+        )
     for key in ("content", "seal"):
         if not isinstance(metadata.get(key), str):
             fail(path, key, "missing, or not a string")
@@ -201,12 +205,18 @@ def _check_entries(path: Path, table: dict[str, Any], size: int) -> dict[str, En
     position = 0
     for entry in sorted(entries, key=lambda e: (e.begin, e.end)):
         if entry.begin != position:
-            fail(path, f"{entry.name}.data_offsets", f"starts at byte {entry.begin}, expected {position}: "
-                                                     f"tensors may neither overlap nor leave gaps")
+            fail(
+                path,
+                f"{entry.name}.data_offsets",
+                f"starts at byte {entry.begin}, expected {position}: tensors may neither overlap nor leave gaps",
+            )
         position = entry.end
     if position != size:
-        fail(path, "data", f"the header describes {position} bytes, the file holds {size}; it is truncated or "
-                           f"has bytes appended")
+        fail(
+            path,
+            "data",
+            f"the header describes {position} bytes, the file holds {size}; it is truncated or has bytes appended",
+        )
     return {entry.name: entry for entry in entries}
 
 
@@ -227,8 +237,7 @@ def _check_entry(path: Path, name: str, value: Any, size: int) -> Entry:
         fail(path, f"{name}.data_offsets", f"[{begin}, {end}] does not lie in {size} bytes of data")
     expected = math.prod(shape) * DTYPES[code].itemsize
     if expected != end - begin:
-        fail(path, f"{name}.shape", f"{list(shape)} of {code} takes {expected} bytes, the offsets span "
-                                         f"{end - begin}")
+        fail(path, f"{name}.shape", f"{list(shape)} of {code} takes {expected} bytes, the offsets span {end - begin}")
     return Entry(name, code, shape, begin, end)
 
 

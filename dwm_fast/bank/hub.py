@@ -19,8 +19,9 @@ def _hub() -> Any:
     try:
         return importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise BackendUnavailable("the Hub needs the package 'huggingface_hub'; "
-                                 "type: pip install 'dwm-fast[hub]'") from error
+        raise BackendUnavailable(
+            "the Hub needs the package 'huggingface_hub'; type: pip install 'dwm-fast[hub]'"
+        ) from error
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:

@@ -1,7 +1,7 @@
 """Layers that serve several domains in one batch: samples sorted by domain, each part under its own values.
 
-On the CPU every layer works part by part with the very calls that a single domain would make, so the results are
-equal bit for bit. On other devices the parts are found on the device, without waiting for it.
+On the CPU every layer works part by part with the very calls that a single domain would make, so the results
+are equal bit for bit. On other devices the parts are found on the device, without waiting for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Layer = Callable[[Tensor], Tensor]
 class Batch:
     """How the running batch is sorted.
 
-    offsets: int64 (D + 1,), on the device; domain d has samples offsets[d] : offsets[d + 1]. rows: int64 (B,),
-    the domain of each sample. samples: B. bounds: the offsets as numbers, known on the CPU only.
+    offsets: int64 (D + 1,), on the device; domain d has samples offsets[d] : offsets[d + 1]. rows: int64
+    (B,), the domain of each sample. samples: B. bounds: the offsets as numbers, known on the CPU only.
     """
 
     offsets: Tensor

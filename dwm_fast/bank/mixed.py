@@ -28,8 +28,9 @@ def share_copy(model: nn.Module) -> nn.Module:
 def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks]) -> tuple[nn.Module, int] | None:
     """The twin that serves `domains` (in this order) together, and the bytes it holds beside the backbone.
 
-    None when that cannot be done layer by layer: then the domains have to run one after the other. That is so for
-    forms other than binary, and for masks or own tensors on anything but Linear, Conv2d and batch norm layers.
+    None when that cannot be done layer by layer: then the domains have to run one after the other. That is
+    so for forms other than binary, and for masks or own tensors on anything but Linear, Conv2d and batch
+    norm layers.
     """
     if any(domain.info.form != "binary" for domain in domains):
         return None
@@ -121,7 +122,7 @@ class _Builder:
             return BankLinear(weight, bits, bias)
         return BankConv2d(module, weight, bits, bias)
 
-    def _own_linear(self, names: Mapping[str, str], module: nn.Module) -> Layer | None:
+    def _own_linear(self, names: Mapping[str, str], module: Any) -> Layer | None:
         if names["weight"] in self._masks:
             return None
         weights = [w for w in self._own(names["weight"], _detached(module.weight)) if w is not None]

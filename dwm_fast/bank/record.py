@@ -142,8 +142,10 @@ def check_values(record: DomainMasks) -> None:
     expected = set() if info.form == "binary" else set(numels)
     if set(record.values) != expected:
         wrong = sorted(set(record.values) ^ expected)[0]
-        raise InputError(f"values: form '{info.form}' needs {'none' if not expected else 'one per mask'}; "
-                         f"'{wrong}' is {'missing' if wrong in expected else 'too many'}")
+        raise InputError(
+            f"values: form '{info.form}' needs {'none' if not expected else 'one per mask'}; "
+            f"'{wrong}' is {'missing' if wrong in expected else 'too many'}"
+        )
     for name, value in record.values.items():
         n = numels[name]
         if info.form == "ternary":

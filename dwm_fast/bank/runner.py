@@ -85,6 +85,7 @@ class _Shell:
     def _set(self, name: str, tensor: Tensor | None) -> Tensor | None:
         path, _, attribute = name.rpartition(".")
         module = self.module.get_submodule(path)
-        home: dict[str, Tensor | None] = module._parameters if attribute in module._parameters else module._buffers
-        old, home[attribute] = home[attribute], tensor
+        home: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+        old: Tensor | None = home[attribute]
+        home[attribute] = tensor
         return old

@@ -35,7 +35,8 @@ def save_entries(
     """Write domains to a folder and delete `gone` from it; returns where each of them lies now.
 
     Args:
-        domains: by name: where it lies already (None when nowhere), and the domain or a function that reads it.
+        domains: by name: where it lies already (None when nowhere), and the domain or a function that reads
+            it.
         coding, reference: as in `MaskBank.save`.
     """
     if coding is not None and coding not in CODINGS:
@@ -75,8 +76,10 @@ class _Writer:
             if name in deleted or name in chosen or row.reference not in moved:
                 continue
             if name not in self._domains:
-                raise MaskFileError(f"{self._folder}: domain '{name}' is stored against '{row.reference}', which "
-                                    f"changes; load the folder as a whole and save it again")
+                raise MaskFileError(
+                    f"{self._folder}: domain '{name}' is stored against '{row.reference}', which "
+                    f"changes; load the folder as a whole and save it again"
+                )
             chosen.add(name)
         return sorted(chosen)
 

@@ -20,8 +20,9 @@ class Served:
     """A fixed set of domains, ready for mixed batches. `MaskBank.serve` makes it.
 
     Calling it with `ids`, int64 (B,) on the input's device, gives sample i the domain names[ids[i]]. On a GPU
-    nothing waits for the device, so a CUDA graph may capture the call and be replayed with other ids in place.
-    With `layerwise` False (see docs/bank.md for when) the domains run one after the other, and ids are read.
+    nothing waits for the device, so a CUDA graph may capture the call and be replayed with other ids in
+    place. With `layerwise` False (see docs/bank.md for when) the domains run one after the other, and ids
+    are read.
 
     Attributes:
         names: the domains, in the order of their ids.
@@ -94,7 +95,7 @@ def _take(tree: Any, order: Tensor) -> Any:
     size = order.numel()
 
     def take(leaf: Any) -> Any:
-        return leaf.index_select(0, order) if _in_batch(leaf, size) else leaf
+        return leaf[order] if _in_batch(leaf, size) else leaf
 
     return pytree.tree_map(take, tree)
 

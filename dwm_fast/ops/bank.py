@@ -1,7 +1,7 @@
 """bank_linear, bank_conv2d: one base weight, a batch sorted by domain, one packed mask per domain.
 
-Samples `offsets[d] : offsets[d + 1]` of the batch belong to domain d, whose bits are row d of `bits`. On a device
-the offsets are read there: their values may change between replays of a graph.
+Samples `offsets[d] : offsets[d + 1]` of the batch belong to domain d, whose bits are row d of `bits`. On a
+device the offsets are read there: their values may change between replays of a graph.
 """
 
 from __future__ import annotations
@@ -139,11 +139,15 @@ torch.library.register_autograd("dwm_fast::bank_conv2d", _conv2d_backward, setup
 def _check(rows: int, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> None:
     nbytes = packed_nbytes(weight.numel())
     if bits.dtype != torch.uint8 or bits.dim() != 2 or bits.shape[1] != nbytes or bits.stride(1) != 1:
-        raise InputError(f"bits: given {bits.dtype} of shape {tuple(bits.shape)}; expected uint8 (domains, {nbytes}) "
-                         f"with packed rows, for a weight of shape {tuple(weight.shape)}")
+        raise InputError(
+            f"bits: given {bits.dtype} of shape {tuple(bits.shape)}; expected uint8 (domains, {nbytes}) "
+            f"with packed rows, for a weight of shape {tuple(weight.shape)}"
+        )
     if offsets.dtype != torch.int64 or offsets.shape != (bits.shape[0] + 1,):
-        raise InputError(f"offsets: given {offsets.dtype} of shape {tuple(offsets.shape)}; expected int64 of shape "
-                         f"({bits.shape[0] + 1},), one more than the domains")
+        raise InputError(
+            f"offsets: given {offsets.dtype} of shape {tuple(offsets.shape)}; expected int64 of shape "
+            f"({bits.shape[0] + 1},), one more than the domains"
+        )
     if samples < 0 or (rows % samples if samples else rows):
         raise InputError(f"x has {rows} rows, which {samples} samples do not divide")
     shapes = ((weight.shape[0],), (bits.shape[0], weight.shape[0]))
@@ -151,22 +155,22 @@ def _check(rows: int, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets
         raise InputError(f"bias: given shape {tuple(bias.shape)}; expected {shapes[0]} or {shapes[1]}")
 
 
-def bank_linear(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int
-) -> Tensor:
+def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:
     """Linear map of a batch whose samples have masks of different domains.
 
     Args:
-        x: (..., K), samples sorted by domain; its rows (all dimensions but the last) are split evenly over samples.
+        x: (..., K), samples sorted by domain; its rows (all dimensions but the last) are split evenly over
+            samples.
         weight: (N, K), shared by all domains.
         bits: uint8 (D, packed_nbytes(N * K)), one packed mask per domain; rows may lie apart.
         bias: (N,), or (D, N) with one per domain, or None.
-        offsets: int64 (D + 1,), on x's device, rising from 0 to `samples`: samples offsets[d] : offsets[d + 1] use
-            mask d. Samples beyond the last offset give undefined rows.
+        offsets: int64 (D + 1,), on x's device, rising from 0 to `samples`: samples offsets[d] : offsets[d +
+            1] use mask d. Samples beyond the last offset give undefined rows.
         samples: number of samples in the batch.
 
     Returns:
-        (..., N) in x's dtype. On the CPU in fp32 it is bit for bit what `linear_packed` gives domain by domain.
+        (..., N) in x's dtype. On the CPU in fp32 it is bit for bit what `linear_packed` gives domain by
+        domain.
     """
     _check(x.numel() // max(x.shape[-1], 1), weight, bits, bias, offsets, samples)
     result: Tensor = torch.ops.dwm_fast.bank_linear(x, weight, bits, bias, offsets, samples)
