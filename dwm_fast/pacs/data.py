@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DomainSet:
-    """One domain: `images` (N, 3, H, W) uint8, `labels` (N,), positions `train` and `test` (int64), `names`."""
+    """One domain: `images` (N, 3, H, W) uint8; `labels` (N,), `train` and `test` positions, int64."""
 
     images: Tensor
     labels: Tensor
@@ -95,11 +95,10 @@ def load_pacs(
 
     Args:
         path: folder ``<domain>/<class>/*``, DomainBed's ``kfold/``, Dassl's ``images/`` with ``splits/``, or
-        a Hugging
-            Face parquet file or folder of them; also a folder that holds one of these as ``PACS/``.
+            a Hugging Face parquet file or folder of them; also a folder that holds one of these as ``PACS/``.
         splits: folder of the official ``<domain>_{train,crossval}_kfold.txt`` lists (labels 1 to 7). Without
-            it, lists in ``path/splits`` are used if there are any, else an own hold-out. The official ``test``
-            lists contain the training images and are never used.
+            it, lists in ``path/splits`` are used if there are any, else an own hold-out. The official
+            ``test`` lists contain the training images and are never used.
         image_size: side of the square images in pixels; others are resized (bicubic).
         domains: names or aliases of the domains to load; all four by default.
         holdout: fraction of each class held out for testing where no lists are used, in (0, 1).
