@@ -75,10 +75,6 @@ class DrawRecorder:
         """Forget all records."""
         self.records.clear()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model is nobody's yet: its draws are ordinary until an optimiser is attached to it."""
-        return None
-
 
 class _RecordedDraw(torch.autograd.Function):
     @staticmethod
