@@ -16,7 +16,7 @@ from dwm_fast.ops.bits import (
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.philox import advance, random_words, uniform
-from dwm_fast.ops.sample import sample
+from dwm_fast.ops.sample import penalty, sample
 
 __all__ = [
     "BACKENDS",
@@ -27,13 +27,17 @@ __all__ = [
     "conv2d",
     "conv2d_packed",
     "count",
+    "frozen_adamw",
+    "frozen_sgd",
     "jaccard",
     "linear",
     "linear_packed",
+    "mask_adam",
     "overlap",
     "pack",
     "packed_nbytes",
     "packed_offsets",
+    "penalty",
     "random_words",
     "sample",
     "uniform",

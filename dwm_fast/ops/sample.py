@@ -40,7 +40,11 @@ def _hard(logits: Tensor, u: Tensor) -> Tensor:
 def mask_value(
     logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float, mode: int, step_offset: int
 ) -> tuple[Tensor, Tensor]:
-    """Mask value m (fp32; for EDIT: ones) and keep bits (bool) of one tensor, each of the logits' shape."""
+    """Mask value m (fp32; for EDIT: ones) and keep bits (bool) of one tensor, each of the logits' shape.
+
+    Computed in contiguous order: vectorised exponentials round an element by its place in memory.
+    """
+    logits = logits.contiguous()
     if mode in GUMBEL_MODES:
         u = _noise(logits, rng_state, layer, step_offset)
         keep = _hard(logits, u)
@@ -75,9 +79,9 @@ def penalty(logits: TensorList, mode: int, device: torch.device | None = None) -
     device = logits[0].device if logits else device or torch.device("cpu")
     total = sum(x.numel() for x in logits)
     if mode in GUMBEL_MODES:
-        parts = [torch.sigmoid(x).sum() for x in logits]
+        parts = [torch.sigmoid(x.contiguous()).sum() for x in logits]
     elif mode == Mode.EDIT:
-        parts = [torch.exp(-x.abs()).sum() for x in logits]
+        parts = [torch.exp(-x.contiguous().abs()).sum() for x in logits]
     else:
         parts = []
     if not parts or total == 0:
@@ -158,10 +162,10 @@ def sample_backward_reference(
     ):
         g = grad.to(scores.dtype)
         if need_logits:
-            d = _logits_gradient(g, scores, weight, rng_state, tau, layer, threshold, mode, step_offset)
-            dlogits.append(
-                torch.empty_like(scores).copy_(d + grad_penalty * _penalty_gradient(scores, mode, total))
-            )
+            dense = scores.contiguous()
+            d = _logits_gradient(g, dense, weight, rng_state, tau, layer, threshold, mode, step_offset)
+            d = d + grad_penalty * _penalty_gradient(dense, mode, total)
+            dlogits.append(torch.empty_like(scores).copy_(d))
         if need_weights:
             value, _ = mask_value(scores, rng_state, tau, layer, threshold, mode, step_offset)
             dweights.append(torch.empty_like(weight).copy_(g * value))
