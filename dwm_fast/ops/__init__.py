@@ -17,6 +17,7 @@ from dwm_fast.ops.conv2d import conv2d, conv2d_packed
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.philox import advance, random_words, uniform
 from dwm_fast.ops.sample import penalty, sample
+from dwm_fast.ops.update import frozen_adamw, frozen_sgd, mask_adam
 
 __all__ = [
     "BACKENDS",

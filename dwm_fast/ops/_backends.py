@@ -154,3 +154,10 @@ def availability(op: str) -> dict[str, str]:
     """Backend name -> "ready" or the reason why `op` cannot run there; imports every candidate."""
     found = {backend: _probe(target) for (name, backend), target in _targets.items() if name == op}
     return {backend: result if isinstance(result, str) else "ready" for backend, result in found.items()}
+
+
+def chosen(op: str, device_type: str) -> str:
+    """Name of the backend that computes `op` for tensors on `device_type`."""
+    function = get(op, device_type)
+    names = [backend for (name, backend), target in _targets.items() if name == op and _probe(target) is function]
+    return names[0]

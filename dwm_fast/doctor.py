@@ -1,0 +1,49 @@
+"""What works on this machine, what does not, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import dwm_fast
+from dwm_fast.ops import _backends
+
+_OPTIONAL = {
+    "constriction": "entropy-coded mask files: pip install 'dwm-fast[coding]'",
+    "huggingface_hub": "downloads and pushes: pip install 'dwm-fast[hub]'",
+    "triton": "GPU kernels: comes with torch's CUDA build",
+    "ninja": "faster builds of the extension: pip install 'dwm-fast[build]'",
+}
+_SHOWN = ("sample", "sample_backward", "mask_adam", "frozen_adamw", "pack", "linear_packed")
+
+
+def diagnose() -> list[str]:
+    """Lines to print: versions, devices, who computes each operation here, and optional packages."""
+    lines = [
+        f"dwm-fast {dwm_fast.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        _gpu_line(),
+    ]
+    forced = _backends.forced_backend()
+    if forced:
+        lines.append(f"backend forced to '{forced}' (DWM_FAST_BACKEND)")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        lines.append(f"operations on {device}:")
+        lines += [f"  {op}: {_backends.chosen(op, device)}" for op in _SHOWN]
+    reasons = {b: r for op in _SHOWN for b, r in _backends.availability(op).items() if r != "ready"}
+    lines += [f"backend {backend} is not used: {reason}" for backend, reason in reasons.items()]
+    for package, use in _OPTIONAL.items():
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}: present")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package}: not installed; {use}")
+    return lines
+
+
+def _gpu_line() -> str:
+    if not torch.cuda.is_available():
+        return "GPU: none that torch can use; everything runs on the CPU"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"GPU: {', '.join(names)}"

@@ -1,0 +1,25 @@
+"""edit: DWM's variant A. W frozen, a real edit per weight is learned, a regulariser rewards editing many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from dwm_fast.methods.base import FoundMask, SourceTask
+from dwm_fast.methods.learned import LearnedMask, learn_mask
+from dwm_fast.nn import Edit
+
+
+@dataclass(frozen=True)
+class EditMask:
+    """Reuse where the learned edit exceeds the threshold: the source does not mind that weight; keep the others."""
+
+    kind: Edit = field(default_factory=Edit)
+    options: LearnedMask = field(default_factory=LearnedMask)
+    name: ClassVar[str] = "edit"
+    learns: ClassVar[bool] = True
+
+    def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
+        return learn_mask(model, self.kind, self.options, task)

@@ -1,0 +1,167 @@
+"""The training loop shared by the methods that learn a mask: binary (B) and edit (A) of the DWM paper."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwm_fast.methods.base import FoundMask, SourceTask
+from dwm_fast.methods.budget import SourceBudget
+from dwm_fast.nn import GumbelSigmoid, MaskedModel, MaskKind, mask_model
+from dwm_fast.optim import MaskAdam
+
+_TRIALS = 7
+_ORDER_SAMPLE = 1 << 20
+"""Logits that the search for the shift looks at, evenly taken from all layers."""
+
+
+@dataclass(frozen=True)
+class LearnedMask:
+    """Options of learning a mask on the source with the weights frozen. None of them was published: all are ours.
+
+    Args:
+        epochs: passes over the source's training images.
+        lr: Adam's rate on the learned tensors, constant.
+        eps: Adam's eps; far below torch's 1e-8, in which the gradient of one of 1e7 logits would drown.
+        source_budget: allowed rise of the source cross-entropy in nats; the coefficient is then controlled.
+        control_every: steps between two measurements of the loss under the deterministic mask, for the control.
+        coefficient: a fixed coefficient of the regulariser instead; None leaves it to `source_budget`.
+        clip_norm: bound on the gradient's norm over all layers, or None.
+        mask_samples: independent masks per batch.
+        include, exclude: shell patterns of the layers to mask.
+    """
+
+    epochs: int = 6
+    lr: float = 0.05
+    eps: float = 1e-15
+    source_budget: float = 0.1
+    control_every: int = 4
+    coefficient: float | None = None
+    clip_norm: float | None = None
+    mask_samples: int = 1
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+
+
+def reference_loss(model: nn.Module, task: SourceTask) -> float:
+    """Mean cross-entropy of the unmasked network in eval mode over one epoch of the task's own batches."""
+    model.eval()
+    total = torch.zeros(())
+    count = 0
+    with torch.no_grad():
+        for images, labels in task.batches(-1):
+            total = total.to(images.device) + F.cross_entropy(model(images).float(), labels)
+            count += 1
+    return float(total) / max(count, 1)
+
+
+def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: SourceTask) -> FoundMask:
+    """Learn which weights of `model` the source needs, and return the keep mask.
+
+    Under a source budget the end is exact: `_meet_budget` shifts all logits by the one number that gives the
+    sparsest mask whose loss on training images is within the budget.
+    """
+    masked = mask_model(
+        model, kind, include=options.include, exclude=options.exclude, mask_samples=options.mask_samples,
+        seed=task.seed,
+    )  # fmt: skip
+    device = next(iter(masked.mask_layers().values())).weight.device
+    control = None
+    coefficient = torch.tensor(options.coefficient or 0.0, device=device)
+    if options.coefficient is None:
+        control = SourceBudget(options.source_budget, reference_loss(model, task), device=device)
+        coefficient = control.coefficient
+    fold = options.clip_norm is None
+    optimizer = MaskAdam(masked, options.lr, eps=options.eps, coefficient=coefficient if fold else 0.0, fold=fold)
+    history = []
+    step = 0
+    for epoch in range(options.epochs):
+        masked.train()
+        for images, labels in task.batches(epoch):
+            loss = _step(masked, optimizer, images, labels, coefficient, options, task)
+            if control is not None and step % options.control_every == 0:
+                control.update(_deterministic_loss(masked, images, labels, task))
+            step += 1
+            task.progress({"loss": loss, "coefficient": coefficient})
+        history.append(
+            {
+                "loss": task.loss(masked),
+                "fraction_kept": masked.fraction_kept(),
+                "coefficient": float(coefficient),
+            }
+        )
+    masked.attach_recorder(None)
+    within = None
+    if control is not None:
+        within = _meet_budget(masked, task, task.loss(model) + options.source_budget)
+    return FoundMask(
+        keep=masked.keep_masks(), coefficient=float(coefficient), within_budget=within, history=history
+    )
+
+
+def _step(
+    masked: MaskedModel,
+    optimizer: MaskAdam,
+    images: Tensor,
+    labels: Tensor,
+    coefficient: Tensor,
+    options: LearnedMask,
+    task: SourceTask,
+) -> Tensor:
+    with task.autocast() if task.autocast else contextlib.nullcontext():
+        logits = masked(images)
+    loss = F.cross_entropy(logits.float(), labels)
+    optimizer.zero_grad()
+    if optimizer.fold:
+        loss.backward()  # type: ignore[no-untyped-call]
+    else:
+        (loss + coefficient * masked.sparsity_penalty()).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(list(masked.mask_parameters()), options.clip_norm or float("inf"))
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def _deterministic_loss(masked: MaskedModel, images: Tensor, labels: Tensor, task: SourceTask) -> Tensor:
+    """Cross-entropy under the mask that would be exported now; the drawn masks' loss holds their noise as well."""
+    masked.eval()
+    with task.autocast() if task.autocast else contextlib.nullcontext():
+        logits = masked(images)
+    masked.train()
+    return F.cross_entropy(logits.float(), labels)
+
+
+def _meet_budget(masked: MaskedModel, task: SourceTask, limit: float) -> bool:
+    """Shift all logits by one number: the sparsest deterministic mask with loss <= limit; whether it was reached.
+
+    Bisection over the fraction kept, from the one that was learned downwards if its loss is within the limit and
+    upwards if not. The order of the logits stays. Edits have no such shift; nothing is changed for them.
+    """
+    within = task.loss(masked) <= limit
+    if not isinstance(masked.kind, GumbelSigmoid):
+        return within
+    start = [p.detach().clone() for p in masked.mask_parameters()]
+    stride = sum(p.numel() for p in start) // _ORDER_SAMPLE + 1
+    order = torch.cat([p.flatten()[::stride] for p in start]).sort(descending=True).values
+
+    def loss_at(fraction: float) -> float:
+        wanted = order[min(int(fraction * len(order)), len(order) - 1)]
+        with torch.no_grad():
+            for parameter, value in zip(masked.mask_parameters(), start, strict=True):
+                parameter.copy_(value - wanted)
+        return task.loss(masked)
+
+    learned = masked.fraction_kept()
+    low, high = (0.0, learned) if within else (learned, 1.0)
+    for _ in range(_TRIALS):
+        middle = (low + high) / 2
+        if loss_at(middle) <= limit:
+            high = middle
+        else:
+            low = middle
+    return loss_at(high) <= limit

@@ -1,0 +1,207 @@
+"""The stages around a mask: training, re-initialising what may be reused, and fine-tuning with the kept frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwm_fast.errors import InputError
+from dwm_fast.methods.base import Batch
+from dwm_fast.optim import FrozenAdamW, FrozenSGD
+
+Init = Literal["S_start", "S_end", "random"]
+INITS: tuple[Init, ...] = ("S_start", "S_end", "random")
+BatchNormPolicy = Literal["frozen", "shared", "per-domain"]
+BATCH_NORM_POLICIES: tuple[BatchNormPolicy, ...] = ("frozen", "shared", "per-domain")
+
+NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a network is trained or fine-tuned. Nothing of it was published: all values are ours.
+
+    Args:
+        epochs: passes over the training images.
+        lr: peak rate.
+        optimizer: "adamw" or "sgd" (momentum 0.9).
+        weight_decay: decoupled for AdamW, coupled for SGD as in torch.
+        schedule: "one-cycle" (warm-up over the first fifth, then cosine to 0) or "constant".
+        batch_norm: "frozen": statistics and affine parameters stay the source's; "shared": they follow the target
+            and the source is evaluated with them; "per-domain": they follow the target, and the source keeps its own.
+        label_smoothing: in [0, 1).
+    """
+
+    epochs: int = 4
+    lr: float = 3e-4
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    schedule: str = "one-cycle"
+    batch_norm: BatchNormPolicy = "shared"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("optimizer", self.optimizer, ("adamw", "sgd")),
+            ("schedule", self.schedule, ("one-cycle", "constant")),
+            ("batch_norm", self.batch_norm, BATCH_NORM_POLICIES),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} is '{value}'; expected one of {', '.join(allowed)}")
+
+
+def norm_state(model: nn.Module) -> dict[str, Tensor]:
+    """Statistics and affine parameters of every norm layer, cloned, by state_dict name."""
+    names = {name for name, module in model.named_modules() if isinstance(module, NORM_LAYERS)}
+    return {k: v.detach().clone() for k, v in model.state_dict().items() if k.rpartition(".")[0] in names}
+
+
+def _freeze_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, NORM_LAYERS):
+            module.eval()
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
+
+def reinitialise(
+    model: nn.Module, keep: Mapping[str, Tensor], init: Init, start: Mapping[str, Tensor], seed: int
+) -> None:
+    """Give the reuse weights (keep False) new values in place; kept weights, biases and norms stay as they are.
+
+    Args:
+        model: the network after source training.
+        keep: layer name -> bool mask of the weight's shape.
+        init: "S_start": the value before source training; "S_end": the value it has; "random": a fresh draw of the
+            layer's own initialisation.
+        start: state_dict before source training (read by "S_start").
+        seed: seed of the fresh draw.
+    """
+    if init not in INITS:
+        raise InputError(f"init is '{init}'; expected one of {', '.join(INITS)}")
+    if init == "S_end":
+        return
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        for name, mask in keep.items():
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            new = start[f"{name}.weight"] if init == "S_start" else _fresh_weight(model.get_submodule(name))
+            with torch.no_grad():
+                weight.copy_(torch.where(mask, weight, new.to(weight)))
+    finally:
+        torch.set_rng_state(generator_state)
+
+
+def _fresh_weight(layer: nn.Module) -> Tensor:
+    """A draw of the layer's own default initialisation, made on the CPU so that a seed means the same anywhere."""
+    fresh = copy.deepcopy(layer).cpu()
+    fresh.reset_parameters()  # type: ignore[operator]
+    weight: Tensor = fresh.weight.detach()  # type: ignore[union-attr, assignment]
+    return weight
+
+
+def make_optimizer(
+    model: nn.Module, options: TrainOptions, keep: Mapping[str, Tensor] | None
+) -> torch.optim.Optimizer:
+    """Optimiser over the trainable parameters that never writes a kept weight."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    masks = {model.get_submodule(name).weight: mask for name, mask in (keep or {}).items()}
+    if options.optimizer == "sgd":
+        if not masks:
+            return torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay)
+        return FrozenSGD(
+            parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay, keep=masks  # type: ignore[arg-type]
+        )
+    if not masks:
+        return torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay, fused=True)
+    return FrozenAdamW(parameters, options.lr, weight_decay=options.weight_decay, keep=masks)  # type: ignore[arg-type]
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, options: TrainOptions, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Learning-rate schedule over `steps` steps."""
+    if options.schedule == "constant" or steps < 2:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
+    )
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int], Iterator[Batch]],
+    steps_per_epoch: int,
+    options: TrainOptions,
+    *,
+    keep: Mapping[str, Tensor] | None = None,
+    progress: Callable[[Mapping[str, Tensor]], None] = lambda _: None,
+    autocast: Callable[[], Any] | None = None,
+) -> nn.Module:
+    """Train `model` in place and return it in eval mode; kept weights (keep True) stay bit-identical.
+
+    Args:
+        model: network with a (B, classes) output.
+        batches: epoch number -> iterator of (images, labels).
+        steps_per_epoch: batches an epoch.
+        options: rate, schedule, batch-norm policy.
+        keep: layer name -> bool mask, or None to train every weight.
+        progress: called after every step with the loss (0-dim tensor, on the device).
+        autocast: context-manager factory for the forward pass.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.train()
+    if options.batch_norm == "frozen":
+        _freeze_norms(model)
+    optimizer = make_optimizer(model, options, keep)
+    schedule = make_schedule(optimizer, options, steps_per_epoch * options.epochs)
+    for epoch in range(options.epochs):
+        for images, labels in batches(epoch):
+            with autocast() if autocast else contextlib.nullcontext():
+                output = model(images)
+            loss = F.cross_entropy(output.float(), labels, label_smoothing=options.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            progress({"loss": loss.detach()})
+    return model.eval()
+
+
+def source_view(tuned: nn.Module, source: nn.Module, policy: BatchNormPolicy) -> nn.Module:
+    """The fine-tuned network as the source sees it in the `shared` view (the paper's): one network, both domains.
+
+    Under the policy "per-domain" it has the source's own batch norm; otherwise it is `tuned` itself.
+    """
+    if policy != "per-domain":
+        return tuned
+    view = copy.deepcopy(tuned)
+    view.load_state_dict(norm_state(source), strict=False)
+    return view.eval()
+
+
+def masked_view(tuned: nn.Module, source: nn.Module, keep: Mapping[str, Tensor]) -> nn.Module:
+    """The fine-tuned network under the source's own bits: reuse weights zeroed, the source's biases and norms.
+
+    Equal to the masked source network to the last bit, whatever fine-tuning did to the reuse weights, as long as
+    the kept weights are frozen: it forgets nothing.
+    """
+    view = copy.deepcopy(source)
+    with torch.no_grad():
+        for name, mask in keep.items():
+            weight = tuned.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            target = view.get_submodule(name).weight
+            assert isinstance(target, Tensor)
+            target.copy_(torch.where(mask, weight, torch.zeros_like(weight)))
+    return view.eval()

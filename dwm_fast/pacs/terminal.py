@@ -1,0 +1,60 @@
+"""A study in a terminal: progress bar with accuracies, one line a stage, and the table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from dwm_fast.pacs import table
+from dwm_fast.pacs.config import StudyConfig
+from dwm_fast.pacs.finding import finding
+from dwm_fast.pacs.study import Stage, Study
+
+_SECONDS_BETWEEN_FIGURES = 0.5
+
+
+def run_with_progress(config: StudyConfig, folder: Path) -> None:
+    """Run a study and show it: what is being done, what came out, and where the report is."""
+    console = Console()
+    console.print(f"images: {'real PACS from ' + config.data if config.data else 'procedural stand-in (not PACS)'}")
+    study = Study(config, folder)
+    begun = time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting")
+        shown = _Figures(bar, task)
+
+        def progress(done: int, total: int, stage: Stage, says: str | None) -> None:
+            bar.update(task, completed=done, total=total, description=stage.label)
+            shown.label = stage.label
+            if says is not None:
+                bar.console.print(f"[{done}/{total}] {stage.label}: {says}", highlight=False, markup=False)
+
+        results = study.run(progress, shown)
+    console.print(table.to_rich(table.paper_table(results)))
+    for sentence in finding(results):
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"{time.perf_counter() - begun:.0f} s; report: {folder / 'report.html'}", highlight=False)
+
+
+class _Figures:
+    """Shows the figures of the training steps, read from the device a few times a second at most."""
+
+    def __init__(self, bar: Progress, task: object) -> None:
+        self.bar, self.task, self.label = bar, task, ""
+        self.last = 0.0
+
+    def __call__(self, figures: Mapping[str, Tensor]) -> None:
+        now = time.monotonic()
+        if self.bar.disable or now - self.last < _SECONDS_BETWEEN_FIGURES:
+            return
+        self.last = now
+        text = ", ".join(f"{name} {float(value):.3g}" for name, value in figures.items())
+        self.bar.update(self.task, description=f"{self.label} ({text})")  # type: ignore[arg-type]
