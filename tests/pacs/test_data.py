@@ -14,7 +14,7 @@ from dwm_fast.errors import DataError, InputError
 from dwm_fast.pacs import data
 from dwm_fast.pacs.data import CLASSES, DOMAINS, PacsData, canonical_domain, download_pacs, load_pacs
 
-from .pacs_for_tests import LAYOUTS, PER_CLASS, build, colour, name, write_lists, write_parquet, write_tree
+from .pacs_for_tests import FOLDERS, LAYOUTS, PER_CLASS, build, colour, name, write_lists, write_parquet, write_tree
 
 
 def check_pixels(found: PacsData) -> None:
