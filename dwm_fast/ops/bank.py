@@ -19,6 +19,9 @@ from dwm_fast.ops._library import define
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import packed_nbytes
 
+_BLOCK_BYTES = 2 << 20
+_BLOCK_ROWS = 128
+
 
 def segments(offsets: Tensor, rows: int, samples: int) -> Iterator[tuple[int, slice]]:
     """(domain, rows of it) for every domain that has any, out of `rows` rows for `samples` samples."""
@@ -38,10 +41,31 @@ def bank_linear_reference(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     y = x.new_zeros((rows.shape[0], weight.shape[0]))
-    for domain, part in segments(offsets, rows.shape[0], samples):
-        masked = apply_bits(bits[domain], [weight])[0].to(x.dtype)
-        y[part] = F.linear(rows[part], masked, _bias_of(bias, domain))
+    parts = list(segments(offsets, rows.shape[0], samples))
+    for block, where in _row_blocks(weight):
+        for domain, part in parts:
+            masked = apply_bits(bits[domain, where], [weight[block]])[0].to(x.dtype)
+            shift = _bias_of(bias, domain)
+            y[part, block] = F.linear(rows[part], masked, None if shift is None else shift[block])
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _row_blocks(weight: Tensor) -> list[tuple[slice, slice]]:
+    """Blocks of the weight's rows that stay in a CPU's cache while all domains use them, and their packed bytes.
+
+    A domain's part of a block is masked and multiplied before the next is touched. 2 MB was fastest of 0.5 to 8 MB
+    at 4096 x 4096, 16 domains of 4 rows, on an AMD EPYC with 32 MB of third-level cache. Blocks hold multiples of
+    128 rows, so that their bits begin at a 16-byte boundary and a product does not depend on the blocking.
+    """
+    n, k = weight.shape
+    nbytes = packed_nbytes(weight.numel())
+    per_row = k * weight.element_size()
+    rows = max(_BLOCK_BYTES // max(per_row, 1) // _BLOCK_ROWS, 1) * _BLOCK_ROWS
+    if weight.device.type != "cpu" or not weight.is_contiguous() or n * per_row <= 2 * _BLOCK_BYTES:
+        rows = max(n, 1)
+    starts = list(range(0, max(n - _BLOCK_ROWS, 0) + 1, rows))
+    bounds = zip(starts, [*starts[1:], n], strict=True)
+    return [(slice(i, j), slice(i * k // 8, j * k // 8 if j < n else nbytes)) for i, j in bounds]
 
 
 def bank_conv2d_reference(
@@ -93,47 +117,80 @@ define(
 _Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bits, bias, offsets, ctx.samples, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight, bits, offsets)
-    ctx.bias_dim = 0 if bias is None else bias.dim()
-
-
-def _gradients(ctx: Any, grad: Tensor, x: Tensor, of_part: _Gradients) -> tuple[Any, ...]:
-    """Gradients of x, weight and bias; `of_part(grad, x, masked)` gives those of one domain's rows."""
-    _, weight, bits, offsets = ctx.saved_tensors
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor, samples: int, of_part: _Gradients
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and a bias per domain; `of_part(grad, x, masked)` gives the first two for its rows."""
     dx, dw = torch.zeros_like(x), torch.zeros_like(weight)
     db = grad.new_zeros((bits.shape[0], weight.shape[0]))
-    for domain, part in segments(offsets, x.shape[0], ctx.samples):
+    for domain, part in segments(offsets, x.shape[0], samples):
         masked = apply_bits(bits[domain], [weight])[0].to(x.dtype)
         dx[part], dense = of_part(grad[part], x[part], masked)
         dw += apply_bits(bits[domain], [dense.to(weight.dtype)])[0]
         db[domain] = grad[part].sum([d for d in range(grad.dim()) if d != 1])
-    bias = (None, db.sum(0), db)[ctx.bias_dim]
-    return dx, dw, None, bias, None, None, *([None] * len(ctx.geometry))
+    return dx, dw, db
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x = ctx.saved_tensors[0]
+def bank_linear_backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor, samples: int
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    dx, *rest = _gradients(ctx, grads, rows, lambda g, part, masked: (g @ masked, g.t() @ part))
-    return dx.view(x.shape), *rest
+    dx, dw, db = _gradients(
+        grads, rows, weight, bits, offsets, samples, lambda g, part, masked: (g @ masked, g.t() @ part)
+    )
+    return dx.view(x.shape), dw, db
 
 
-def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    stride, padding, dilation, groups = ctx.geometry
-
+def bank_conv2d_backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor, samples: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     def of_part(g: Tensor, part: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         dx, dw, _ = torch.ops.aten.convolution_backward(
             g, part, masked, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
         )
         return dx, dw
 
-    return _gradients(ctx, grad, ctx.saved_tensors[0], of_part)
+    return _gradients(grad, x, weight, bits, offsets, samples, of_part)
 
 
-torch.library.register_autograd("dwm_fast::bank_linear", _linear_backward, setup_context=_setup_context)
-torch.library.register_autograd("dwm_fast::bank_conv2d", _conv2d_backward, setup_context=_setup_context)
+def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), grad.new_empty((bits.shape[0], weight.shape[0]))
+
+
+_backends.register("bank_linear_backward", "reference", f"{__name__}:bank_linear_backward_reference")
+_backends.register("bank_conv2d_backward", "reference", f"{__name__}:bank_conv2d_backward_reference")
+define(
+    "bank_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor offsets, SymInt samples) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    device_of=lambda a: a[0],
+)
+define(
+    "bank_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor offsets, SymInt samples, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    device_of=lambda a: a[0],
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bits, bias, offsets, ctx.samples, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, bits, offsets)
+    ctx.bias_dim = 0 if bias is None else bias.dim()
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bits, offsets = ctx.saved_tensors
+    name = "bank_conv2d_backward" if ctx.geometry else "bank_linear_backward"
+    op = getattr(torch.ops.dwm_fast, name)
+    dx, dw, db = op(grad, x, weight, bits, offsets, ctx.samples, *ctx.geometry)
+    bias = (None, db.sum(0), db)[ctx.bias_dim]
+    return dx, dw, None, bias, None, None, *([None] * len(ctx.geometry))
+
+
+torch.library.register_autograd("dwm_fast::bank_linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("dwm_fast::bank_conv2d", _backward, setup_context=_setup_context)
 
 
 def _check(rows: int, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> None:
