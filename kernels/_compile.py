@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dwm_fast.kernels import _tables, sample
+from dwm_fast.kernels import _tables, bits, sample
 from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
 from dwm_fast.kernels._tables import TL_DTYPES
 
@@ -94,10 +94,36 @@ def _sample_backward() -> Iterator[Configuration]:
                 f"sample_backward {_MODES[mode]} {_short(weight)},{_short(grad)} {name}"
                 + (" +weights" if need_weights else ""),
                 sample.sample_bwd_kernel,
-                (*_TABLES, "*fp32", _POINTER[weight] if need_weights else "*i64", "*fp32", "*i64", "*fp32", "i32", "i32"),
+                (*_TABLES, "*fp32", _POINTER[weight] if need_weights else "*i64", "*fp32", "*i64", "*fp32", "i32",
+                 "i32"),
                 {"WEIGHT": TL_DTYPES[weight], "GRAD": TL_DTYPES[grad], "MODE": mode, "NEED_LOGITS": True,
                  "NEED_WEIGHTS": need_weights, **_walk(launch, taps, rank)}, launch.num_warps,
             )  # fmt: skip
+
+
+def _bits() -> Iterator[Configuration]:
+    launch = launch_parameters("bits")
+    warps = launch.num_warps
+    for layout, taps, rank in _LAYOUTS:
+        walk = _walk(launch, taps, rank)
+        for mask in (torch.bool, torch.float32):
+            yield Configuration(
+                f"pack {str(mask)[6:]} {layout}", bits.pack_kernel, (*_TABLES, "*i32"),
+                {"MASK": TL_DTYPES[mask], **walk}, warps,
+            )  # fmt: skip
+        for dtype in (torch.bfloat16, torch.float32):
+            types = (*_TABLES, "*i32", _POINTER[dtype])
+            yield Configuration(f"apply {_short(dtype)} {layout}", bits.apply_kernel, types, walk, warps)
+    types = ("*i64", "*i64", "*i32", "*i32", "*i8")
+    yield Configuration("unpack", bits.unpack_kernel, types, _walk(launch, False, 1), warps)
+    for pair in (False, True):
+        yield Configuration(
+            "overlap" if pair else "count", bits.count_kernel, ("*i64", "*i32", "*i32", "*i32", "*i64"),
+            {"PAIR": pair, "BLOCK": launch.block}, warps,
+        )  # fmt: skip
+    for name, op in bits.COMBINATIONS.items():
+        types = ("*u8", "*u8", "*u8", "i32")
+        yield Configuration(f"combine {name}", bits.combine_kernel, types, {"OP": op, "BLOCK": launch.block}, warps)
 
 
 def _tables_writer() -> Iterator[Configuration]:
@@ -107,7 +133,7 @@ def _tables_writer() -> Iterator[Configuration]:
 
 def configurations() -> list[Configuration]:
     """Every configuration that the launchers use, apart from repeats over dtypes of the same width."""
-    return [*_tables_writer(), *_sample(), *_sample_backward()]
+    return [*_tables_writer(), *_sample(), *_sample_backward(), *_bits()]
 
 
 def compile_configuration(configuration: Configuration, target: int) -> Usage:

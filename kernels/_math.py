@@ -32,9 +32,7 @@ def log(x):
     if INTERPRETED:
         return tl.log(x)
     else:
-        y = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
         return y * _LN_2
 
 
@@ -65,7 +63,7 @@ def sigmoid_slope(x):
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
-    """fp32 (or fp64) to `dtype`, rounded to nearest even; by integers in the interpreter, which truncates to bfloat16."""
+    """fp32 or fp64 to `dtype`, rounded to nearest even; by integers in the interpreter, which truncates bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         word = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.uint16)

@@ -20,6 +20,7 @@ import math
 import struct
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -89,8 +90,10 @@ class Plan:
 
     def constants(self, launch: Launch) -> dict[str, int | bool]:
         """Compile-time arguments and warps of a kernel that walks this plan."""
-        return {"BLOCK": launch.block, "STRIDED_BLOCK": launch.strided, "GROUPS": launch.groups, "HAS_TAPS": self.taps, "RANK": self.rank,
-                "num_warps": launch.num_warps}  # fmt: skip
+        return {
+            "BLOCK": launch.block, "STRIDED_BLOCK": launch.strided, "GROUPS": launch.groups, "HAS_TAPS": self.taps,
+            "RANK": self.rank, "num_warps": launch.num_warps,
+        }  # fmt: skip
 
     def outputs(self, which: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A fresh flat buffer for output `which`, and its views, one per tensor."""
@@ -104,6 +107,11 @@ def packed_words(numel: int) -> int:
     return (numel + 127) // 128 * 4
 
 
+def first_words(numels: Sequence[int]) -> list[int]:
+    """First word of each tensor in a network's bits, and the length of the whole as the last entry."""
+    return [0, *itertools.accumulate(map(packed_words, numels))]
+
+
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make `device` current for a launch; nothing to do for CPU tensors under the interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -111,6 +119,18 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[obje
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def groups_of(*lists: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the tensors that share their dtypes: one launch each, hence one launch for an ordinary network."""
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        groups.setdefault(tuple(t.dtype for t in tensors), []).append(i)
+    return list(groups.values())
+
+
+def pick(values: Sequence[object], indices: list[int]) -> list[Any]:
+    return [values[i] for i in indices]
 
 
 # --- plans -------------------------------------------------------------------------------------------------------
@@ -125,6 +145,7 @@ def plan(
     thresholds: Sequence[float] = (),
     words: Sequence[int] = (),
     allow_taps: bool = True,
+    device: torch.device | None = None,
 ) -> Plan:
     """The plan of a call, built at the first call with this structure and found again afterwards.
 
@@ -135,8 +156,9 @@ def plan(
         layers, thresholds, words: per tensor the noise layer, the threshold and the first word of its bits; zeros
             when left out.
         allow_taps: whether 3x3 channels_last tensors may take the tiled path.
+        device: where the tables live; that of the first tensor by default. Roles of "meta" tensors need it.
     """
-    device = roles[0][0].device
+    device = device or roles[0][0].device
     geometry = tuple((t.shape, t.stride()) for role in roles for t in role)
     loose = tuple(i for i, t in enumerate(itertools.chain(*roles)) if t.data_ptr() % 16)
     key = (device, launch, len(roles), tuple(outputs), tuple(layers), tuple(thresholds), tuple(words),
@@ -149,7 +171,7 @@ def plan(
                     "a CUDA graph is being captured and the tables of this network are not on the device yet; "
                     "run the step once before the capture, with the same shapes and options"
                 )
-            found = _build(roles, launch, outputs, layers, thresholds, words, allow_taps, loose)
+            found = _build(roles, launch, outputs, layers, thresholds, words, allow_taps, loose, device)
             _plans[key] = found
             _forget(_plans, _PLANS)
         elif _capturing(device):
@@ -161,6 +183,7 @@ def plan(
 def _build(
     roles: Sequence[Sequence[Tensor]], launch: Launch, outputs: Sequence[int], layers: Sequence[int],
     thresholds: Sequence[float], words: Sequence[int], allow_taps: bool, loose: tuple[int, ...],
+    device: torch.device,
 ) -> Plan:  # fmt: skip
     count = len(roles[0])
     shapes = tuple(tuple(t.shape) for t in roles[0])
@@ -186,7 +209,7 @@ def _build(
         blocks += _blocks(i, kind, numel, launch)
     rank = max((len(sizes) for sizes, _ in collapsed), default=1)
     geometry = [_pad(sizes, strides, rank) for sizes, strides in collapsed]
-    tables = _to_device(rows, geometry, blocks, roles[0][0].device)
+    tables = _to_device(rows, geometry, blocks, device)
     return Plan(
         *tables, len(blocks), rank if any(b[0] & 3 == STRIDED.value for b in blocks) else 0,
         any(b[0] & 3 == TAPS.value for b in blocks), len(roles) + len(outputs), shapes, output_strides,
@@ -214,9 +237,7 @@ def _follows(shape: tuple[int, ...], strides: tuple[int, ...], order: Sequence[i
     return True
 
 
-def _collapse(
-    shape: tuple[int, ...], strides: list[tuple[int, ...]]
-) -> tuple[list[int], list[list[int]]]:
+def _collapse(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> tuple[list[int], list[list[int]]]:
     """Sizes and strides by role with neighbouring dimensions joined where every role allows it."""
     sizes: list[int] = []
     by_role: list[list[int]] = [[] for _ in strides]

@@ -57,9 +57,7 @@ def flat_offsets(numel, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def strided_coordinates(
-    geometry, tensor, numel, chunk, BLOCK: tl.constexpr, RANK: tl.constexpr, ROLES: tl.constexpr
-):
+def strided_coordinates(geometry, tensor, numel, chunk, BLOCK: tl.constexpr, RANK: tl.constexpr, ROLES: tl.constexpr):
     """Coordinates of a STRIDED chunk, last dimension first, as a tuple of RANK blocks [BLOCK / 4, 4], and its mask.
 
     The start is divided in int64, once a program; lanes add to its last coordinate and carry in int32.
@@ -75,14 +73,12 @@ def strided_coordinates(
         total = (rest % size).to(tl.int32) + carry
         rest = rest // size
         carry = total // size.to(tl.int32)
-        coordinates = coordinates + (total - carry * size.to(tl.int32),)
-    return coordinates + (rest + carry,), mask
+        coordinates = (*coordinates, total - carry * size.to(tl.int32))
+    return (*coordinates, rest + carry), mask
 
 
 @triton.jit
-def strided_offsets(
-    geometry, tensor, coordinates, role: tl.constexpr, RANK: tl.constexpr, ROLES: tl.constexpr
-):
+def strided_offsets(geometry, tensor, coordinates, role: tl.constexpr, RANK: tl.constexpr, ROLES: tl.constexpr):
     """Offsets (int64) of those elements in the memory of one role."""
     strides = geometry + tensor * (RANK * (1 + ROLES)) + RANK * (1 + role)
     offsets = coordinates[0].to(tl.int64) * tl.load(strides + (RANK - 1))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.kernels import _tables
-from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
+from dwm_fast.kernels._launch import OPTIONS, launch_parameters
 from dwm_fast.kernels._math import exp, narrow, sigmoid, sigmoid_slope
-from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES
+from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick
 from dwm_fast.kernels._tiles import (
     address,
     block_entry,
@@ -107,9 +107,7 @@ def masked_value(logit, weight, u, threshold, inverse_tau, MODE: tl.constexpr, P
 
 
 @triton.jit
-def logit_gradient(
-    grad, logit, weight, u, threshold, inverse_tau, penalty_scale, MODE: tl.constexpr
-):
+def logit_gradient(grad, logit, weight, u, threshold, inverse_tau, penalty_scale, MODE: tl.constexpr):
     """Gradient of the loss and of the penalty with respect to a logit; `penalty_scale` is grad_penalty / N."""
     if MODE <= GUMBEL_SOFT:
         slope = sigmoid_slope(soft_argument(logit, u, inverse_tau)) * inverse_tau
@@ -157,49 +155,47 @@ def sample_fwd_kernel(
 
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        l = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+        x = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
         w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
-        keep, value, term = masked_value(l, w, u, threshold, inverse_tau, MODE, PENALTY)
+        keep, value, term = masked_value(x, w, u, threshold, inverse_tau, MODE, PENALTY)
         tl.store(out + start + offsets, narrow(value, out.dtype.element_ty), mask=mask)
         if PACK:
             store_bits(bits, word, numel, chunk, keep & mask, BLOCK)
         if PENALTY:
             tl.store(partials + tl.program_id(0), tl.sum(tl.where(mask, term, 0.0)))
 
-    if HAS_TAPS:
-        if kind == TAPS:
-            group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
-            words = taps_words(seed, step, layer, group, MODE)
-            taps = tl.zeros([GROUPS, 4], tl.int32)
-            total = tl.zeros([GROUPS], tl.float32)
-            for tap in tl.static_range(9):
-                l = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
-                w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
-                u = tap_uniform(words, tap, GROUPS, MODE)
-                keep, value, term = masked_value(l, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
-                tl.store(out + tap * stride + offsets, narrow(value, out.dtype.element_ty), mask=mask)
-                taps |= (keep & mask).to(tl.int32) << tap
-                if PENALTY:
-                    total += tl.sum(tl.where(mask, term, 0.0), axis=1)
-            if PACK:
-                store_taps_bits(bits, word, numel, chunk, taps, GROUPS)
+    if HAS_TAPS and kind == TAPS:
+        group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
+        words = taps_words(seed, step, layer, group, MODE)
+        taps = tl.zeros([GROUPS, 4], tl.int32)
+        total = tl.zeros([GROUPS], tl.float32)
+        for tap in tl.static_range(9):
+            x = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
+            w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
+            u = tap_uniform(words, tap, GROUPS, MODE)
+            keep, value, term = masked_value(x, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
+            tl.store(out + tap * stride + offsets, narrow(value, out.dtype.element_ty), mask=mask)
+            taps |= (keep & mask).to(tl.int32) << tap
             if PENALTY:
-                tl.store(partials + tl.program_id(0), tl.sum(total))
+                total += tl.sum(tl.where(mask, term, 0.0), axis=1)
+        if PACK:
+            store_taps_bits(bits, word, numel, chunk, taps, GROUPS)
+        if PENALTY:
+            tl.store(partials + tl.program_id(0), tl.sum(total))
 
-    if RANK > 0:
-        if kind > TAPS:
-            places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 3)
-            l = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 3), mask=mask, other=0.0)
-            w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 3), mask=mask, other=0.0)
-            u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
-            keep, value, term = masked_value(l, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
-            target = out + strided_offsets(geometry, tensor, places, 2, RANK, 3)
-            tl.store(target, narrow(value, out.dtype.element_ty), mask=mask)
-            if PACK:
-                store_bits(bits, word, numel, chunk, keep & mask, STRIDED_BLOCK)
-            if PENALTY:
-                tl.store(partials + tl.program_id(0), tl.sum(tl.where(mask, term, 0.0)))
+    if RANK > 0 and kind > TAPS:
+        places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 3)
+        x = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 3), mask=mask, other=0.0)
+        w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 3), mask=mask, other=0.0)
+        u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
+        keep, value, term = masked_value(x, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
+        target = out + strided_offsets(geometry, tensor, places, 2, RANK, 3)
+        tl.store(target, narrow(value, out.dtype.element_ty), mask=mask)
+        if PACK:
+            store_bits(bits, word, numel, chunk, keep & mask, STRIDED_BLOCK)
+        if PENALTY:
+            tl.store(partials + tl.program_id(0), tl.sum(tl.where(mask, term, 0.0)))
 
 
 @triton.jit(do_not_specialize=["count", "total"])
@@ -232,48 +228,46 @@ def sample_bwd_kernel(
 
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        l = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+        x = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
         g = tl.load(tl.multiple_of(grads, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
         if NEED_LOGITS:
             w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
-            dl = logit_gradient(g, l, w, u, threshold, inverse_tau, scale, MODE)
+            dl = logit_gradient(g, x, w, u, threshold, inverse_tau, scale, MODE)
             tl.store(dlogits + start + offsets, dl, mask=mask)
         if NEED_WEIGHTS:
-            dw = narrow(weight_gradient(g, l, u, threshold, inverse_tau, MODE), WEIGHT)
+            dw = narrow(weight_gradient(g, x, u, threshold, inverse_tau, MODE), WEIGHT)
             tl.store(dweights + start + offsets, dw, mask=mask)
 
-    if HAS_TAPS:
-        if kind == TAPS:
-            group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
-            words = taps_words(seed, step, layer, group, MODE)
-            for tap in tl.static_range(9):
-                l = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
-                g = tl.load(tl.multiple_of(grads, 16) + tap * stride + offsets, mask=mask, other=0.0)
-                g = g.to(tl.float32)
-                u = tap_uniform(words, tap, GROUPS, MODE)
-                if NEED_LOGITS:
-                    w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
-                    dl = logit_gradient(g, l, w.to(tl.float32), u, threshold, inverse_tau, scale, MODE)
-                    tl.store(dlogits + tap * stride + offsets, dl, mask=mask)
-                if NEED_WEIGHTS:
-                    dw = narrow(weight_gradient(g, l, u, threshold, inverse_tau, MODE), WEIGHT)
-                    tl.store(dweights + tap * stride + offsets, dw, mask=mask)
-
-    if RANK > 0:
-        if kind > TAPS:
-            places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 5)
-            l = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 5), mask=mask, other=0.0)
-            g = tl.load(grads + strided_offsets(geometry, tensor, places, 2, RANK, 5), mask=mask, other=0.0)
+    if HAS_TAPS and kind == TAPS:
+        group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
+        words = taps_words(seed, step, layer, group, MODE)
+        for tap in tl.static_range(9):
+            x = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
+            g = tl.load(tl.multiple_of(grads, 16) + tap * stride + offsets, mask=mask, other=0.0)
             g = g.to(tl.float32)
-            u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
+            u = tap_uniform(words, tap, GROUPS, MODE)
             if NEED_LOGITS:
-                w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 5), mask=mask, other=0.0)
-                dl = logit_gradient(g, l, w.to(tl.float32), u, threshold, inverse_tau, scale, MODE)
-                tl.store(dlogits + strided_offsets(geometry, tensor, places, 3, RANK, 5), dl, mask=mask)
+                w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
+                dl = logit_gradient(g, x, w.to(tl.float32), u, threshold, inverse_tau, scale, MODE)
+                tl.store(dlogits + tap * stride + offsets, dl, mask=mask)
             if NEED_WEIGHTS:
-                dw = narrow(weight_gradient(g, l, u, threshold, inverse_tau, MODE), WEIGHT)
-                tl.store(dweights + strided_offsets(geometry, tensor, places, 4, RANK, 5), dw, mask=mask)
+                dw = narrow(weight_gradient(g, x, u, threshold, inverse_tau, MODE), WEIGHT)
+                tl.store(dweights + tap * stride + offsets, dw, mask=mask)
+
+    if RANK > 0 and kind > TAPS:
+        places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 5)
+        x = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 5), mask=mask, other=0.0)
+        g = tl.load(grads + strided_offsets(geometry, tensor, places, 2, RANK, 5), mask=mask, other=0.0)
+        g = g.to(tl.float32)
+        u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
+        if NEED_LOGITS:
+            w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 5), mask=mask, other=0.0)
+            dl = logit_gradient(g, x, w.to(tl.float32), u, threshold, inverse_tau, scale, MODE)
+            tl.store(dlogits + strided_offsets(geometry, tensor, places, 3, RANK, 5), dl, mask=mask)
+        if NEED_WEIGHTS:
+            dw = narrow(weight_gradient(g, x, u, threshold, inverse_tau, MODE), WEIGHT)
+            tl.store(dweights + strided_offsets(geometry, tensor, places, 4, RANK, 5), dw, mask=mask)
 
 
 def has_penalty(mode: int) -> bool:
@@ -287,18 +281,6 @@ def require_fp32(logits: Sequence[Tensor]) -> None:
                 f"the triton backend got logits of {logit.dtype}; expected torch.float32: convert them, or use the "
                 f"backend 'reference'"
             )
-
-
-def groups_of(*lists: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the tensors that share their dtypes: one launch each, hence one launch for an ordinary network."""
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        groups.setdefault(tuple(t.dtype for t in tensors), []).append(i)
-    return list(groups.values())
-
-
-def _pick(values: Sequence[object], indices: list[int]) -> list:
-    return [values[i] for i in indices]
 
 
 def sample(
@@ -316,18 +298,16 @@ def sample(
     """Masked weights, packed bits (empty unless `pack`) and penalty; arguments: dwm_fast.ops.sample."""
     require_fp32(logits)
     device, launch = rng_state.device, launch_parameters("sample")
-    words = [0]
-    for weight in weights:
-        words.append(words[-1] + _tables.packed_words(weight.numel()))
+    words = _tables.first_words([w.numel() for w in weights])
     bits = _tables.empty(4 * words[-1] if pack else 0, dtype=torch.uint8, device=device)
     masked: list[Tensor] = [rng_state] * len(weights)
     with _tables.device_guard(device):
         calls = []
         for indices in groups_of(weights):
-            roles = [_pick(logits, indices), _pick(weights, indices)]
+            roles = [pick(logits, indices), pick(weights, indices)]
             plan = _tables.plan(
-                roles, launch, outputs=(1,), layers=_pick(layers, indices), thresholds=_pick(thresholds, indices),
-                words=_pick(words, indices),
+                roles, launch, outputs=(1,), layers=pick(layers, indices), thresholds=pick(thresholds, indices),
+                words=pick(words, indices),
             )  # fmt: skip
             calls.append((indices, roles, plan))
         count = sum(plan.num_blocks for _, _, plan in calls)
@@ -381,10 +361,10 @@ def sample_backward(
         return results[0], results[1]
     with _tables.device_guard(rng_state.device):
         for indices in groups_of(weights, grads):
-            roles = [_pick(logits, indices), _pick(weights, indices), _pick(grads, indices)]
+            roles = [pick(logits, indices), pick(weights, indices), pick(grads, indices)]
             plan = _tables.plan(
-                roles, launch, outputs=(0, 1), layers=_pick(layers, indices),
-                thresholds=_pick(thresholds, indices),
+                roles, launch, outputs=(0, 1), layers=pick(layers, indices),
+                thresholds=pick(thresholds, indices),
             )  # fmt: skip
             flats = []
             for which, needed in enumerate((need_logits, need_weights)):

@@ -34,8 +34,8 @@ class Oracle:
         element = np.arange(first, first + numel, dtype=np.uint64)
         block = element // np.uint64(4)
         seed, step = seed % 2**64, step % 2**32
-        full = np.ones_like(block)
-        counter = [block & np.uint64(0xFFFFFFFF), block >> np.uint64(32), full * np.uint64(layer), full * np.uint64(step)]
+        low, high = block & np.uint64(0xFFFFFFFF), block >> np.uint64(32)
+        counter = [low, high, np.full_like(block, layer), np.full_like(block, step)]
         words = np.stack(cls.philox(counter, (seed & 0xFFFFFFFF, seed >> 32)))
         word = words[(element % np.uint64(4)).astype(np.int64), np.arange(numel)]
         u = (word >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24) + np.float32(2.0**-25)
