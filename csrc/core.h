@@ -1,0 +1,213 @@
+// What the kernels and their callers agree on: tensors as plain pointers, and the table of kernels of one instruction
+// set. No torch here: the sanitizer test compiles the core on its own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// A call of its own: inlining it into every rule would only make compiling slow.
+#if defined(__GNUC__)
+#define DWM_NOINLINE __attribute__((noinline))
+#else
+#define DWM_NOINLINE
+#endif
+
+namespace dwm {
+
+// Rules by number, as in dwm_fast/ops/_modes.py.
+enum Mode : int { kGumbelHard = 0, kGumbelSoft = 1, kKeep = 2, kThreshold = 3, kTernary = 4, kEdit = 5 };
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Memory order of a dense tensor. Logical order is [outer][inner][spatial]. spatial == 1: memory is in logical order.
+// spatial > 1: memory is [outer][spatial][inner] (channels_last); at most kMaxSpatial.
+struct Shape {
+  int64_t numel = 0;
+  int64_t inner = 1;
+  int64_t spatial = 1;
+};
+
+constexpr int64_t kMaxSpatial = 64;
+
+// Elements that a kernel holds in its first-level cache at a time.
+constexpr int64_t kTile = 2304;
+
+// Elements handed to one thread at a time: a few microseconds of work, and 128 divides it.
+constexpr int64_t kChunk = 32768;
+
+constexpr int64_t packed_nbytes(int64_t numel) { return (numel + 127) / 128 * 16; }
+
+struct Noise {
+  uint64_t seed = 0;
+  uint32_t step = 0;
+};
+
+// sample: logits, weight -> out, bits.
+struct SampleTensor {
+  Shape shape;
+  const float* logits;
+  const void* weight;
+  void* out;
+  uint8_t* bits;  // nullptr: not wanted
+  uint32_t layer;
+  float threshold;
+};
+
+struct SampleRule {
+  int mode;
+  Type weight;
+  Type out;
+  Noise noise;
+  float inverse_tau;
+};
+
+// sample_backward: grad of the masked weight -> grad of logits and of the weight.
+struct BackwardTensor {
+  Shape shape;
+  const void* grad;
+  const float* logits;
+  const void* weight;
+  float* dlogits;  // nullptr: not wanted
+  void* dweight;   // nullptr: not wanted
+  uint32_t layer;
+  float threshold;
+};
+
+struct BackwardRule {
+  int mode;
+  Type grad;
+  Type weight;
+  Noise noise;
+  float inverse_tau;
+  float penalty;  // gradient of the penalty over the number of elements of the network
+};
+
+// How pack reads "nonzero" from an element.
+struct Element {
+  int size;        // bytes: 1, 2, 4, 8
+  bool floating;   // -0.0 counts as zero
+};
+
+struct PackTensor {
+  Shape shape;
+  const void* mask;
+  uint8_t* bits;
+};
+
+struct UnpackTensor {
+  int64_t numel;
+  const uint8_t* bits;
+  uint8_t* mask;
+};
+
+struct ApplyTensor {
+  Shape shape;
+  const uint8_t* bits;
+  const void* weight;
+  void* out;
+  int size;  // bytes of an element
+};
+
+// Optimiser steps. Lanes whose bit is 1 keep weight and state as they are. Every tensor has its own step count, so its
+// own rule.
+struct UpdateTypes {
+  Type weight;
+  Type grad;
+};
+
+struct AdamRule {
+  float beta1_complement;    // 1 - beta1
+  float beta2;
+  float beta2_complement;    // 1 - beta2
+  float step_size;           // lr / (1 - beta1^t)
+  float inverse_correction;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+  float shrink;  // 1 - lr * weight_decay when decoupled, else 1
+  float decay;   // weight_decay when it is part of the gradient, else 0
+  float sign;    // -1: maximise
+};
+
+struct AdamWTensor {
+  Shape shape;
+  void* weight;
+  const void* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  const uint8_t* bits;
+  AdamRule rule;
+};
+
+struct SgdRule {
+  float lr;
+  float momentum;
+  float dampening_complement;  // 1 - dampening
+  float shrink;
+  float decay;
+  float sign;
+  bool nesterov;
+  bool first;  // the momentum buffer starts as the gradient
+};
+
+struct SgdTensor {
+  Shape shape;
+  void* weight;
+  const void* grad;
+  float* momentum;  // nullptr: momentum is 0
+  const uint8_t* bits;
+  SgdRule rule;
+};
+
+struct MaskAdamTensor {
+  Shape shape;
+  float* logits;
+  const void* weight;
+  const void* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  uint32_t layer;
+  float threshold;
+  AdamRule rule;
+};
+
+struct LinearPacked {
+  const float* x;       // (m, k)
+  const float* weight;  // (n, k)
+  const uint8_t* bits;  // n * k bits
+  const float* bias;    // (n,) or nullptr
+  float* out;           // (m, n)
+  int64_t m, n, k;
+};
+
+// Every function works on elements [begin, end) of one tensor in logical order; begin is a multiple of 128 and, for
+// channels_last, of shape.spatial; end is too, or is numel.
+struct Kernels {
+  const char* name;
+  void (*random_words)(uint64_t first, int64_t count, uint32_t layer, Noise noise, uint32_t* out);
+  double (*sample)(const SampleRule& rule, const SampleTensor& t, int64_t begin, int64_t end);
+  void (*sample_backward)(const BackwardRule& rule, const BackwardTensor& t, int64_t begin, int64_t end);
+  void (*pack)(Element element, const PackTensor& t, int64_t begin, int64_t end);
+  void (*unpack)(const UnpackTensor& t, int64_t begin, int64_t end);
+  void (*apply)(const ApplyTensor& t, int64_t begin, int64_t end);
+  int64_t (*count)(const uint8_t* a, int64_t nbytes);
+  void (*overlap)(const uint8_t* a, const uint8_t* b, int64_t nbytes, int64_t* both, int64_t* either);
+  void (*combine)(int op, const uint8_t* a, const uint8_t* b, uint8_t* out, int64_t nbytes);
+  void (*frozen_adamw)(UpdateTypes types, const AdamWTensor& t, int64_t begin, int64_t end);
+  void (*frozen_sgd)(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end);
+  void (*mask_adam)(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end);
+  void (*linear_packed)(const LinearPacked& job, int64_t first_row, int64_t last_row);
+};
+
+// Combinations of `combine`, by number.
+enum Combination : int { kAnd = 0, kOr = 1, kXor = 2, kAndNot = 3 };
+
+// Elements of one chunk of a tensor: 128 divides it, and shape.spatial does.
+constexpr int64_t chunk_elements(const Shape& shape) {
+  if (shape.spatial == 1) return kChunk;
+  const int64_t columns = kChunk / shape.spatial / 128 * 128;
+  return (columns > 0 ? columns : 128) * shape.spatial;
+}
+
+extern const Kernels kKernelsBaseline;
+extern const Kernels kKernelsAvx2;
+
+}  // namespace dwm

@@ -1,0 +1,43 @@
+// The core, compiled once for every instruction set: DWM_ISA names the set, DWM_TABLE the table it exports.
+#include "linear.h"
+#include "masks.h"
+#include "sample.h"
+#include "update.h"
+
+#define DWM_TEXT_(x) #x
+#define DWM_TEXT(x) DWM_TEXT_(x)
+
+namespace dwm::DWM_ISA {
+
+static void random_words(uint64_t first, int64_t count, uint32_t layer, Noise noise, uint32_t* out) {
+  const Keys keys = round_keys(noise.seed);
+  uint32_t buffer[kWordBuffer];
+  for (int64_t i = 0; i < count; i += kTile) {
+    const int64_t n = count - i < kTile ? count - i : kTile;
+    const uint32_t* words = tile_words(first + static_cast<uint64_t>(i), n, layer, noise.step, keys, buffer);
+    std::memcpy(out + i, words, static_cast<size_t>(n) * sizeof(uint32_t));
+  }
+}
+
+}  // namespace dwm::DWM_ISA
+
+namespace dwm {
+
+const Kernels DWM_TABLE = {
+    .name = DWM_TEXT(DWM_ISA),
+    .random_words = DWM_ISA::random_words,
+    .sample = DWM_ISA::sample,
+    .sample_backward = DWM_ISA::sample_backward,
+    .pack = DWM_ISA::pack,
+    .unpack = DWM_ISA::unpack,
+    .apply = DWM_ISA::apply,
+    .count = DWM_ISA::count_bits,
+    .overlap = DWM_ISA::overlap_bits,
+    .combine = DWM_ISA::combine_bits,
+    .frozen_adamw = DWM_ISA::frozen_adamw,
+    .frozen_sgd = DWM_ISA::frozen_sgd,
+    .mask_adam = DWM_ISA::mask_adam,
+    .linear_packed = DWM_ISA::linear_packed,
+};
+
+}  // namespace dwm

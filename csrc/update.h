@@ -1,0 +1,150 @@
+// Optimiser steps in one pass: frozen AdamW and SGD skip the lanes whose bit is 1; mask Adam folds the chain rule and
+// the regulariser of the logits into Adam. Formulas and their order: dwm_fast/ops/update.py.
+#pragma once
+
+#include "sample.h"
+
+namespace dwm::DWM_ISA {
+
+static inline float sqrt_(float x) { return __builtin_sqrtf(x); }
+
+struct AdamLane {
+  float value, exp_avg, exp_avg_sq;
+};
+
+static inline AdamLane adam_lane(const AdamRule& rule, float w, float g, float m, float v) {
+  const float gradient = rule.sign * g + rule.decay * w;
+  const float first = m + rule.beta1_complement * (gradient - m);
+  const float second = v * rule.beta2 + rule.beta2_complement * (gradient * gradient);
+  const float denominator = sqrt_(second) * rule.inverse_correction + rule.eps;
+  return {w * rule.shrink - rule.step_size * first / denominator, first, second};
+}
+
+// `moved` = the new weights; m and v are written in place where free.
+DWM_NOINLINE static void adamw_run(const AdamRule& rule, const float* __restrict w, const float* __restrict g,
+                                   float* __restrict m, float* __restrict v, const uint8_t* __restrict keep,
+                                   float* __restrict moved, int n) {
+  const AdamRule local = rule;
+  for (int i = 0; i < n; ++i) {
+    const AdamLane lane = adam_lane(local, w[i], g[i], m[i], v[i]);
+    moved[i] = lane.value;
+    m[i] = keep[i] ? m[i] : lane.exp_avg;
+    v[i] = keep[i] ? v[i] : lane.exp_avg_sq;
+  }
+}
+
+DWM_NOINLINE static void sgd_run(const SgdRule& rule, const float* __restrict w, const float* __restrict g,
+                                 float* __restrict moved, int n) {
+  const SgdRule local = rule;
+  for (int i = 0; i < n; ++i) {
+    moved[i] = w[i] * local.shrink - local.lr * (local.sign * g[i] + local.decay * w[i]);
+  }
+}
+
+DWM_NOINLINE static void sgd_momentum_run(const SgdRule& rule, const float* __restrict w, const float* __restrict g,
+                                          float* __restrict m, const uint8_t* __restrict keep,
+                                          float* __restrict moved, int n) {
+  const SgdRule local = rule;
+  for (int i = 0; i < n; ++i) {
+    const float gradient = local.sign * g[i] + local.decay * w[i];
+    const float rolled = local.momentum * m[i] + local.dampening_complement * gradient;
+    const float velocity = local.first ? gradient : rolled;
+    const float direction = local.nesterov ? gradient + local.momentum * velocity : velocity;
+    moved[i] = w[i] * local.shrink - local.lr * direction;
+    m[i] = keep[i] ? m[i] : velocity;
+  }
+}
+
+// Stores of free lanes: a kept weight's bits stay as they are, whatever they mean.
+DWM_NOINLINE static void store_free_f32(const float* __restrict moved, const uint8_t* __restrict keep,
+                                        float* __restrict weight, int n) {
+  for (int i = 0; i < n; ++i) weight[i] = keep[i] ? weight[i] : moved[i];
+}
+
+template <bool kBrain>
+DWM_NOINLINE static void store_free_16(const float* __restrict moved, const uint8_t* __restrict keep,
+                                       uint16_t* __restrict weight, int n) {
+  for (int i = 0; i < n; ++i) {
+    const uint16_t rounded = kBrain ? to_bf16(moved[i]) : to_f16(moved[i]);
+    weight[i] = keep[i] ? weight[i] : rounded;
+  }
+}
+
+static inline void store_free(Type type, const float* moved, const uint8_t* keep, void* weight, int64_t at, int n) {
+  switch (type) {
+    case Type::f32: return store_free_f32(moved, keep, static_cast<float*>(weight) + at, n);
+    case Type::bf16: return store_free_16<true>(moved, keep, static_cast<uint16_t*>(weight) + at, n);
+    default: return store_free_16<false>(moved, keep, static_cast<uint16_t*>(weight) + at, n);
+  }
+}
+
+// step(at, n, weights, gradients, keep, moved) for every run, between loading and storing the weights.
+template <typename Tensor, typename Step>
+static inline void update_free(UpdateTypes types, const Tensor& t, int64_t begin, int64_t end, Step&& step) {
+  alignas(64) float weight[kTile], grad[kTile], moved[kTile];
+  walk<Wanted{.bits_in = true}>(
+      t.shape, TileSource{.bits_in = t.bits}, begin, end, [&](int64_t at, int64_t n, const uint32_t*, uint8_t* keep) {
+        const int count = static_cast<int>(n);
+        const float* w = load_run(types.weight, t.weight, at, n, weight);
+        const float* g = load_run(types.grad, t.grad, at, n, grad);
+        step(at, count, w, g, keep, moved);
+        store_free(types.weight, moved, keep, t.weight, at, count);
+      });
+}
+
+static void frozen_adamw(UpdateTypes types, const AdamWTensor& t, int64_t begin, int64_t end) {
+  update_free(types, t, begin, end,
+              [&](int64_t at, int n, const float* w, const float* g, const uint8_t* keep, float* moved) {
+                adamw_run(t.rule, w, g, t.exp_avg + at, t.exp_avg_sq + at, keep, moved, n);
+              });
+}
+
+static void frozen_sgd(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end) {
+  update_free(types, t, begin, end,
+              [&](int64_t at, int n, const float* w, const float* g, const uint8_t* keep, float* moved) {
+                if (t.momentum) {
+                  sgd_momentum_run(t.rule, w, g, t.momentum + at, keep, moved, n);
+                } else {
+                  sgd_run(t.rule, w, g, moved, n);
+                }
+              });
+}
+
+DWM_NOINLINE static void adam_run(const AdamRule& rule, float* __restrict l, const float* __restrict g,
+                                  float* __restrict m, float* __restrict v, int n) {
+  const AdamRule local = rule;
+  for (int i = 0; i < n; ++i) {
+    const AdamLane lane = adam_lane(local, l[i], g[i], m[i], v[i]);
+    l[i] = lane.value;
+    m[i] = lane.exp_avg;
+    v[i] = lane.exp_avg_sq;
+  }
+}
+
+template <int kMode>
+static void mask_adam_range(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end) {
+  constexpr Wanted kWanted{.words = kMode == kGumbelHard || kMode == kGumbelSoft};
+  const TileSource source{.layer = t.layer, .noise = chain.noise};
+  const ChainRule rule{t.threshold, chain.inverse_tau, chain.penalty};
+  alignas(64) float grad[kTile], weight[kTile], slope[kTile];
+  walk<kWanted>(t.shape, source, begin, end, [&](int64_t at, int64_t n, const uint32_t* words, uint8_t*) {
+    const int count = static_cast<int>(n);
+    const float* g = load_run(chain.grad, t.grad, at, n, grad);
+    const float* w = load_run(chain.weight, t.weight, at, n, weight);
+    logits_run<kMode>(rule, g, w, t.logits + at, words, slope, count);
+    adam_run(t.rule, t.logits + at, slope, t.exp_avg + at, t.exp_avg_sq + at, count);
+  });
+}
+
+static void mask_adam(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end) {
+  switch (chain.mode) {
+    case kGumbelHard: return mask_adam_range<kGumbelHard>(chain, t, begin, end);
+    case kGumbelSoft: return mask_adam_range<kGumbelSoft>(chain, t, begin, end);
+    case kKeep: return mask_adam_range<kKeep>(chain, t, begin, end);
+    case kThreshold: return mask_adam_range<kThreshold>(chain, t, begin, end);
+    case kTernary: return mask_adam_range<kTernary>(chain, t, begin, end);
+    default: return mask_adam_range<kEdit>(chain, t, begin, end);
+  }
+}
+
+}  // namespace dwm::DWM_ISA

@@ -1,0 +1,272 @@
+"""The C++ backend on CPU tensors: every function has the signature of the operation it computes.
+
+Importing this module builds the extension at first need and loads it; where that is not possible the import raises
+BackendUnavailable with one line that says what to do. The kernels know dense tensors in contiguous or channels_last
+order of float32, bfloat16 or float16; anything else takes a copy in such an order, or the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwm_fast.ops import _build
+
+_build.load("cpu")
+
+from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402 - only where the extension loads
+from dwm_fast.ops.sample import sample_backward_reference, sample_reference  # noqa: E402
+from dwm_fast.ops.update import (  # noqa: E402
+    frozen_adamw_reference,
+    frozen_sgd_reference,
+    mask_adam_reference,
+)
+
+TensorList = Sequence[Tensor]
+
+_OPS = torch.ops.dwm_fast_cpu
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_PACKABLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATS, torch.float64)
+_COMBINATIONS = {"and": 0, "or": 1, "xor": 2, "andnot": 3}
+_FEW_ROWS = 8
+"""Rows of x up to which linear_packed reads bits itself; beyond, unpacking once and the vendor's product win."""
+
+_MAX_SPATIAL = 64
+"""Elements of a kernel window up to which the kernels walk channels_last themselves (kMaxSpatial in csrc/core.h)."""
+
+
+def _format(t: Tensor) -> torch.memory_format | None:
+    """Memory order of `t` as far as the kernels know it, else None."""
+    if t.is_contiguous():
+        return torch.contiguous_format
+    dims = t.dim()
+    if dims == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last if math.prod(t.shape[2:]) <= _MAX_SPATIAL else None
+    if dims == 5 and t.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d if math.prod(t.shape[2:]) <= _MAX_SPATIAL else None
+    return None
+
+
+def _in_format(t: Tensor, wanted: torch.memory_format) -> Tensor:
+    return t if _format(t) is wanted else t.contiguous(memory_format=wanted)
+
+
+def _known(t: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """`t` in an order that the kernels know, and that order."""
+    order = _format(t)
+    return (t, order) if order is not None else (t.contiguous(), torch.contiguous_format)
+
+
+def _dense_like(t: Tensor, order: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(t, dtype=dtype, memory_format=order)
+
+
+def _restored(result: Tensor, like: Tensor) -> Tensor:
+    """`result` in the strides that torch.empty_like(like) has."""
+    if _format(like) is not None:
+        return result
+    return torch.empty_like(like, dtype=result.dtype).copy_(result)
+
+
+def _uniform(tensors: TensorList, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return not tensors or (tensors[0].dtype in dtypes and all(t.dtype == tensors[0].dtype for t in tensors))
+
+
+def sample(
+    logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: Sequence[int],
+    thresholds: Sequence[float], mode: int, step_offset: int, dtype: torch.dtype | None, pack: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    known = (dtype is None or dtype in _FLOATS) and _uniform(weights, _FLOATS) and _uniform(logits, (torch.float32,))
+    if not (known and weights):
+        return sample_reference(logits, weights, rng_state, tau, layers, thresholds, mode, step_offset, dtype, pack)
+    dense, orders = zip(*map(_known, weights), strict=True)
+    scores = [_in_format(x, order) for x, order in zip(logits, orders, strict=True)]
+    masked = [_dense_like(w, order, dtype) for w, order in zip(dense, orders, strict=True)]
+    nbytes = sum(packed_nbytes(w.numel()) for w in weights) if pack else 0
+    bits = torch.zeros(nbytes, dtype=torch.uint8)
+    penalty = torch.empty((), dtype=torch.float32)
+    _OPS.sample.default(
+        masked, bits, penalty, scores, dense, rng_state, tau.float(), layers, thresholds, mode, step_offset
+    )
+    return [_restored(m, w) for m, w in zip(masked, weights, strict=True)], bits, penalty
+
+
+def sample_backward(
+    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor,
+    layers: Sequence[int], thresholds: Sequence[float], mode: int, step_offset: int, need_logits: bool,
+    need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    known = _uniform(weights, _FLOATS) and _uniform(logits, (torch.float32,)) and _uniform(grads, _FLOATS)
+    if not (known and weights):
+        return sample_backward_reference(
+            grads, grad_penalty, logits, weights, rng_state, tau, layers, thresholds, mode, step_offset,
+            need_logits, need_weights,
+        )  # fmt: skip
+    scores, orders = zip(*map(_known, logits), strict=True)
+    dense = [_in_format(w, order) for w, order in zip(weights, orders, strict=True)]
+    incoming = [_in_format(g, order) for g, order in zip(grads, orders, strict=True)]
+    dlogits = [_dense_like(x, order) for x, order in zip(scores, orders, strict=True)] if need_logits else []
+    dweights = [_dense_like(w, order) for w, order in zip(dense, orders, strict=True)] if need_weights else []
+    _OPS.sample_backward.default(
+        dlogits, dweights, incoming, grad_penalty.float(), scores, dense, rng_state, tau.float(), layers, thresholds,
+        mode, step_offset,
+    )  # fmt: skip
+    return (
+        [_restored(d, x) for d, x in zip(dlogits, logits, strict=False)],
+        [_matching(d, w) for d, w in zip(dweights, weights, strict=False)],
+    )
+
+
+def _matching(result: Tensor, like: Tensor) -> Tensor:
+    """`result` in the strides of torch.empty_like(like), whatever order it was computed in."""
+    return result if _format(result) is _format(like) else torch.empty_like(like, dtype=result.dtype).copy_(result)
+
+
+def pack(masks: TensorList) -> Tensor:
+    known = [_known(m if m.dtype in _PACKABLE else m != 0)[0] for m in masks]
+    bits = torch.zeros(sum(packed_nbytes(m.numel()) for m in masks), dtype=torch.uint8)
+    _OPS.pack.default(known, bits)
+    return bits
+
+
+def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
+    masks = [torch.empty(numel, dtype=torch.bool) for numel in numels]
+    _OPS.unpack.default(bits.contiguous(), masks)
+    return masks
+
+
+def apply(bits: Tensor, weights: TensorList) -> list[Tensor]:
+    if any(w.is_complex() for w in weights):
+        return apply_reference(bits, weights)
+    known = [_known(w) for w in weights]
+    masked = [_dense_like(w, order) for w, order in known]
+    _OPS.apply.default(bits.contiguous(), [w for w, _ in known], masked)
+    return [_restored(m, w) for m, w in zip(masked, weights, strict=True)]
+
+
+def count(bits: Tensor, numels: Sequence[int]) -> Tensor:
+    ones = torch.empty(len(numels), dtype=torch.int64)
+    _OPS.count.default(bits.contiguous(), numels, ones)
+    return ones
+
+
+def combine(a: Tensor, b: Tensor, op: str) -> Tensor:
+    out = torch.empty(a.shape, dtype=torch.uint8)
+    _OPS.combine.default(a.contiguous(), b.contiguous(), _COMBINATIONS[op], out)
+    return out
+
+
+def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
+    sizes = torch.empty((len(numels), 2), dtype=torch.int64)
+    _OPS.overlap.default(a.contiguous(), b.contiguous(), numels, sizes)
+    return sizes
+
+
+def _alike(weights: TensorList, grads: TensorList, *states: TensorList) -> list[Tensor] | None:
+    """Gradients in the weights' memory order, or None where the kernels cannot work in place on these tensors."""
+    if not (_uniform(weights, _FLOATS) and _uniform(grads, _FLOATS)):
+        return None
+    orders = [_format(w) for w in weights]
+    for state in states:
+        if not _uniform(state, (torch.float32,)):
+            return None
+        if any(_format(s) is not order for s, order in zip(state, orders, strict=True)):
+            return None
+    aligned = []
+    for grad, order in zip(grads, orders, strict=True):
+        if order is None:
+            return None
+        aligned.append(_in_format(grad, order))
+    return aligned
+
+
+def _lane_bits(bits: Tensor, weights: TensorList) -> Tensor:
+    """The network buffer; where it is empty, one that keeps no lane."""
+    if bits.numel():
+        return bits.contiguous()
+    return torch.zeros(sum(packed_nbytes(w.numel()) for w in weights), dtype=torch.uint8)
+
+
+def frozen_adamw(
+    weights: TensorList, grads: TensorList, exp_avg: TensorList, exp_avg_sq: TensorList, bits: Tensor,
+    ranks: Tensor, steps: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+    decoupled: bool, maximize: bool,
+) -> None:  # fmt: skip
+    aligned = None if ranks.numel() else _alike(weights, grads, exp_avg, exp_avg_sq)
+    if aligned is None:
+        return frozen_adamw_reference(
+            weights, grads, exp_avg, exp_avg_sq, bits, ranks, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
+            maximize,
+        )  # fmt: skip
+    _OPS.frozen_adamw.default(
+        weights, aligned, exp_avg, exp_avg_sq, _lane_bits(bits, weights), steps.contiguous(), lr, beta1, beta2, eps,
+        weight_decay, decoupled, maximize,
+    )  # fmt: skip
+
+
+def frozen_sgd(
+    weights: TensorList, grads: TensorList, momentum_buffers: TensorList, bits: Tensor, ranks: Tensor,
+    steps: Tensor, lr: Tensor, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
+    decoupled: bool, maximize: bool,
+) -> None:  # fmt: skip
+    states = [momentum_buffers] if momentum != 0 else []
+    aligned = None if ranks.numel() else _alike(weights, grads, *states)
+    if aligned is None:
+        return frozen_sgd_reference(
+            weights, grads, momentum_buffers, bits, ranks, steps, lr, momentum, dampening, weight_decay, nesterov,
+            decoupled, maximize,
+        )  # fmt: skip
+    _OPS.frozen_sgd.default(
+        weights, aligned, momentum_buffers, _lane_bits(bits, weights), steps.contiguous(), lr, momentum, dampening,
+        weight_decay, nesterov, decoupled, maximize,
+    )  # fmt: skip
+
+
+def mask_adam(
+    logits: TensorList, weights: TensorList, grads: TensorList, exp_avg: TensorList, exp_avg_sq: TensorList,
+    rng_state: Tensor, tau: Tensor, layers: Sequence[int], thresholds: Sequence[float], mode: int,
+    step_offset: int, penalty_scale: Tensor, steps: Tensor, lr: Tensor, beta1: float, beta2: float,
+    eps: float, weight_decay: float, decoupled: bool,
+) -> None:  # fmt: skip
+    aligned = _alike(logits, grads, logits, exp_avg, exp_avg_sq)
+    if aligned is None or not _uniform(weights, _FLOATS):
+        return mask_adam_reference(
+            logits, weights, grads, exp_avg, exp_avg_sq, rng_state, tau, layers, thresholds, mode, step_offset,
+            penalty_scale, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
+        )  # fmt: skip
+    orders = [_format(x) or torch.contiguous_format for x in logits]
+    dense = [_in_format(w, order) for w, order in zip(weights, orders, strict=True)]
+    _OPS.mask_adam.default(
+        logits, dense, aligned, exp_avg, exp_avg_sq, rng_state, tau.float(), layers, thresholds, mode, step_offset,
+        penalty_scale.float(), steps.contiguous(), lr, beta1, beta2, eps, weight_decay, decoupled,
+    )  # fmt: skip
+
+
+def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.numel() // max(1, weight.shape[1])
+    if not (0 < rows <= _FEW_ROWS and x.dtype == weight.dtype == torch.float32):
+        return F.linear(x, apply(bits, [weight])[0].to(x.dtype), bias)
+    out = torch.empty((rows, weight.shape[0]), dtype=torch.float32)
+    flat = x.reshape(rows, weight.shape[1]).contiguous()
+    start = None if bias is None else bias.float().contiguous()
+    _OPS.linear_packed.default(flat, weight.contiguous(), bits.contiguous(), start, out)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def conv2d_packed(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    masked = apply(bits, [weight])[0].to(x.dtype)
+    return F.conv2d(x, masked, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0, first: int = 0) -> Tensor:
+    """Words of elements [first, first + numel) by the noise contract, int64 (numel,); for tests and `doctor`."""
+    words = torch.empty(numel, dtype=torch.int32)
+    _OPS.random_words.default(words, first, layer, rng_state, step_offset)
+    return words.to(torch.int64) & 0xFFFFFFFF
