@@ -76,6 +76,26 @@ def read_layout(path: Path, domains: Sequence[str]) -> Layout:
 
     Raises DataError where the path is missing, nothing is recognised, or a domain or class has no images.
     """
+    try:
+        return _recognise(path, domains)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check name and rights") from error
+
+
+def check_complete(domain: str, records: Sequence[Record], path: Path) -> None:
+    """Raise DataError where a domain is empty or one of its seven classes has no image."""
+    if not records:
+        raise DataError(f"{path}: domain {domain!r} is empty; expected images of {', '.join(CLASSES)}")
+    missing = [c for i, c in enumerate(CLASSES) if all(r.label != i for r in records)]
+    if missing:
+        what = "class" if len(missing) == 1 else "classes"
+        raise DataError(
+            f"{path}: domain {domain!r} has no image of {what} {', '.join(missing)}; "
+            f"expected all of {', '.join(CLASSES)}"
+        )
+
+
+def _recognise(path: Path, domains: Sequence[str]) -> Layout:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give the folder or parquet file that holds PACS")
     if path.is_file():
@@ -97,19 +117,6 @@ def read_layout(path: Path, domains: Sequence[str]) -> Layout:
     raise DataError(f"{path}: no PACS images found; looked for {LAYOUTS}")
 
 
-def check_complete(domain: str, records: Sequence[Record], path: Path) -> None:
-    """Raise DataError where a domain is empty or one of its seven classes has no image."""
-    if not records:
-        raise DataError(f"{path}: domain {domain!r} is empty; expected images of {', '.join(CLASSES)}")
-    missing = [c for i, c in enumerate(CLASSES) if all(r.label != i for r in records)]
-    if missing:
-        what = "class" if len(missing) == 1 else "classes"
-        raise DataError(
-            f"{path}: domain {domain!r} has no image of {what} {', '.join(missing)}; "
-            f"expected all of {', '.join(CLASSES)}"
-        )
-
-
 def _visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
@@ -124,9 +131,7 @@ def _domain_folders(base: Path) -> dict[str, Path]:
         if domain is None or not folder.is_dir():
             continue
         if domain in found:
-            raise DataError(
-                f"{folder}: a second folder of domain {domain!r} beside {found[domain].name}; keep one"
-            )
+            raise DataError(f"{folder}: a second folder of domain {domain!r} beside {found[domain].name}; keep one")
         found[domain] = folder
     return found
 
@@ -136,9 +141,7 @@ def _read_folders(base: Path, folders: Mapping[str, Path], domains: Sequence[str
     for domain in domains:
         if domain not in folders:
             have = ", ".join(f.name for f in folders.values())
-            raise DataError(
-                f"{base}: no folder of domain {domain!r} (found {have}); add {FOLDER_NAMES[domain]}/"
-            )
+            raise DataError(f"{base}: no folder of domain {domain!r} (found {have}); add {FOLDER_NAMES[domain]}/")
         found = list(_read_domain_folder(domain, folders[domain]))
         check_complete(domain, found, folders[domain])
         records += found
@@ -157,7 +160,8 @@ def _read_domain_folder(domain: str, folder: Path) -> Iterator[Record]:
 
 
 def _parquet_files(root: Path) -> list[Path]:
-    files = (p for p in root.rglob("*.parquet") if p.is_file())
+    """Parquet files up to two folders down, as on the hub; a wrong path is not searched to its bottom."""
+    files = {p for depth in ("", "*/", "*/*/") for p in root.glob(f"{depth}*.parquet") if p.is_file()}
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts))
 
 
@@ -195,9 +199,7 @@ def _read_parquet_file(file: Path, domains: Sequence[str]) -> Iterator[Record]:
                     if record.domain in domains:
                         yield record
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file}: not a readable parquet file ({_first_line(error)}); fetch it again"
-        ) from error
+        raise DataError(f"{file}: not a readable parquet file ({_first_line(error)}); fetch it again") from error
 
 
 def _class_label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -54,6 +54,8 @@ def test_broken_folder_is_one_line_that_names_the_place(case: str, tmp_path: Pat
 def test_nothing_to_load_is_said_with_the_layouts_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         load_pacs(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="xxx: "):
+        load_pacs(tmp_path / ("x" * 300))
     with pytest.raises(DataError, match=r"looked for.*kfold/.*images/.*parquet"):
         load_pacs(tmp_path)
     (tmp_path / "pacs.zip").write_bytes(b"PK")
