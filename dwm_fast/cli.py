@@ -109,6 +109,7 @@ def pacs(
     weights: Annotated[str | None, typer.Option(help="Checkpoint, .safetensors or .pth; may be partial.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, pixels.")] = None,
     train_size: Annotated[int | None, typer.Option(help="Side of the crops trained on, pixels.")] = None,
+    crop_scale: Annotated[float | None, typer.Option(help="Smallest fraction of the area a crop covers.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     source_epochs: Annotated[int | None, typer.Option(help="Epochs of source training.")] = None,
     mask_epochs: Annotated[int | None, typer.Option(help="Epochs of mask learning.")] = None,
@@ -151,7 +152,7 @@ def pacs(
     given: dict[str, Any] = {
         "data": data, "splits": splits, "sources": _comma(sources), "targets": _comma(targets),
         "methods": _comma(methods), "inits": _comma(inits), "seeds": _comma(seeds), "backbone": backbone,
-        "weights": weights, "image_size": image_size, "train_size": train_size, "batch_size": batch_size,
+        "weights": weights, "image_size": image_size, "train_size": train_size, "crop_scale": crop_scale, "batch_size": batch_size,
         "amp": amp, "device": device, "tune": tunes or None,
         **{k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()},
     }  # fmt: skip

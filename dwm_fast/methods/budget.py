@@ -35,7 +35,7 @@ class SourceBudget:
         reference: float,
         *,
         start: float = 20.0,
-        gain: float = 0.1,
+        gain: float = 0.05,
         damping: float = 2.0,
         smoothing: float = 0.5,
         device: torch.device | str = "cpu",

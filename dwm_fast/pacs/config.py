@@ -29,6 +29,7 @@ class StudyConfig:
         backbone, weights: network by name and checkpoint path ("torchvision" for its own weights), or None.
         image_size: side of the images held in memory and used for evaluation, in pixels.
         train_size: side of the crops trained on, in pixels.
+        crop_scale: smallest fraction of an image's area that a training crop covers.
         sources, targets, methods, inits, seeds: the grid; a pair of equal domains is left out.
         source: how the source network is trained.
         binary, edit: how the masks are learned.
@@ -46,6 +47,7 @@ class StudyConfig:
     weights: str | None = None
     image_size: int = 32
     train_size: int = 32
+    crop_scale: float = 0.7
     sources: tuple[str, ...] = DOMAINS
     targets: tuple[str, ...] = DOMAINS
     methods: tuple[str, ...] = METHODS
@@ -83,6 +85,8 @@ class StudyConfig:
         for name in ("image_size", "train_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}; expected a whole number of at least 1")
+        if not 0 < self.crop_scale <= 1:
+            raise InputError(f"crop_scale={self.crop_scale}; expected a fraction of the area above 0 and up to 1")
         if self.amp not in ("auto", "bf16", "off"):
             raise InputError(f"amp='{self.amp}'; expected auto, bf16 or off")
 
@@ -112,6 +116,7 @@ def real_defaults() -> StudyConfig:
         backbone="resnet18",
         image_size=128,
         train_size=96,
+        crop_scale=0.5,
         source=TrainOptions(epochs=5, lr=5e-4),
         binary=LearnedMask(epochs=6, lr=0.05),
         edit=LearnedMask(epochs=6, lr=0.05),

@@ -108,7 +108,9 @@ class Lab:
         def epoch(number: int) -> Iterator[Batch]:
             generator = torch.Generator(images.images.device).manual_seed(stage_seed(key, number))
             for index in epoch_batches(images.train, self.config.batch_size, generator, drop_last=True):
-                crops = random_resized_crop_flip(images.images[index], self.config.train_size, generator)
+                crops = random_resized_crop_flip(
+                    images.images[index], self.config.train_size, generator, scale=(self.config.crop_scale, 1.0)
+                )
                 yield crops.to(self.device), images.labels[index].to(self.device)
 
         return epoch
