@@ -165,18 +165,14 @@ def decode_all(records: Sequence[Record], image_size: int, progress: Progress | 
 def _decode(record: Record, image_size: int) -> NDArray[np.uint8]:
     """RGB pixels (image_size, image_size, 3) of one record."""
     try:
-        with Image.open(
-            record.source if isinstance(record.source, Path) else io.BytesIO(record.source)
-        ) as opened:
+        with Image.open(record.source if isinstance(record.source, Path) else io.BytesIO(record.source)) as opened:
             image = opened.convert("RGB")
             if image.size != (image_size, image_size):
                 image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image)
     except Exception as error:  # Pillow's plugins raise many kinds on damaged files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(
-            f"{record.origin}: unreadable image ({reason}); replace the file or remove it"
-        ) from error
+        raise DataError(f"{record.origin}: unreadable image ({reason}); replace the file or remove it") from error
 
 
 def fingerprint(domains: Mapping[str, DomainSet]) -> str:
@@ -197,9 +193,7 @@ def download_pacs(folder: str | os.PathLike[str]) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise DataError(
-            "downloading needs the package huggingface_hub: pip install 'dwm-fast[hub]'"
-        ) from error
+        raise DataError("downloading needs the package huggingface_hub: pip install 'dwm-fast[hub]'") from error
     target = Path(folder)
     try:
         huggingface_hub.snapshot_download(

@@ -21,17 +21,13 @@ def holdout_split(records: Sequence[Record], fraction: float, seed: int) -> tupl
     images.
     """
     if not 0.0 < fraction < 1.0:
-        raise InputError(
-            f"holdout={fraction}: expected a fraction of the images between 0 and 1, such as 0.1"
-        )
+        raise InputError(f"holdout={fraction}: expected a fraction of the images between 0 and 1, such as 0.1")
     held: set[int] = set()
     for label, name in enumerate(CLASSES):
         members = [i for i, r in enumerate(records) if r.label == label]
         if len(members) < 2:
             where = records[members[0]].origin if members else records[0].domain
-            raise DataError(
-                f"{where}: only {len(members)} image of class {name}; a hold-out needs at least two"
-            )
+            raise DataError(f"{where}: only {len(members)} image of class {name}; a hold-out needs at least two")
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         members.sort(key=lambda i: hashlib.sha256(f"{seed}:{records[i].name}".encode()).digest())
         held.update(members[:count])
@@ -57,9 +53,7 @@ def official_split(folder: Path, domain: str, records: Sequence[Record]) -> tupl
     for i, record in enumerate(records):
         if position.setdefault(record.name, i) != i:
             other = records[position[record.name]].origin
-            raise DataError(
-                f"{record.origin}: same name as {other}; the lists cannot tell them apart, drop --splits"
-            )
+            raise DataError(f"{record.origin}: same name as {other}; the lists cannot tell them apart, drop --splits")
     seen: dict[int, str] = {}
     halves = tuple(_read_list(lists[kind], domain, records, position, seen) for kind in ("train", "crossval"))
     return halves[0], halves[1]
@@ -67,9 +61,7 @@ def official_split(folder: Path, domain: str, records: Sequence[Record]) -> tupl
 
 def _find_lists(folder: Path, domain: str) -> dict[str, Path]:
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder; expected <domain>_train{_SUFFIX} and <domain>_crossval{_SUFFIX}"
-        )
+        raise DataError(f"{folder}: no such folder; expected <domain>_train{_SUFFIX} and <domain>_crossval{_SUFFIX}")
     found: dict[str, Path] = {}
     for file in sorted(folder.glob(f"*{_SUFFIX}")):
         owner, _, kind = file.name[: -len(_SUFFIX)].rpartition("_")
@@ -79,12 +71,9 @@ def _find_lists(folder: Path, domain: str) -> dict[str, Path]:
     if missing:
         trap = ""
         if "test" in found:
-            trap = (
-                f" ({found['test'].name} contains the training images, so it is no hold-out and is not used)"
-            )
+            trap = f" ({found['test'].name} contains the training images, so it is no hold-out and is not used)"
         raise DataError(
-            f"{folder}: no {' and no '.join(missing)} list of domain {domain!r}{trap}; "
-            "add it or drop --splits"
+            f"{folder}: no {' and no '.join(missing)} list of domain {domain!r}{trap}; add it or drop --splits"
         )
     return found
 
@@ -113,9 +102,7 @@ def _read_list(
         chosen.append(index)
     absent = [c for label, c in enumerate(CLASSES) if all(records[i].label != label for i in chosen)]
     if absent:
-        raise DataError(
-            f"{file}: names no image of {', '.join(absent)}; expected all of {', '.join(CLASSES)}"
-        )
+        raise DataError(f"{file}: names no image of {', '.join(absent)}; expected all of {', '.join(CLASSES)}")
     return chosen
 
 
@@ -123,19 +110,12 @@ def _line_name(where: str, line: str, domain: str) -> str:
     """Record name that a list line speaks of, after checking its form, class and label."""
     path, _, label = line.strip().rpartition(" ")
     parts = path.replace("\\", "/").split("/")
-    if (
-        len(parts) < 3
-        or parts[-2].lower() not in CLASSES
-        or find_domain(parts[-3]) is None
-        or not label.isdigit()
-    ):
+    if len(parts) < 3 or parts[-2].lower() not in CLASSES or find_domain(parts[-3]) is None or not label.isdigit():
         raise DataError(f"{where}: {line.strip()!r}; expected '<domain>/<class>/<file> <label 1 to 7>'")
     if find_domain(parts[-3]) != domain:
         raise DataError(f"{where}: names an image of {parts[-3]} in a list of domain {domain!r}")
     name = parts[-2].lower()
     if CLASSES.index(name) + 1 != int(label):
         base = "; the labels seem to count from 0" if CLASSES.index(name) == int(label) else ""
-        raise DataError(
-            f"{where}: label {label} for class {name}, expected {CLASSES.index(name) + 1} (1 to 7){base}"
-        )
+        raise DataError(f"{where}: label {label} for class {name}, expected {CLASSES.index(name) + 1} (1 to 7){base}")
     return f"{'art_painting' if domain == 'art' else domain}/{name}/{parts[-1]}"
