@@ -70,7 +70,7 @@ def test_hard_masks_are_the_contract_predicate_on_the_oracle_noise(noise):
 
 
 def test_hard_equals_soft_above_one_half_and_ignores_tau():
-    logits, weights = _network((3000,), seed=5)
+    logits, _ = _network((3000,), seed=5)
     hard = [ops.sample(logits, [torch.ones(3000)], _state(), _tau(t))[0][0] for t in (0.1, 1.0, 7.0)]
     assert torch.equal(hard[0], hard[1])
     assert torch.equal(hard[0], hard[2])
@@ -369,9 +369,9 @@ def test_wrong_arguments_are_named():
         ops.sample([x.t()], [w], _state(), _tau())
     with pytest.raises(InputError, match="2 logits, 1 weights"):
         ops.sample([x, x], [w], _state(), _tau())
-    with pytest.raises(InputError, match="rng_state is torch.int32"):
+    with pytest.raises(InputError, match=r"rng_state is torch\.int32"):
         ops.sample([x], [w], _state().int(), _tau())
-    with pytest.raises(InputError, match="tau is torch.int64"):
+    with pytest.raises(InputError, match=r"tau is torch\.int64"):
         ops.sample([x], [w], _state(), torch.tensor(1))
     with pytest.raises(ValueError, match="9 is not a valid Mode"):
         ops.sample([x], [w], _state(), _tau(), mode=9)

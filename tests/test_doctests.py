@@ -1,0 +1,34 @@
+"""Every example in a docstring runs and gives what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+import dwm_fast
+
+ROOT = Path(dwm_fast.__file__).parent
+MODULES = sorted(
+    ".".join(("dwm_fast", *path.relative_to(ROOT).with_suffix("").parts))
+    for path in ROOT.rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.usefixtures("reference")
+def test_examples_in_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testmod(
+        importlib.import_module(name),
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+    )
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_the_public_operations_and_layers_have_examples():
+    assert {"dwm_fast.nn.model", "dwm_fast.nn.merge", "dwm_fast.ops.sample"} <= set(MODULES)
