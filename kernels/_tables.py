@@ -55,7 +55,7 @@ TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
-    torch.bool: tl.int8,
+    torch.bool: tl.int1,
     torch.uint8: tl.uint8,
     torch.int8: tl.int8,
     torch.int16: tl.int16,

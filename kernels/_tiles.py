@@ -73,8 +73,10 @@ def strided_coordinates(geometry, tensor, numel, chunk, BLOCK: tl.constexpr, RAN
         total = (rest % size).to(tl.int32) + carry
         rest = rest // size
         carry = total // size.to(tl.int32)
-        coordinates = (*coordinates, total - carry * size.to(tl.int32))
-    return (*coordinates, rest + carry), mask
+        digit = (total - carry * size.to(tl.int32),)
+        coordinates = coordinates + digit
+    digit = (rest + carry,)
+    return coordinates + digit, mask
 
 
 @triton.jit

@@ -35,9 +35,24 @@ COMBINATIONS = {"and": 0, "or": 1, "xor": 2, "andnot": 3}
 
 
 @triton.jit
-def nonzero(value):
-    """value != 0; bfloat16 through fp32, since the interpreter compares its bits, in which -0 is not 0."""
-    if value.dtype == tl.bfloat16:
+def mask_address(ptrs, tensor, MASK: tl.constexpr):
+    """Pointer of a mask; bools (tl.int1) are read as bytes."""
+    if MASK == tl.int1:
+        return address(ptrs, tensor, 0, 1, tl.int8)
+    else:
+        return address(ptrs, tensor, 0, 1, MASK)
+
+
+@triton.jit
+def keep_flag(value, MASK: tl.constexpr):
+    """value != 0, as bool or as int32 0 / 1.
+
+    A bool is 0 or 1 already; comparing its bytes takes a detour over local memory. bfloat16 goes through fp32, since
+    the interpreter compares its bits, in which -0 is not 0.
+    """
+    if MASK == tl.int1:
+        return value.to(tl.int32)
+    elif MASK == tl.bfloat16:
         return value.to(tl.float32) != 0
     else:
         return value != 0
@@ -50,22 +65,24 @@ def pack_kernel(
     HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
-    numel, _, _, word = row_of(rows, tensor)
-    masks = address(ptrs, tensor, 0, 1, MASK)
+    numel, _layer, _threshold, word = row_of(rows, tensor)
+    masks = mask_address(ptrs, tensor, MASK)
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        keep = nonzero(tl.load(tl.multiple_of(masks, 16) + start + offsets, mask=mask, other=0))
+        keep = keep_flag(tl.load(tl.multiple_of(masks, 16) + start + offsets, mask=mask, other=0), MASK)
         store_bits(bits, word, numel, chunk, keep, BLOCK)
     if HAS_TAPS and kind == TAPS:
-        _, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
+        _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
         taps = tl.zeros([GROUPS, 4], tl.int32)
         for tap in tl.static_range(9):
-            keep = nonzero(tl.load(tl.multiple_of(masks, 16) + tap * stride + offsets, mask=mask, other=0))
+            keep = keep_flag(tl.load(tl.multiple_of(masks, 16) + tap * stride + offsets, mask=mask, other=0), MASK)
             taps |= keep.to(tl.int32) << tap
         store_taps_bits(bits, word, numel, chunk, taps, GROUPS)
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 1)
-        keep = nonzero(tl.load(masks + strided_offsets(geometry, tensor, places, 0, RANK, 1), mask=mask, other=0))
+        keep = keep_flag(
+            tl.load(masks + strided_offsets(geometry, tensor, places, 0, RANK, 1), mask=mask, other=0), MASK
+        )
         store_bits(bits, word, numel, chunk, keep, STRIDED_BLOCK)
 
 
@@ -76,7 +93,7 @@ def unpack_kernel(
     RANK: tl.constexpr,
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
-    numel, _, _, word = row_of(rows, tensor)
+    numel, _layer, _threshold, word = row_of(rows, tensor)
     out += output_start(rows, tensor, 0)
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
@@ -95,7 +112,7 @@ def apply_kernel(
     RANK: tl.constexpr,
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
-    numel, _, _, word = row_of(rows, tensor)
+    numel, _layer, _threshold, word = row_of(rows, tensor)
     weights = address(ptrs, tensor, 0, 1, out.dtype.element_ty)
     out += output_start(rows, tensor, 0)
     if kind == FLAT:
@@ -104,7 +121,7 @@ def apply_kernel(
         w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0)
         tl.store(out + start + offsets, tl.where(keep, w, 0).to(out.dtype.element_ty), mask=mask)
     if HAS_TAPS and kind == TAPS:
-        _, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
+        _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
         taps = load_taps_bits(bits, word, numel, chunk, GROUPS)
         for tap in tl.static_range(9):
             keep = ((taps >> tap) & 1) != 0
@@ -132,8 +149,8 @@ def popcount(word):
 @triton.jit
 def count_kernel(rows, blocks, a, b, out, PAIR: tl.constexpr, BLOCK: tl.constexpr):
     """Tensors are counted in words here. PAIR: ones of a & b and of a | b; else ones of a."""
-    tensor, _, chunk = block_entry(blocks)
-    numel, _, _, word = row_of(rows, tensor)
+    tensor, _kind, chunk = block_entry(blocks)
+    numel, _layer, _threshold, word = row_of(rows, tensor)
     start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
     word = tl.multiple_of(word, 4)
     x = tl.load(a + word + start + offsets, mask=mask, other=0).to(tl.uint32, bitcast=True)

@@ -216,7 +216,7 @@ def sample_bwd_kernel(
     HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
-    numel, layer, threshold, _ = row_of(rows, tensor)
+    numel, layer, threshold, _word = row_of(rows, tensor)
     logits = address(ptrs, tensor, 0, 3, tl.float32)
     weights = address(ptrs, tensor, 1, 3, WEIGHT)
     grads = address(ptrs, tensor, 2, 3, GRAD)
