@@ -38,7 +38,8 @@ def weight_names(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
     for given, mask in masks.items():
         name = given if given in tensors else f"{given}.weight"
         if name not in tensors:
-            near = get_close_matches(given, tensors, n=1)
+            known = [*tensors, *(other.removesuffix(".weight") for other in tensors)]
+            near = get_close_matches(given, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise InputError(f"mask '{given}': the backbone has no such weight{hint}")
         check_mask_shape(name, tuple(mask.shape), tuple(tensors[name].shape))

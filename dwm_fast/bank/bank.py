@@ -224,6 +224,9 @@ class MaskBank:
         """
         if domains is None:
             return self._runner(self._patch(self._active), args, kwargs)
+        sizes = [a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0]
+        if sizes and len(domains) not in sizes and domains:
+            raise InputError(f"domains: given {len(domains)} names for a batch of {sizes[0]}; expected one per sample")
         names = sorted(set(domains))
         number = {name: i for i, name in enumerate(names)}
         device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
@@ -235,11 +238,12 @@ class MaskBank:
         if not names:
             raise InputError("no domains were named; give at least one")
         entries = tuple(self._entry(name) for name in names)
-        served: Served = self._cache.get(("served", tuple(names), entries), lambda: self._make_served(names))
+        key = ("served", tuple(names), entries, self._prints.stamp())
+        served: Served = self._cache.get(key, lambda: self._make_served(names))
         return served
 
     def _make_served(self, names: Sequence[str]) -> tuple[Served, int]:
-        made = mixed_twin(self.backbone, [self.record(name) for name in names])
+        made = mixed_twin(self.backbone, [self._checked(name) for name in names])
         twin, nbytes = made if made is not None else (None, 0)
         nbytes += _MODULE_NBYTES
 
@@ -339,11 +343,15 @@ class MaskBank:
         if domain is None:
             return _NO_PATCH
         entry = self._entry(domain)
-        names = self.info(domain).layout.names
-        self._check_parameters(names)
-        key = ("patch", entry, self._prints.stamp(names))
-        patch: Patch = self._cache.get(key, lambda: domain_patch(self.record(domain), self._tensors))
+        key = ("patch", entry, self._prints.stamp())
+        patch: Patch = self._cache.get(key, lambda: domain_patch(self._checked(domain), self._tensors))
         return patch
+
+    def _checked(self, domain: str) -> DomainMasks:
+        """A domain, after comparing its fingerprint with the weights as they are now."""
+        record = self.record(domain)
+        self._check_fingerprint(record, f"domain '{domain}'", self._entry(domain).any_backbone)
+        return record
 
     def _read(self, entry: _Entry) -> tuple[DomainMasks, int]:
         assert entry.origin is not None
@@ -370,6 +378,10 @@ class MaskBank:
                 raise InputError(f"state '{missing[0]}': the backbone has no such tensor")
         except InputError as error:
             raise MaskFileError(f"{source}: does not fit the backbone: {error}") from error
+        self._check_fingerprint(record, source, any_backbone)
+
+    def _check_fingerprint(self, record: DomainMasks, source: str, any_backbone: bool) -> None:
+        info = record.info
         if info.fingerprint and not any_backbone and self._prints.of(info.layout.names) != info.fingerprint:
             raise MaskFileError(
                 f"{source}: backbone: the masks of '{info.domain}' were made for other weights; load "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import lzma
 import math
@@ -21,6 +20,8 @@ from dwm_fast.bank import MaskFile, encode_domain, make_domain, write_mask_file
 from dwm_fast.bank.record import DomainMasks
 from dwm_fast.errors import BackendUnavailable, InputError, MaskFileError
 
+from . import reader
+
 HERE = Path(__file__).parent
 RESNET18_CONVS = (
     [(64, 3, 7, 7)]
@@ -30,19 +31,6 @@ RESNET18_CONVS = (
     + [(512, 256, 3, 3), (512, 512, 3, 3), (512, 256, 1, 1), (512, 512, 3, 3), (512, 512, 3, 3)]
 )
 """The convolutions of torchvision's ResNet-18: 11,166,912 weights."""
-
-
-def _load_reader() -> object:
-    spec = importlib.util.spec_from_file_location("mask_file_reader", HERE / "reader.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mask_file_reader"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-reader = _load_reader()
 
 
 def _resnet18(p: float, seed: int = 0, **extra: object) -> DomainMasks:

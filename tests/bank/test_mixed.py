@@ -1,0 +1,197 @@
+"""Mixed batches: every sample gets exactly what its own domain gives it, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dwm_fast.bank import MaskBank
+
+from . import nets
+
+DOMAINS = ("photo", "art", "cartoon", "sketch")
+
+
+def _bank(own: bool, classes: tuple[int, ...] = (4, 7, 2, 7)) -> MaskBank:
+    net = nets.small_net()
+    bank = MaskBank(net)
+    for i, name in enumerate(DOMAINS):
+        state = nets.state_for(net, i, classes[i]) if own else None
+        bank.add(name, nets.masks_for(net, i, names=nets.MASKED[: 3 - i % 2]), state=state)
+    return bank
+
+
+def _by_loop(bank: MaskBank, x: Tensor, domains: list[str]) -> dict[str, Tensor]:
+    outputs = {}
+    for name in dict.fromkeys(domains):
+        bank.activate(name)
+        outputs[name] = bank(x[[i for i, d in enumerate(domains) if d == name]])
+    bank.activate(None)
+    return outputs
+
+
+def _assert_equals_loop(bank: MaskBank, x: Tensor, domains: list[str]) -> None:
+    y = bank(x, domains=domains)
+    for name, expected in _by_loop(bank, x, domains).items():
+        found = y[[i for i, d in enumerate(domains) if d == name]]
+        width = expected.shape[1]
+        assert torch.equal(found[:, :width], expected)
+        assert (found[:, width:] == -torch.inf).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    own=st.booleans(),
+    domains=st.lists(st.sampled_from(DOMAINS), min_size=1, max_size=9),
+    last=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_a_mixed_batch_equals_the_loop_over_domains_exactly(
+    own: bool, domains: list[str], last: bool, seed: int
+) -> None:
+    x = torch.randn(len(domains), 3, 9, 9, generator=torch.Generator().manual_seed(seed))
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    bank = _bank(own)
+    _assert_equals_loop(bank, x, domains)
+    assert bank.serve(sorted(set(domains))).layerwise
+
+
+def test_missing_classes_never_win() -> None:
+    bank = _bank(own=True)
+    x, domains = torch.randn(4, 3, 9, 9), list(DOMAINS)
+    y = bank(x, domains=domains)
+    assert y.shape == (4, 7)
+    assert y.argmax(1)[2] < 2
+    assert y.softmax(1)[2, 2:].eq(0).all()
+
+
+def test_domains_by_number_are_those_by_name() -> None:
+    bank = _bank(own=True)
+    x = torch.randn(5, 3, 9, 9)
+    served = bank.serve(["sketch", "photo"])
+    y = served(x, ids=torch.tensor([1, 0, 0, 1, 0]))
+    assert torch.equal(y, bank(x, domains=["photo", "sketch", "sketch", "photo", "sketch"])[:, : y.shape[1]])
+    with pytest.raises(ValueError, match=r"ids lie in \[0, 2\]; expected 0 to 1"):
+        served(x, ids=torch.tensor([0, 0, 2, 0, 0]))
+    with pytest.raises(ValueError, match="expected int64"):
+        served(x, ids=torch.zeros(5))
+
+
+def test_the_result_does_not_depend_on_other_samples_in_the_batch() -> None:
+    bank = _bank(own=True)
+    x = torch.randn(6, 3, 9, 9)
+    first = bank(x, domains=["art", "photo", "art", "sketch", "sketch", "art"])
+    x[[1, 3, 4]] = torch.randn(3, 3, 9, 9)
+    second = bank(x, domains=["art", "cartoon", "art", "photo", "cartoon", "art"])
+    assert torch.equal(first[[0, 2, 5]], second[[0, 2, 5]])
+
+
+class _Transformer(nn.Module):
+    """torch's own layer, which reads its children's weights instead of calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(x).mean(1))
+
+
+class _Folding(nn.Module):
+    """Folds tokens into the batch before its linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv1(x.reshape(-1, 8))).reshape(x.shape).sum(1)
+
+
+class _Peeking(nn.Module):
+    """Reads a masked weight itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(x).sum(1) + self.conv1.weight.sum(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (_Transformer, "block.linear1.weight"),
+        (_Transformer, "block.self_attn.in_proj_weight"),
+        (_Folding, "conv1.weight"),
+        (_Peeking, "conv1.weight"),
+    ],
+)
+def test_networks_that_cannot_be_served_layer_by_layer_are_still_right(make: type[nn.Module], name: str) -> None:
+    torch.manual_seed(0)
+    net = make().eval()
+    bank = MaskBank(net)
+    for i, domain in enumerate(DOMAINS):
+        bank.add(domain, nets.masks_for(net, i, names=(name,)))
+    domains = ["art", "photo", "art", "sketch", "photo", "art"]
+    x = torch.randn(6, 5, 8)
+    with torch.no_grad():
+        _assert_equals_loop(bank, x, domains)
+        _assert_equals_loop(bank, x, domains)
+    assert not bank.serve(sorted(set(domains))).layerwise
+
+
+def test_tokens_have_the_domain_of_their_sample() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5))
+    bank = MaskBank(net)
+    for i, domain in enumerate(DOMAINS):
+        head = {"2.weight": torch.randn(3 + i, 6), "2.bias": torch.randn(3 + i)}
+        bank.add(domain, nets.masks_for(net, i, names=("0.weight",)), state=head)
+    x, domains = torch.randn(4, 7, 8), ["sketch", "art", "art", "photo"]
+    y = bank(x, domains=domains)
+    assert y.shape == (4, 7, 6)
+    for i, domain in enumerate(domains):
+        bank.activate(domain)
+        expected = bank(x[i : i + 1])[0]
+        torch.testing.assert_close(y[i, :, : expected.shape[1]], expected)
+        assert (y[i, :, expected.shape[1] :] == -torch.inf).all()
+
+
+def test_structured_outputs_and_keyword_inputs_are_split_and_joined() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1 = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor]:
+            y = self.conv1(x) * scale[:, None]
+            return {"y": y, "twice": 2 * y}
+
+    torch.manual_seed(0)
+    bank = MaskBank(Net())
+    for i, domain in enumerate(DOMAINS):
+        bank.add(domain, nets.masks_for(bank.backbone, i, names=("conv1.weight",)))
+    x, scale = torch.randn(3, 4), torch.rand(3)
+    y = bank(x, scale=scale, domains=["art", "photo", "art"])
+    bank.activate("photo")
+    expected = bank(x[1:2], scale=scale[1:2])
+    torch.testing.assert_close(y["y"][1:2], expected["y"])
+    torch.testing.assert_close(y["twice"], 2 * y["y"])
+
+
+def test_autocast_is_respected() -> None:
+    bank = _bank(own=True)
+    x, domains = torch.randn(4, 3, 9, 9), list(DOMAINS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = bank(x, domains=domains)
+    assert y.dtype == torch.bfloat16
+    exact = bank(x, domains=domains)
+    seen = exact.isfinite()
+    torch.testing.assert_close(y.float()[seen], exact[seen], rtol=0.1, atol=0.1)
