@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dwm_fast.kernels import _tables, bits, sample
+from dwm_fast.kernels import _pointers, bits, sample
 from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
 from dwm_fast.kernels._tables import TL_DTYPES
 
@@ -109,7 +109,7 @@ def _bits() -> Iterator[Configuration]:
         for mask in (torch.bool, torch.float32):
             yield Configuration(
                 f"pack {str(mask)[6:]} {layout}", bits.pack_kernel, (*_TABLES, "*i32"),
-                {"MASK": TL_DTYPES[mask], **walk}, warps,
+                {"mask_dtype": TL_DTYPES[mask], **walk}, warps,
             )  # fmt: skip
         for dtype in (torch.bfloat16, torch.float32):
             types = (*_TABLES, "*i32", _POINTER[dtype])
@@ -127,8 +127,8 @@ def _bits() -> Iterator[Configuration]:
 
 
 def _tables_writer() -> Iterator[Configuration]:
-    count = _tables.POINTERS_PER_LAUNCH
-    yield Configuration("write_pointers", _tables.write_pointers_kernel, ("*i64", ("i64",) * count), {"N": count}, 1)
+    count = _pointers.POINTERS_PER_LAUNCH
+    yield Configuration("write_pointers", _pointers.write_pointers_kernel, ("*i64", ("i64",) * count), {"N": count}, 1)
 
 
 def configurations() -> list[Configuration]:

@@ -1,15 +1,8 @@
-"""Tables in device memory that let one launch cover every tensor of a network.
+"""Plans: tables in device memory that let one launch cover every tensor of a network.
 
-Two kinds, because they change at different times:
-
-- A `Plan` holds what follows from shapes, strides and alignment: one row per tensor, its geometry, and a table
-  block -> (tensor, kind, chunk). It is built once per network structure, copied from pinned memory, and the stream
-  is waited for once, there. Nothing is copied afterwards.
-- A pointer table holds the tensors' addresses, which autograd may change at every step. A table once written is
-  never written again; tables are found by the addresses that they hold. A new one is filled by a kernel that takes
-  addresses as launch arguments (128 a launch), so no host memory has to outlive the call. During the capture of a
-  CUDA graph a known table is kept for good and used as it is; an unknown one is allocated and filled inside the
-  graph, from the graph's own memory, so that every replay fills it again.
+A `Plan` holds what follows from shapes, strides and alignment: one row per tensor, its geometry, and a table block ->
+(tensor, kind, chunk). It is built once per network structure, copied from pinned memory, and the stream is waited for
+once, there, so that any stream may read it. Nothing is copied afterwards. Addresses are elsewhere: `_pointers`.
 """
 
 import collections
@@ -23,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -46,9 +38,7 @@ COLUMNS: tl.constexpr = tl.constexpr(7)
 
 MAX_RANK = 5
 _OUTPUT_ALIGNMENT = 64
-POINTERS_PER_LAUNCH = 128
 _PLANS = 512
-_POINTER_TABLES = 256
 
 TL_DTYPES = {
     torch.float16: tl.float16,
@@ -117,8 +107,9 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[obje
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
 
 
 def groups_of(*lists: Sequence[Tensor]) -> list[list[int]]:
@@ -133,7 +124,27 @@ def pick(values: Sequence[object], indices: list[int]) -> list[Any]:
     return [values[i] for i in indices]
 
 
+def require_fp32(logits: Sequence[Tensor]) -> None:
+    for logit in logits:
+        if logit.dtype != torch.float32:
+            raise InputError(
+                f"the triton backend got logits of {logit.dtype}; expected torch.float32: convert them, or use the "
+                f"backend 'reference'"
+            )
+
+
 # --- plans -------------------------------------------------------------------------------------------------------
+
+
+_plans: collections.OrderedDict[tuple[object, ...], Plan] = collections.OrderedDict()
+_kept: dict[int, Plan] = {}  # what captured graphs read: never freed
+_lock = threading.Lock()
+
+
+def forget(cache: collections.OrderedDict[tuple[object, ...], object], size: int) -> None:
+    """Drop the entries used longest ago."""
+    while len(cache) > size:
+        cache.popitem(last=False)
 
 
 def plan(
@@ -166,15 +177,15 @@ def plan(
     with _lock:
         found = _plans.get(key)
         if found is None:
-            if _capturing(device):
+            if capturing(device):
                 raise InputError(
                     "a CUDA graph is being captured and the tables of this network are not on the device yet; "
                     "run the step once before the capture, with the same shapes and options"
                 )
             found = _build(roles, launch, outputs, layers, thresholds, words, allow_taps, loose, device)
             _plans[key] = found
-            _forget(_plans, _PLANS)
-        elif _capturing(device):
+            forget(_plans, _PLANS)
+        elif capturing(device):
             _kept[id(found)] = found
         _plans.move_to_end(key)
     return found
@@ -294,68 +305,3 @@ def _to_device(
         flat = host
     first, second, third = flat.split([part.numel() for part in parts])
     return first.view(parts[0].shape), second.view(parts[1].shape), third.view(torch.int32).view(-1, 2)
-
-
-# --- pointer tables ----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Entry:
-    table: Tensor
-    event: torch.cuda.Event | None
-    streams: set[int]
-
-
-_plans: collections.OrderedDict[tuple[object, ...], Plan] = collections.OrderedDict()
-_entries: collections.OrderedDict[tuple[object, ...], _Entry] = collections.OrderedDict()
-_kept: dict[int, object] = {}  # what captured graphs read: never freed
-_lock = threading.Lock()
-
-
-def _forget(cache: collections.OrderedDict[tuple[object, ...], object], size: int) -> None:
-    while len(cache) > size:
-        cache.popitem(last=False)
-
-
-@triton.jit(do_not_specialize=["values"])
-def write_pointers_kernel(table, values, N: tl.constexpr):
-    for i in tl.static_range(N):
-        tl.store(table + i, values[i])
-
-
-def pointers(roles: Sequence[Sequence[Tensor]]) -> Tensor:
-    """int64 table (tensors, roles) of addresses in device memory, valid on the current stream."""
-    device = roles[0][0].device
-    values = tuple(t.data_ptr() for group in zip(*roles, strict=True) for t in group)
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64)
-    key = (device, values)
-    with _lock:
-        entry = _entries.get(key)
-        if _capturing(device):
-            if entry is None:
-                return _write(values, device)
-            _kept[id(entry)] = entry
-            return entry.table
-        stream = torch.cuda.current_stream(device)
-        if entry is None:
-            entry = _Entry(_write(values, device), stream.record_event(), {stream.cuda_stream})
-            _entries[key] = entry
-            _forget(_entries, _POINTER_TABLES)
-        elif stream.cuda_stream not in entry.streams:
-            stream.wait_event(entry.event)
-            entry.table.record_stream(stream)
-            entry.streams.add(stream.cuda_stream)
-        _entries.move_to_end(key)
-        return entry.table
-
-
-def _write(values: tuple[int, ...], device: torch.device) -> Tensor:
-    size = -(-len(values) // POINTERS_PER_LAUNCH) * POINTERS_PER_LAUNCH
-    table = empty(size, dtype=torch.int64, device=device)
-    # An empty tensor's address is 0, which would be passed as a 32-bit integer; nobody reads its entry.
-    filled = tuple(value or table.data_ptr() for value in values) + (table.data_ptr(),) * (size - len(values))
-    for first in range(0, size, POINTERS_PER_LAUNCH):
-        part = filled[first : first + POINTERS_PER_LAUNCH]
-        write_pointers_kernel[(1,)](table[first:], part, N=POINTERS_PER_LAUNCH, num_warps=1)
-    return table

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import launch_parameters
+from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick
 from dwm_fast.kernels._tiles import (
     address,
@@ -35,24 +36,24 @@ COMBINATIONS = {"and": 0, "or": 1, "xor": 2, "andnot": 3}
 
 
 @triton.jit
-def mask_address(ptrs, tensor, MASK: tl.constexpr):
+def mask_address(ptrs, tensor, mask_dtype: tl.constexpr):
     """Pointer of a mask; bools (tl.int1) are read as bytes."""
-    if MASK == tl.int1:
+    if mask_dtype == tl.int1:
         return address(ptrs, tensor, 0, 1, tl.int8)
     else:
-        return address(ptrs, tensor, 0, 1, MASK)
+        return address(ptrs, tensor, 0, 1, mask_dtype)
 
 
 @triton.jit
-def keep_flag(value, MASK: tl.constexpr):
+def keep_flag(value, mask_dtype: tl.constexpr):
     """value != 0, as bool or as int32 0 / 1.
 
     A bool is 0 or 1 already; comparing its bytes takes a detour over local memory. bfloat16 goes through fp32, since
     the interpreter compares its bits, in which -0 is not 0.
     """
-    if MASK == tl.int1:
+    if mask_dtype == tl.int1:
         return value.to(tl.int32)
-    elif MASK == tl.bfloat16:
+    elif mask_dtype == tl.bfloat16:
         return value.to(tl.float32) != 0
     else:
         return value != 0
@@ -61,27 +62,29 @@ def keep_flag(value, MASK: tl.constexpr):
 @triton.jit
 def pack_kernel(
     ptrs, rows, geometry, blocks, bits,
-    MASK: tl.constexpr, BLOCK: tl.constexpr, STRIDED_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    mask_dtype: tl.constexpr, BLOCK: tl.constexpr, STRIDED_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
     HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, word = row_of(rows, tensor)
-    masks = mask_address(ptrs, tensor, MASK)
+    masks = mask_address(ptrs, tensor, mask_dtype)
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        keep = keep_flag(tl.load(tl.multiple_of(masks, 16) + start + offsets, mask=mask, other=0), MASK)
+        keep = keep_flag(tl.load(tl.multiple_of(masks, 16) + start + offsets, mask=mask, other=0), mask_dtype)
         store_bits(bits, word, numel, chunk, keep, BLOCK)
     if HAS_TAPS and kind == TAPS:
         _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
         taps = tl.zeros([GROUPS, 4], tl.int32)
         for tap in tl.static_range(9):
-            keep = keep_flag(tl.load(tl.multiple_of(masks, 16) + tap * stride + offsets, mask=mask, other=0), MASK)
+            keep = keep_flag(
+                tl.load(tl.multiple_of(masks, 16) + tap * stride + offsets, mask=mask, other=0), mask_dtype
+            )
             taps |= keep.to(tl.int32) << tap
         store_taps_bits(bits, word, numel, chunk, taps, GROUPS)
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 1)
         keep = keep_flag(
-            tl.load(masks + strided_offsets(geometry, tensor, places, 0, RANK, 1), mask=mask, other=0), MASK
+            tl.load(masks + strided_offsets(geometry, tensor, places, 0, RANK, 1), mask=mask, other=0), mask_dtype
         )
         store_bits(bits, word, numel, chunk, keep, STRIDED_BLOCK)
 
@@ -191,8 +194,8 @@ def pack(masks: Sequence[Tensor]) -> Tensor:
             plan = _tables.plan(roles, launch, words=pick(words, indices))
             if plan.num_blocks:
                 pack_kernel[(plan.num_blocks,)](
-                    _tables.pointers(roles), plan.rows, plan.geometry, plan.blocks, bits.view(torch.int32),
-                    MASK=TL_DTYPES[roles[0][0].dtype], **plan.constants(launch),
+                    pointers(roles), plan.rows, plan.geometry, plan.blocks, bits.view(torch.int32),
+                    mask_dtype=TL_DTYPES[roles[0][0].dtype], **plan.constants(launch),
                 )  # fmt: skip
     return bits
 
@@ -231,7 +234,7 @@ def apply(bits: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
                 results[i] = view
             if plan.num_blocks:
                 apply_kernel[(plan.num_blocks,)](
-                    _tables.pointers(roles), plan.rows, plan.geometry, plan.blocks,
+                    pointers(roles), plan.rows, plan.geometry, plan.blocks,
                     bits.contiguous().view(torch.int32), flat, **plan.constants(launch),
                 )  # fmt: skip
     return results

@@ -7,135 +7,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwm_fast.errors import InputError
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS, launch_parameters
-from dwm_fast.kernels._math import exp, narrow, sigmoid, sigmoid_slope
-from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick
+from dwm_fast.kernels._masks import (
+    EDIT,
+    GUMBEL_SOFT,
+    flat_uniform,
+    logit_gradient,
+    masked_value,
+    tap_uniform,
+    taps_words,
+    weight_gradient,
+)
+from dwm_fast.kernels._math import narrow
+from dwm_fast.kernels._pointers import pointers
+from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick, require_fp32
 from dwm_fast.kernels._tiles import (
     address,
     block_entry,
     flat_offsets,
     output_start,
     row_of,
-    rows_of_four,
     store_bits,
     store_taps_bits,
     strided_coordinates,
     strided_offsets,
     taps_offsets,
 )
-from dwm_fast.kernels.philox import (
-    block_words4,
-    drop_probability,
-    hard_keep,
-    seed_and_step,
-    soft_argument,
-    uniform,
-    words4,
-)
-
-GUMBEL_HARD: tl.constexpr = tl.constexpr(0)
-GUMBEL_SOFT: tl.constexpr = tl.constexpr(1)
-KEEP: tl.constexpr = tl.constexpr(2)
-THRESHOLD_MODE: tl.constexpr = tl.constexpr(3)
-TERNARY: tl.constexpr = tl.constexpr(4)
-EDIT: tl.constexpr = tl.constexpr(5)
-
-
-@triton.jit
-def flat_uniform(seed, step, layer, chunk, BLOCK: tl.constexpr, MODE: tl.constexpr):
-    """u of a FLAT or STRIDED chunk [BLOCK / 4, 4]; zeros, never read, for the modes without noise."""
-    if MODE <= GUMBEL_SOFT:
-        first = chunk * (BLOCK // 4)  # a multiple of the number of rows: the low word never carries
-        low = (first & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
-        high = ((first >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        w0, w1, w2, w3 = words4(seed, step, layer, low, high)
-        return uniform(rows_of_four(w0, w1, w2, w3, BLOCK // 4))
-    else:
-        return tl.zeros([BLOCK // 4, 4], tl.float32)
-
-
-@triton.jit
-def taps_words(seed, step, layer, group, MODE: tl.constexpr):
-    """The 36 words of each group of a TAPS chunk, in logical order, as a tuple of blocks [GROUPS]."""
-    words = ()
-    if MODE <= GUMBEL_SOFT:
-        for block in tl.static_range(9):
-            words = words + block_words4(seed, step, layer, 9 * group + block)
-    return words
-
-
-@triton.jit
-def tap_uniform(words, tap: tl.constexpr, GROUPS: tl.constexpr, MODE: tl.constexpr):
-    """u of one tap of a TAPS chunk [GROUPS, 4]: channel i of a group takes logical element 9 * i + tap."""
-    if MODE <= GUMBEL_SOFT:
-        return uniform(rows_of_four(words[tap], words[9 + tap], words[18 + tap], words[27 + tap], GROUPS))
-    else:
-        return tl.zeros([GROUPS, 4], tl.float32)
-
-
-@triton.jit
-def masked_value(logit, weight, u, threshold, inverse_tau, MODE: tl.constexpr, PENALTY: tl.constexpr):
-    """Keep flag, masked weight (fp32) and term of the penalty's sum of each element."""
-    term = logit
-    if MODE <= GUMBEL_SOFT:
-        drop, exponential = drop_probability(logit)
-        keep = u > drop
-        if MODE == GUMBEL_HARD:
-            value = tl.where(keep, weight, 0.0)
-        else:
-            value = weight * sigmoid(soft_argument(logit, u, inverse_tau))
-        if PENALTY:
-            term = tl.where(logit > 40.0, 1.0, exponential * drop)
-    elif MODE == KEEP:
-        keep = logit >= 0
-        value = tl.where(keep, weight, 0.0)
-    elif MODE == THRESHOLD_MODE:
-        keep = logit > threshold
-        value = tl.where(keep, weight, 0.0)
-    elif MODE == TERNARY:
-        sign = (logit > threshold).to(tl.float32) - (logit < 0).to(tl.float32)
-        keep = sign != 0
-        value = weight * sign
-    else:
-        keep = tl.abs(logit) <= 1.0
-        value = weight + threshold * logit
-        if PENALTY:
-            term = exp(-tl.abs(logit))
-    return keep, value, term
-
-
-@triton.jit
-def logit_gradient(grad, logit, weight, u, threshold, inverse_tau, penalty_scale, MODE: tl.constexpr):
-    """Gradient of the loss and of the penalty with respect to a logit; `penalty_scale` is grad_penalty / N."""
-    if MODE <= GUMBEL_SOFT:
-        slope = sigmoid_slope(soft_argument(logit, u, inverse_tau)) * inverse_tau
-        return grad * weight * slope + penalty_scale * sigmoid_slope(logit)
-    elif MODE == KEEP:
-        return tl.zeros_like(logit)
-    elif MODE == EDIT:
-        sign = (logit > 0).to(tl.float32) - (logit < 0).to(tl.float32)
-        return grad * threshold - penalty_scale * sign * exp(-tl.abs(logit))
-    else:
-        return grad * weight
-
-
-@triton.jit
-def weight_gradient(grad, logit, u, threshold, inverse_tau, MODE: tl.constexpr):
-    """Gradient of the loss with respect to a weight: grad times the mask's value."""
-    if MODE == GUMBEL_HARD:
-        return tl.where(hard_keep(logit, u), grad, 0.0)
-    elif MODE == GUMBEL_SOFT:
-        return grad * sigmoid(soft_argument(logit, u, inverse_tau))
-    elif MODE == KEEP:
-        return tl.where(logit >= 0, grad, 0.0)
-    elif MODE == THRESHOLD_MODE:
-        return tl.where(logit > threshold, grad, 0.0)
-    elif MODE == TERNARY:
-        return grad * ((logit > threshold).to(tl.float32) - (logit < 0).to(tl.float32))
-    else:
-        return grad
+from dwm_fast.kernels.philox import seed_and_step
 
 
 @triton.jit(do_not_specialize=["step_offset"])
@@ -274,15 +173,6 @@ def has_penalty(mode: int) -> bool:
     return mode <= GUMBEL_SOFT.value or mode == EDIT.value
 
 
-def require_fp32(logits: Sequence[Tensor]) -> None:
-    for logit in logits:
-        if logit.dtype != torch.float32:
-            raise InputError(
-                f"the triton backend got logits of {logit.dtype}; expected torch.float32: convert them, or use the "
-                f"backend 'reference'"
-            )
-
-
 def sample(
     logits: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -319,7 +209,7 @@ def sample(
                 masked[i] = view
             if plan.num_blocks:
                 sample_fwd_kernel[(plan.num_blocks,)](
-                    _tables.pointers(roles), plan.rows, plan.geometry, plan.blocks, flat, bits.view(torch.int32),
+                    pointers(roles), plan.rows, plan.geometry, plan.blocks, flat, bits.view(torch.int32),
                     partials[first:], rng_state, tau, step_offset, WEIGHT=TL_DTYPES[roles[1][0].dtype], MODE=mode,
                     PACK=pack, **plan.constants(launch), **OPTIONS,
                 )  # fmt: skip
@@ -374,7 +264,7 @@ def sample_backward(
                     results[which][i] = view
             if plan.num_blocks:
                 sample_bwd_kernel[(plan.num_blocks,)](
-                    _tables.pointers(roles), plan.rows, plan.geometry, plan.blocks, *flats, grad_penalty, rng_state,
+                    pointers(roles), plan.rows, plan.geometry, plan.blocks, *flats, grad_penalty, rng_state,
                     tau, step_offset, total, WEIGHT=TL_DTYPES[roles[1][0].dtype], GRAD=TL_DTYPES[roles[2][0].dtype],
                     MODE=mode, NEED_LOGITS=need_logits, NEED_WEIGHTS=need_weights, **plan.constants(launch), **OPTIONS,
                 )  # fmt: skip

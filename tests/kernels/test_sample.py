@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwm_fast.kernels import _tables
+from dwm_fast.kernels import _pointers, _tables
 from dwm_fast.kernels._launch import Launch, override_launch
 from dwm_fast.kernels.sample import sample, sample_backward
 
@@ -273,7 +273,7 @@ def test_extreme_logits(device):
 def test_elements_beyond_int32(device, oracle, monkeypatch, shape, chunk, size):
     """A chunk past element 2**33 of a network whose addresses are moved back, so that it falls on a small tensor."""
     net, first = Network([shape], device), chunk * size
-    build, pointers = _tables._build, _tables.pointers
+    build, pointers = _tables._build, _pointers.pointers
 
     def moved(*arguments):
         plan = build(*arguments)
@@ -284,7 +284,7 @@ def test_elements_beyond_int32(device, oracle, monkeypatch, shape, chunk, size):
 
     monkeypatch.setattr(_tables, "_build", moved)
     monkeypatch.setattr(_tables, "_plans", type(_tables._plans)())
-    monkeypatch.setattr(_tables, "pointers", lambda roles: pointers(roles) - 4 * first)
+    monkeypatch.setitem(sample.__globals__, "pointers", lambda roles: pointers(roles) - 4 * first)
     with override_launch(**SMALL):
         masked, _, _ = net.sample(HARD, pack=False)
     u = oracle.uniform(first, masked[0].numel(), SEED, STEP + OFFSET, net.layers[0])
@@ -303,8 +303,8 @@ def test_tables_are_built_once(device, monkeypatch):
 
 
 def test_pointer_writer_fills_a_table(device):
-    values = tuple(2**40 + 16 * i for i in range(_tables.POINTERS_PER_LAUNCH + 3))
-    table = _tables._write(values, device)
+    values = tuple(2**40 + 16 * i for i in range(_pointers.POINTERS_PER_LAUNCH + 3))
+    table = _pointers._write(values, device)
     assert table[: len(values)].tolist() == list(values)
 
 
