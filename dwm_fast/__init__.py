@@ -3,6 +3,8 @@
 Importing touches no device and no Triton; backends load when an operation first needs them.
 """
 
+from dwm_fast import graphs, methods, optim
+from dwm_fast.bank import MaskBank
 from dwm_fast.errors import BackendUnavailable, DataError, DwmError, InputError, MaskFileError
 from dwm_fast.nn import (
     Edit,
@@ -29,6 +31,7 @@ __all__ = [
     "Edit",
     "GumbelSigmoid",
     "InputError",
+    "MaskBank",
     "MaskFileError",
     "MaskKind",
     "MaskedConv2d",
@@ -36,9 +39,12 @@ __all__ = [
     "MaskedModel",
     "TauSchedule",
     "Threshold",
+    "graphs",
     "load_masked",
     "mask_model",
     "merge",
+    "methods",
+    "optim",
     "save_masked",
     "use_backend",
 ]

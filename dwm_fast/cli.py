@@ -13,6 +13,7 @@ import typer
 import dwm_fast
 from dwm_fast.doctor import diagnose
 from dwm_fast.errors import DwmError, InputError
+from dwm_fast.masks_cli import masks_app
 
 app = typer.Typer(
     help="Learn, store and serve one-bit weight masks over a shared backbone.",
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(masks_app, name="masks")
 _debug = False
 
 
@@ -142,7 +144,8 @@ def pacs(
     base = real_defaults() if data is not None else builtin_defaults()
     if config is not None:
         base = load_config(config, base)
-    tunes = _tunes(base.tune, tune_epochs, _per_method("--batch-norm", batch_norm), _per_method("--tune-lr", tune_lr))
+    policies, rates = _per_method("--batch-norm", batch_norm), _per_method("--tune-lr", tune_lr)
+    tunes = _tunes(base.tune, tune_epochs, policies, rates)
     learned = {"epochs": mask_epochs, "lr": mask_lr, "source_budget": source_budget, "coefficient": coefficient}
     sections = {
         "source": {"epochs": source_epochs, "lr": source_lr},
@@ -152,7 +155,8 @@ def pacs(
     given: dict[str, Any] = {
         "data": data, "splits": splits, "sources": _comma(sources), "targets": _comma(targets),
         "methods": _comma(methods), "inits": _comma(inits), "seeds": _comma(seeds), "backbone": backbone,
-        "weights": weights, "image_size": image_size, "train_size": train_size, "crop_scale": crop_scale, "batch_size": batch_size,
+        "weights": weights, "image_size": image_size, "train_size": train_size, "crop_scale": crop_scale,
+        "batch_size": batch_size,
         "amp": amp, "device": device, "tune": tunes or None,
         **{k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()},
     }  # fmt: skip

@@ -34,7 +34,7 @@ class SourceBudget:
         budget: float,
         reference: float,
         *,
-        start: float = 20.0,
+        start: float = 10.0,
         gain: float = 0.05,
         damping: float = 2.0,
         smoothing: float = 0.5,

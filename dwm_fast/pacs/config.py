@@ -53,19 +53,16 @@ class StudyConfig:
     methods: tuple[str, ...] = METHODS
     inits: tuple[str, ...] = INITS
     seeds: tuple[int, ...] = (0,)
-    source: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=12, lr=5e-3))
-    binary: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=12, lr=0.05))
-    edit: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=12, lr=0.05))
+    source: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=20, lr=1e-2))
+    binary: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=12, lr=0.05, source_budget=0.1))
+    edit: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=12, lr=0.05, source_budget=0.1))
     deviations: float = 1.0
     edit_threshold: float = 0.5
     logit_init: float = 2.0
     tau: float = 1.0
     tune: Mapping[str, tuple[TrainOptions, ...]] = field(
         default_factory=lambda: {
-            "none": (TrainOptions(epochs=4, lr=2e-3, batch_norm="shared"),),
-            "naive": (TrainOptions(epochs=4, lr=2e-3, batch_norm="shared"),),
-            "edit": (TrainOptions(epochs=4, lr=2e-3, batch_norm="frozen"),),
-            "binary": (TrainOptions(epochs=4, lr=2e-3, batch_norm="frozen"),),
+            method: (TrainOptions(epochs=5, lr=1e-2, batch_norm="per-domain"),) for method in METHODS
         }
     )
     batch_size: int = 32
@@ -98,11 +95,6 @@ class StudyConfig:
         """Plain data that `from_dict` reads back."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
-
-    def settings(self) -> dict[str, Any]:
-        """What must be equal for two runs to share a folder: everything but the lists of the grid and the device."""
-        grid = ("sources", "targets", "methods", "inits", "seeds", "device")
-        return {k: v for k, v in self.to_dict().items() if k not in grid}
 
 
 def builtin_defaults() -> StudyConfig:

@@ -7,6 +7,7 @@ seed derived from its own name. So a stage that was cut off is simply done again
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast._files import write_atomic
+from dwm_fast.errors import InputError
 from dwm_fast.methods import (
     Binary,
     EditMask,
@@ -42,8 +44,9 @@ from dwm_fast.nn import Edit, GumbelSigmoid, maskable_layers
 from dwm_fast.pacs.augment import epoch_batches, normalise, random_resized_crop_flip
 from dwm_fast.pacs.backbones import build_backbone, load_weights
 from dwm_fast.pacs.config import StudyConfig
-from dwm_fast.pacs.data import PacsData
+from dwm_fast.pacs.data import PacsData, fingerprint
 
+_SHARED_SETTINGS = ("backbone", "weights", "image_size", "train_size", "crop_scale", "batch_size", "amp")
 _EVALUATION_BATCH = 128
 _LOSS_IMAGES = 512
 
@@ -88,6 +91,7 @@ class Lab:
         self.folder = folder
         self.device = device
         self.report: Report = lambda _: None
+        self._fingerprints = {name: fingerprint({name: domain}) for name, domain in data.domains.items()}
 
     def network(self, state: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The backbone on the device in channels_last, with `state` loaded where given."""
@@ -138,7 +142,7 @@ class Lab:
     def source(self, source: str, seed: int) -> Source:
         """Train the source network, or read it."""
         name = f"source-{source}-seed{seed}"
-        kept = self._read(name)
+        kept = self._read(name, self._source_settings(source))
         if kept is None:
             kept = self._train_source(name, source, seed)
         tensors, figures = kept
@@ -161,7 +165,16 @@ class Lab:
         accuracy, loss = self.evaluate(model, source)
         figures = {"source": source, "seed": seed, "accuracy": accuracy, "loss": loss}
         end = {f"end/{k}": v.detach().cpu() for k, v in model.state_dict().items()}
-        return self._write(name, {**start, **end}, figures, begun)
+        return self._write(name, {**start, **end}, figures, self._source_settings(source), begun)
+
+    def _source_settings(self, source: str) -> dict[str, Any]:
+        """What a source network depends on; a stage made with other settings is not taken for this one."""
+        config = self.config
+        return {
+            "source_data": self._fingerprints[source],
+            "training": dataclasses.asdict(config.source),
+            **{name: getattr(config, name) for name in _SHARED_SETTINGS},
+        }
 
     def method(self, name: str) -> Method:
         """A method by name, with the configuration's options."""
@@ -177,7 +190,7 @@ class Lab:
     def mask(self, source: str, method: str, seed: int) -> Mask:
         """Find a method's mask on a source, or read it."""
         name = f"mask-{method}-{source}-seed{seed}"
-        kept = self._read(name)
+        kept = self._read(name, self._mask_settings(source, method))
         if kept is None:
             kept = self._find_mask(name, source, method, seed)
         tensors, figures = kept
@@ -228,21 +241,30 @@ class Lab:
             figures["layers"] = [{"name": n, "kept": k, "total": t} for n, (k, t) in counts.items()]
             figures["masked_accuracy"] = self.evaluate(masked_view(model, model, found.keep), source)[0]
             packed = {layer: ops.pack([mask]).cpu() for layer, mask in found.keep.items()}
-        return self._write(name, packed, figures, begun)
+        return self._write(name, packed, figures, self._mask_settings(source, method), begun)
+
+    def _mask_settings(self, source: str, method: str) -> dict[str, Any]:
+        return {**self._source_settings(source), method: dataclasses.asdict(self.method(method))}  # type: ignore[call-overload]
 
     def rows(self, source: str, target: str, method: str, init: str, seed: int) -> list[dict[str, Any]]:
         """Fine-tune on the target in each of the method's ways; one row a way and view (`shared`, `masked`)."""
         rows = []
         for options in self.config.tune[method]:
             name = f"tune-{source}-{target}-{method}-{init}-{options.batch_norm}-lr{options.lr:g}-seed{seed}"
-            kept = self._read(name)
+            settings = {
+                **self._mask_settings(source, method),
+                "target_data": self._fingerprints[target],
+                "fine-tuning": dataclasses.asdict(options),
+            }
+            kept = self._read(name, settings)
             if kept is None:
-                kept = self._fine_tune(name, source, target, method, init, seed, options)
+                kept = self._fine_tune(name, source, target, method, init, seed, options, settings)
             rows += kept[1]["rows"]
         return rows
 
     def _fine_tune(
-        self, name: str, source: str, target: str, method: str, init: str, seed: int, options: TrainOptions
+        self, name: str, source: str, target: str, method: str, init: str, seed: int, options: TrainOptions,
+        settings: dict[str, Any],
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         trained = self.source(source, seed)
         found = self.mask(source, method, seed) if method != "none" else None
@@ -275,7 +297,7 @@ class Lab:
             views["masked"] = masked_view(model, original, keep)
         rows = [{**row, "view": v, "source_after": self.evaluate(net, source)[0]} for v, net in views.items()]
         seconds = time.perf_counter() - begun
-        return self._write(name, {}, {"rows": [{**r, "seconds": seconds} for r in rows]}, begun)
+        return self._write(name, {}, {"rows": [{**r, "seconds": seconds} for r in rows]}, settings, begun)
 
     def done(self, name: str) -> bool:
         """Whether a stage is in the folder."""
@@ -284,22 +306,46 @@ class Lab:
     def _path(self, name: str) -> Path:
         return self.folder / "stages" / f"{name}.safetensors"
 
-    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and figures of a finished stage; None where it is not done or its file is broken."""
+    def _read(self, name: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and figures of a finished stage; None where it is not done or its file is broken.
+
+        Raises InputError when it was made with other settings.
+        """
         path = self._path(name)
         if not path.exists():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                figures = json.loads((file.metadata() or {})["figures"])
-                return {key: file.get_tensor(key) for key in file.keys()}, figures  # noqa: SIM118
+                header = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                figures, made_with = header["figures"], header["settings"]
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
             return None
+        different = _differences(made_with, json.loads(json.dumps(settings)))
+        if different:
+            raise InputError(
+                f"{path} was made with other settings ({', '.join(different)}); choose another --out, or give the "
+                "settings of that run to go on with it"
+            )
+        return tensors, figures
 
     def _write(
-        self, name: str, tensors: Mapping[str, Tensor], figures: dict[str, Any], begun: float
+        self, name: str, tensors: Mapping[str, Tensor], figures: dict[str, Any], settings: dict[str, Any], begun: float
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         figures = {**figures, "seconds": time.perf_counter() - begun}
         plain = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        write_atomic(self._path(name), save(plain, metadata={"figures": json.dumps(figures)}))
+        header = {"figures": json.dumps(figures), "settings": json.dumps(settings)}
+        write_atomic(self._path(name), save(plain, metadata=header))
         return plain, json.loads(json.dumps(figures))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the entries in which two nested mappings differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} there, {b} now")
+    return found

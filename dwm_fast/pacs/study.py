@@ -20,7 +20,8 @@ from torch import Tensor
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast._files import write_atomic
-from dwm_fast.errors import DataError, InputError
+from dwm_fast.bank import fingerprint, make_domain, write_mask_file
+from dwm_fast.errors import InputError
 from dwm_fast.pacs import figures, report, table
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, load_pacs
@@ -80,7 +81,7 @@ class Study:
 
     Args:
         config: what to run.
-        folder: the run folder; made if need be. One that holds another configuration is refused.
+        folder: the run folder; made if need be. A finished stage in it that was made with other settings is refused.
         data: the images; loaded from the configuration by default.
     """
 
@@ -90,7 +91,7 @@ class Study:
         self.device = choose_device(config.device)
         prepare_machine(self.device)
         data = load_data(config) if data is None else data
-        self._claim_folder(data)
+        write_atomic(self.folder / "config.json", json.dumps(config.to_dict(), indent=1))
         self.data = data.to(self.device) if self._fits(data) else data
         self.lab = Lab(config, self.data, self.folder, self.device)
 
@@ -99,28 +100,11 @@ class Study:
             return self.device.type == "cpu"
         return data.nbytes < _IN_DEVICE_MEMORY * torch.cuda.mem_get_info(self.device)[0]
 
-    def _claim_folder(self, data: PacsData) -> None:
-        """Write the configuration, or compare with the one that is there. Raises InputError or DataError."""
-        path = self.folder / "config.json"
-        settings = {**self.config.settings(), "data_fingerprint": data.fingerprint}
-        if path.exists():
-            try:
-                old = json.loads(path.read_text())["settings"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path} cannot be read ({error}); choose another --out or remove the folder") from error
-            different = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
-            if different:
-                raise InputError(
-                    f"{self.folder} holds a study with other settings ({', '.join(different)}); "
-                    "choose another --out, or give the same settings to go on with it"
-                )
-        write_atomic(path, json.dumps({"settings": settings, "config": self.config.to_dict()}, indent=1))
-
     def stages(self) -> Iterator[Stage]:
         """Every stage in order; running one reads it from the folder where it is done."""
         config, lab = self.config, self.lab
         found = [m for m in config.methods if m != "none"]
-        for seed, source in itertools.product(config.seeds, dict.fromkeys(s for s, _ in config.pairs())):
+        for seed, source in itertools.product(config.seeds, self._sources()):
             yield Stage(f"source-{source}-seed{seed}", f"source {source}", lambda s=source, k=seed: _say(
                 "accuracy", lab.source(s, k).figures["accuracy"]))  # type: ignore[misc]  # fmt: skip
             for method in found:
@@ -166,7 +150,7 @@ class Study:
     def results(self) -> dict[str, Any]:
         """Everything that was measured, from the folder, as plain data."""
         config, lab = self.config, self.lab
-        sources = list(dict.fromkeys(s for s, _ in config.pairs()))
+        sources = self._sources()
         methods = [m for m in config.methods if m != "none"]
         trained = [lab.source(s, k).figures for k, s in itertools.product(config.seeds, sources)]
         masks = {(k, s, m): lab.mask(s, m, k) for k, s, m in itertools.product(config.seeds, sources, methods)}
@@ -202,11 +186,35 @@ class Study:
         """Write results, tables, figures and report into the folder."""
         write_atomic(self.folder / "results.json", json.dumps(results, indent=1))
         table.write_rows_csv(results, self.folder / "results.csv")
+        self._write_masks()
         rows = table.paper_table(results)
         table.to_csv(rows, self.folder / "table.csv")
         write_atomic(self.folder / "table.md", table.to_markdown(rows))
         drawn = figures.draw_all(results, self.folder / "figures")
         report.write_report(results, self.folder, drawn, command=self.command())
+
+    def _write_masks(self) -> None:
+        """The keep masks as mask files, one bit per weight: masks/<method>-<source>-seed<k>.safetensors."""
+        folder = self.folder / "masks"
+        folder.mkdir(exist_ok=True)
+        for seed, source, method in itertools.product(self.config.seeds, self._sources(), self.config.methods):
+            if method == "none":
+                continue
+            mask = self.lab.mask(source, method, seed)
+            keep = {f"{layer}.weight": bits for layer, bits in (mask.found.keep or {}).items()}
+            weights = self.lab.source(source, seed).end
+            record = make_domain(
+                source,
+                keep,
+                method=method,
+                classes=self.data.classes,
+                options={"data": self.data.name, "seed": seed, "backbone": self.config.backbone},
+                fingerprint=fingerprint({name: weights[name] for name in keep}),
+            )
+            write_mask_file(folder / f"{method}-{source}-seed{seed}.safetensors", record)
+
+    def _sources(self) -> list[str]:
+        return list(dict.fromkeys(s for s, _ in self.config.pairs()))
 
     def command(self) -> str:
         """A command line that repeats the study."""

@@ -35,7 +35,9 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
             bar.update(task, completed=done, total=total, description=stage.label)
             shown.label = stage.label
             if says is not None:
-                bar.console.print(f"[{done}/{total}] {stage.label}: {says}", highlight=False, markup=False)
+                bar.console.print(
+                    f"[{done}/{total}] {stage.label}: {says}", highlight=False, markup=False, soft_wrap=True
+                )
 
         results = study.run(progress, shown)
     console.print(table.to_rich(table.paper_table(results)))
