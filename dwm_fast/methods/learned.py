@@ -29,7 +29,7 @@ class LearnedMask:
         lr: Adam's rate on the learned tensors, constant.
         eps: Adam's eps; far below torch's 1e-8, in which the gradient of one of 1e7 logits would drown.
         source_budget: allowed rise of the source cross-entropy in nats; the coefficient is then controlled.
-        control_every: steps between two measurements of the loss under the deterministic mask, for the control.
+        control_every: steps between two measurements of the deterministic mask's excess loss, for the control.
         coefficient: a fixed coefficient of the regulariser instead; None leaves it to `source_budget`.
         clip_norm: bound on the gradient's norm over all layers, or None.
         mask_samples: independent masks per batch.
@@ -48,18 +48,6 @@ class LearnedMask:
     exclude: Sequence[str] = ()
 
 
-def reference_loss(model: nn.Module, task: SourceTask) -> float:
-    """Mean cross-entropy of the unmasked network in eval mode over one epoch of the task's own batches."""
-    model.eval()
-    total = torch.zeros(())
-    count = 0
-    with torch.no_grad():
-        for images, labels in task.batches(-1):
-            total = total.to(images.device) + F.cross_entropy(model(images).float(), labels)
-            count += 1
-    return float(total) / max(count, 1)
-
-
 def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: SourceTask) -> FoundMask:
     """Learn which weights of `model` the source needs, and return the keep mask.
 
@@ -70,11 +58,12 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
         model, kind, include=options.include, exclude=options.exclude, mask_samples=options.mask_samples,
         seed=task.seed,
     )  # fmt: skip
+    model.eval()
     device = next(iter(masked.mask_layers().values())).weight.device
     control = None
     coefficient = torch.tensor(options.coefficient or 0.0, device=device)
     if options.coefficient is None:
-        control = SourceBudget(options.source_budget, reference_loss(model, task), device=device)
+        control = SourceBudget(options.source_budget, device=device)
         coefficient = control.coefficient
     fold = options.clip_norm is None
     optimizer = MaskAdam(masked, options.lr, eps=options.eps, coefficient=coefficient if fold else 0.0, fold=fold)
@@ -85,7 +74,7 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
         for images, labels in task.batches(epoch):
             loss = _step(masked, optimizer, images, labels, coefficient, options, task)
             if control is not None and step % options.control_every == 0:
-                control.update(_deterministic_loss(masked, images, labels, task))
+                control.update(_excess(masked, model, images, labels, task))
             step += 1
             task.progress({"loss": loss, "coefficient": coefficient})
         history.append(
@@ -127,13 +116,17 @@ def _step(
 
 
 @torch.no_grad()
-def _deterministic_loss(masked: MaskedModel, images: Tensor, labels: Tensor, task: SourceTask) -> Tensor:
-    """Cross-entropy under the mask that would be exported now; the drawn masks' loss holds their noise as well."""
+def _excess(masked: MaskedModel, model: nn.Module, images: Tensor, labels: Tensor, task: SourceTask) -> Tensor:
+    """Cross-entropy under the mask that would be exported now, minus the unmasked network's on the same batch.
+
+    The drawn masks' loss would hold their noise as well, and a difference on one batch is far less noisy than two
+    means over different batches.
+    """
     masked.eval()
     with task.autocast() if task.autocast else contextlib.nullcontext():
-        logits = masked(images)
+        losses = [F.cross_entropy(network(images).float(), labels) for network in (masked, model)]
     masked.train()
-    return F.cross_entropy(logits.float(), labels)
+    return losses[0] - losses[1]
 
 
 def _meet_budget(masked: MaskedModel, task: SourceTask, limit: float) -> bool:
