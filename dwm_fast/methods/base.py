@@ -26,7 +26,8 @@ class SourceTask:
         loss: network -> mean cross-entropy on a fixed sample of the training images, without augmentation, in
             eval mode. Never sees a test image.
         seed: seed of whatever the method draws.
-        progress: called after every step with figures to show (0-dim tensors, on the device).
+        progress: called after every step with figures to show (0-dim tensors, on the device; read them before the next
+            step).
         autocast: context-manager factory for the forward pass, or None.
     """
 

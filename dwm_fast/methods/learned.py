@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwm_fast.errors import InputError
+from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.base import FoundMask, SourceTask
 from dwm_fast.methods.budget import SourceBudget
 from dwm_fast.nn import GumbelSigmoid, MaskedModel, MaskKind, mask_model
@@ -67,12 +69,16 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
         coefficient = control.coefficient
     fold = options.clip_norm is None
     optimizer = MaskAdam(masked, options.lr, eps=options.eps, coefficient=coefficient if fold else 0.0, fold=fold)
+    training = FastStep(
+        lambda images, labels: _step(masked, optimizer, images, labels, coefficient, options, task),
+        restore=(masked, optimizer),
+    )
     history = []
     step = 0
     for epoch in range(options.epochs):
         masked.train()
         for images, labels in task.batches(epoch):
-            loss = _step(masked, optimizer, images, labels, coefficient, options, task)
+            loss = training(images, labels)
             if control is not None and step % options.control_every == 0:
                 control.update(_excess(masked, model, images, labels, task))
             step += 1

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwm_fast.errors import InputError
+from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.base import Batch
 from dwm_fast.optim import FrozenAdamW, FrozenSGD
 
@@ -55,6 +56,14 @@ class TrainOptions:
         ):
             if value not in allowed:
                 raise InputError(f"{name} is '{value}'; expected one of {', '.join(allowed)}")
+        for name, fine, wanted in (
+            ("epochs", self.epochs >= 0, "a whole number of at least 0"),
+            ("lr", self.lr > 0, "a rate above 0"),
+            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1"),
+        ):
+            if not fine:
+                raise InputError(f"{name} is {getattr(self, name)}; expected {wanted}")
 
 
 def norm_state(model: nn.Module) -> dict[str, Tensor]:
@@ -88,25 +97,26 @@ def reinitialise(
         raise InputError(f"init is '{init}'; expected one of {', '.join(INITS)}")
     if init == "S_end":
         return
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         for name, mask in keep.items():
-            weight = model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
+            weight = _weight(model, name)
             new = start[f"{name}.weight"] if init == "S_start" else _fresh_weight(model.get_submodule(name))
             with torch.no_grad():
-                weight.copy_(torch.where(mask, weight, new.to(weight)))
-    finally:
-        torch.set_rng_state(generator_state)
+                weight.copy_(torch.where(mask.to(weight.device), weight, new.to(weight)))
+
+
+def _weight(model: nn.Module, layer: str) -> Tensor:
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _fresh_weight(layer: nn.Module) -> Tensor:
     """A draw of the layer's own default initialisation, made on the CPU so that a seed means the same anywhere."""
     fresh = copy.deepcopy(layer).cpu()
     fresh.reset_parameters()  # type: ignore[operator]
-    weight: Tensor = fresh.weight.detach()  # type: ignore[union-attr, assignment]
-    return weight
+    return _weight(fresh, "").detach()
 
 
 def make_optimizer(
@@ -114,16 +124,18 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Optimiser over the trainable parameters that never writes a kept weight."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    masks = {model.get_submodule(name).weight: mask for name, mask in (keep or {}).items()}
+    masks = {_weight(model, name): mask for name, mask in (keep or {}).items()}
+    decay = options.weight_decay
+    if masks and options.optimizer == "sgd":
+        return FrozenSGD(parameters, options.lr, momentum=0.9, weight_decay=decay, keep=masks)
+    if masks:
+        return FrozenAdamW(parameters, options.lr, weight_decay=decay, keep=masks)
+    # On a GPU the rate lives there, so that a captured step follows the schedule.
+    on_gpu = bool(parameters) and parameters[0].is_cuda
+    rate = torch.tensor(options.lr, device=parameters[0].device) if on_gpu else options.lr
     if options.optimizer == "sgd":
-        if not masks:
-            return torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay)
-        return FrozenSGD(
-            parameters, options.lr, momentum=0.9, weight_decay=options.weight_decay, keep=masks  # type: ignore[arg-type]
-        )
-    if not masks:
-        return torch.optim.AdamW(parameters, options.lr, weight_decay=options.weight_decay, fused=True)
-    return FrozenAdamW(parameters, options.lr, weight_decay=options.weight_decay, keep=masks)  # type: ignore[arg-type]
+        return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay, fused=True if on_gpu else None)
+    return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=True, capturable=on_gpu)
 
 
 def make_schedule(
@@ -155,7 +167,7 @@ def train(
         steps_per_epoch: batches an epoch.
         options: rate, schedule, batch-norm policy.
         keep: layer name -> bool mask, or None to train every weight.
-        progress: called after every step with the loss (0-dim tensor, on the device).
+        progress: called after every step with the loss (0-dim tensor, on the device; read it before the next step).
         autocast: context-manager factory for the forward pass.
     """
     for parameter in model.parameters():
@@ -165,16 +177,23 @@ def train(
         _freeze_norms(model)
     optimizer = make_optimizer(model, options, keep)
     schedule = make_schedule(optimizer, options, steps_per_epoch * options.epochs)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        with autocast() if autocast else contextlib.nullcontext():
+            output = model(images)
+        loss = F.cross_entropy(output.float(), labels, label_smoothing=options.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.detach()
+
+    training = FastStep(step, restore=(model, optimizer))
     for epoch in range(options.epochs):
         for images, labels in batches(epoch):
-            with autocast() if autocast else contextlib.nullcontext():
-                output = model(images)
-            loss = F.cross_entropy(output.float(), labels, label_smoothing=options.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            loss = training(images, labels)
             schedule.step()
-            progress({"loss": loss.detach()})
+            progress({"loss": loss})
+    optimizer.zero_grad(set_to_none=True)
     return model.eval()
 
 
@@ -199,9 +218,6 @@ def masked_view(tuned: nn.Module, source: nn.Module, keep: Mapping[str, Tensor])
     view = copy.deepcopy(source)
     with torch.no_grad():
         for name, mask in keep.items():
-            weight = tuned.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            target = view.get_submodule(name).weight
-            assert isinstance(target, Tensor)
-            target.copy_(torch.where(mask, weight, torch.zeros_like(weight)))
+            weight = _weight(tuned, name)
+            _weight(view, name).copy_(torch.where(mask.to(weight.device), weight, torch.zeros_like(weight)))
     return view.eval()
