@@ -1,9 +1,5 @@
 // The CPU operations on the LibTorch stable ABI: checks what Python hands over, cuts the work into chunks, and lets
 // torch's own thread pool take them. Private namespace dwm_fast_cpu; the public operations are dwm_fast.ops.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -11,22 +7,19 @@
 #include <string>
 #include <vector>
 
-#include "core.h"
+#include "bind.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
+using namespace dwm;
 using Numbers = std::vector<double>;
 
-const dwm::Kernels& kernels() {
+const Kernels& kernels() {
 #if defined(DWM_WITH_AVX2)
-  static const bool avx2 = __builtin_cpu_supports("avx2") != 0;
-  return avx2 ? dwm::kKernelsAvx2 : dwm::kKernelsBaseline;
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+  return avx2 ? kKernelsAvx2 : kKernelsBaseline;
 #else
-  return dwm::kKernelsBaseline;
+  return kKernelsBaseline;
 #endif
 }
 
@@ -39,8 +32,8 @@ template <typename List>
 std::vector<Piece> pieces_of(const List& tensors) {
   std::vector<Piece> pieces;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const dwm::Shape& shape = tensors[i].shape;
-    const int64_t step = dwm::chunk_elements(shape);
+    const Shape& shape = tensors[i].shape;
+    const int64_t step = chunk_elements(shape);
     for (int64_t begin = 0; begin < shape.numel; begin += step) {
       pieces.push_back({static_cast<int64_t>(i), begin, std::min(begin + step, shape.numel)});
     }
@@ -70,45 +63,6 @@ void for_pieces(const List& tensors, const Body& body) {
   });
 }
 
-// Contiguous or channels_last (4-D, 5-D); Python makes anything else contiguous first.
-dwm::Shape shape_of(const Tensor& t) {
-  dwm::Shape shape;
-  shape.numel = t.numel();
-  if (t.is_contiguous()) return shape;
-  const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t dims = t.dim();
-  STD_TORCH_CHECK(dims == 4 || dims == 5, "dwm_fast_cpu: a tensor is neither contiguous nor channels_last");
-  int64_t stride = 1;
-  const auto expect = [&](int64_t dim) {
-    STD_TORCH_CHECK(sizes[dim] == 1 || strides[dim] == stride,
-                    "dwm_fast_cpu: a tensor is neither contiguous nor channels_last");
-    stride *= sizes[dim];
-  };
-  expect(1);
-  for (int64_t dim = dims - 1; dim >= 2; --dim) expect(dim);
-  expect(0);
-  shape.inner = sizes[1];
-  for (int64_t dim = 2; dim < dims; ++dim) shape.spatial *= sizes[dim];
-  STD_TORCH_CHECK(shape.spatial <= dwm::kMaxSpatial, "dwm_fast_cpu: a channels_last kernel window is too large");
-  return shape;
-}
-
-bool same(const dwm::Shape& a, const dwm::Shape& b) {
-  return a.numel == b.numel && a.spatial == b.spatial && a.inner == b.inner;
-}
-
-void check_count(const Tensors& list, size_t count, const char* name) {
-  STD_TORCH_CHECK(list.size() == count, "dwm_fast_cpu: ", name, " has another number of tensors than the weights");
-}
-
-void check_like(const Tensor& t, const dwm::Shape& shape, const char* name) {
-  STD_TORCH_CHECK(same(shape_of(t), shape), "dwm_fast_cpu: ", name, " has another shape or memory order");
-}
-
-void check_float(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "dwm_fast_cpu: ", name, " must be float32");
-}
-
 // A list of fp32 tensors of the weights' shapes and memory order.
 void check_state(const Tensors& list, const Tensors& weights, const char* name) {
   check_count(list, weights.size(), name);
@@ -118,30 +72,28 @@ void check_state(const Tensors& list, const Tensors& weights, const char* name) 
   }
 }
 
-dwm::Type type_of(const Tensor& t) {
+Type type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
-  if (type == ScalarType::Float) return dwm::Type::f32;
-  if (type == ScalarType::BFloat16) return dwm::Type::bf16;
-  STD_TORCH_CHECK(type == ScalarType::Half, "dwm_fast_cpu: expected float32, bfloat16 or float16");
-  return dwm::Type::f16;
+  if (type == ScalarType::Float) return Type::f32;
+  if (type == ScalarType::BFloat16) return Type::bf16;
+  STD_TORCH_CHECK(type == ScalarType::Half, "dwm_fast: expected float32, bfloat16 or float16");
+  return Type::f16;
 }
 
-dwm::Type common_type(const Tensors& list, const char* name) {
-  if (list.empty()) return dwm::Type::f32;
-  const dwm::Type type = type_of(list[0]);
+Type common_type(const Tensors& list, const char* name) {
+  if (list.empty()) return Type::f32;
+  const Type type = type_of(list[0]);
   for (const Tensor& t : list) {
-    STD_TORCH_CHECK(type_of(t) == type, "dwm_fast_cpu: ", name, " must have one dtype");
+    STD_TORCH_CHECK(type_of(t) == type, "dwm_fast: ", name, " must have one dtype");
   }
   return type;
 }
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
-uint8_t* bytes(const Tensor& t) { return static_cast<uint8_t*>(t.data_ptr()); }
-
-dwm::Noise noise_of(const Tensor& rng_state, int64_t step_offset) {
+Noise noise_of(const Tensor& rng_state, int64_t step_offset) {
   STD_TORCH_CHECK(rng_state.scalar_type() == ScalarType::Long && rng_state.numel() == 2 && rng_state.is_contiguous(),
-                  "dwm_fast_cpu: rng_state must be a contiguous int64 tensor of seed and step");
+                  "dwm_fast: rng_state must be a contiguous int64 tensor of seed and step");
   const int64_t* state = static_cast<const int64_t*>(rng_state.data_ptr());
   const uint64_t step = static_cast<uint64_t>(state[1]) + static_cast<uint64_t>(step_offset);
   return {static_cast<uint64_t>(state[0]), static_cast<uint32_t>(step)};
@@ -149,7 +101,7 @@ dwm::Noise noise_of(const Tensor& rng_state, int64_t step_offset) {
 
 float scalar_of(const Tensor& t, const char* name) {
   check_float(t, name);
-  STD_TORCH_CHECK(t.numel() == 1, "dwm_fast_cpu: ", name, " must have one element");
+  STD_TORCH_CHECK(t.numel() == 1, "dwm_fast: ", name, " must have one element");
   return *floats(t);
 }
 
@@ -159,30 +111,9 @@ int64_t total_of(const Tensors& list) {
   return total;
 }
 
-// First byte of each tensor in a network buffer; checks the buffer's length.
-Integers offsets_of(const Tensor& bits, const Integers& numels) {
-  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.is_contiguous(),
-                  "dwm_fast_cpu: bits must be a contiguous uint8 tensor");
-  Integers offsets;
-  int64_t offset = 0;
-  for (const int64_t numel : numels) {
-    STD_TORCH_CHECK(numel >= 0, "dwm_fast_cpu: a number of elements is negative");
-    offsets.push_back(offset);
-    offset += dwm::packed_nbytes(numel);
-  }
-  STD_TORCH_CHECK(bits.numel() == offset, "dwm_fast_cpu: bits have ", bits.numel(), " bytes, expected ", offset);
-  return offsets;
-}
-
-Integers numels_of(const Tensors& list) {
-  Integers numels;
-  for (const Tensor& t : list) numels.push_back(t.numel());
-  return numels;
-}
-
 void random_words(Tensor out, int64_t first, int64_t layer, Tensor rng_state, int64_t step_offset) {
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Int && out.is_contiguous() && first >= 0,
-                  "dwm_fast_cpu: words go into a contiguous int32 tensor");
+                  "dwm_fast: words go into a contiguous int32 tensor");
   kernels().random_words(static_cast<uint64_t>(first), out.numel(), static_cast<uint32_t>(layer),
                          noise_of(rng_state, step_offset), static_cast<uint32_t*>(out.data_ptr()));
 }
@@ -192,15 +123,15 @@ void sample(Tensors masked, Tensor bits, Tensor penalty, Tensors logits, Tensors
   const size_t count = weights.size();
   check_count(masked, count, "masked");
   check_state(logits, weights, "logits");
-  STD_TORCH_CHECK(layers.size() == count && thresholds.size() == count && mode >= 0 && mode <= dwm::kEdit,
-                  "dwm_fast_cpu: sample got wrong layers, thresholds or mode");
+  STD_TORCH_CHECK(layers.size() == count && thresholds.size() == count && mode >= 0 && mode <= kEdit,
+                  "dwm_fast: sample got wrong layers, thresholds or mode");
   const bool pack = bits.numel() > 0;
   const Integers offsets = pack ? offsets_of(bits, numels_of(weights)) : Integers(count, 0);
-  const dwm::SampleRule rule{static_cast<int>(mode), common_type(weights, "weights"), common_type(masked, "masked"),
+  const SampleRule rule{static_cast<int>(mode), common_type(weights, "weights"), common_type(masked, "masked"),
                              noise_of(rng_state, step_offset), 1.0f / scalar_of(tau, "tau")};
-  std::vector<dwm::SampleTensor> tensors;
+  std::vector<SampleTensor> tensors;
   for (size_t i = 0; i < count; ++i) {
-    const dwm::Shape shape = shape_of(weights[i]);
+    const Shape shape = shape_of(weights[i]);
     check_like(masked[i], shape, "masked");
     tensors.push_back({shape, floats(logits[i]), weights[i].data_ptr(), masked[i].data_ptr(),
                        pack ? bytes(bits) + offsets[i] : nullptr, static_cast<uint32_t>(layers[i]),
@@ -220,9 +151,9 @@ void sample(Tensors masked, Tensor bits, Tensor penalty, Tensors logits, Tensors
   *floats(penalty) = static_cast<float>(sum / static_cast<double>(std::max<int64_t>(1, total_of(weights))));
 }
 
-dwm::BackwardRule backward_rule(const Tensors& grads, const Tensors& weights, const Tensor& rng_state,
+BackwardRule backward_rule(const Tensors& grads, const Tensors& weights, const Tensor& rng_state,
                                 const Tensor& tau, int64_t mode, int64_t step_offset) {
-  STD_TORCH_CHECK(mode >= 0 && mode <= dwm::kEdit, "dwm_fast_cpu: unknown mode");
+  STD_TORCH_CHECK(mode >= 0 && mode <= kEdit, "dwm_fast: unknown mode");
   return {static_cast<int>(mode),
           common_type(grads, "grads"),
           common_type(weights, "weights"),
@@ -240,15 +171,15 @@ void sample_backward(Tensors dlogits, Tensors dweights, Tensors grads, Tensor gr
   if (!dlogits.empty()) check_state(dlogits, weights, "dlogits");
   if (!dweights.empty()) check_count(dweights, count, "dweights");
   STD_TORCH_CHECK(layers.size() == count && thresholds.size() == count,
-                  "dwm_fast_cpu: sample_backward got wrong layers or thresholds");
-  dwm::BackwardRule rule = backward_rule(grads, weights, rng_state, tau, mode, step_offset);
+                  "dwm_fast: sample_backward got wrong layers or thresholds");
+  BackwardRule rule = backward_rule(grads, weights, rng_state, tau, mode, step_offset);
   rule.penalty = scalar_of(grad_penalty, "grad_penalty") / static_cast<float>(std::max<int64_t>(1, total_of(weights)));
   if (!dweights.empty()) {
-    STD_TORCH_CHECK(common_type(dweights, "dweights") == rule.weight, "dwm_fast_cpu: dweights have another dtype");
+    STD_TORCH_CHECK(common_type(dweights, "dweights") == rule.weight, "dwm_fast: dweights have another dtype");
   }
-  std::vector<dwm::BackwardTensor> tensors;
+  std::vector<BackwardTensor> tensors;
   for (size_t i = 0; i < count; ++i) {
-    const dwm::Shape shape = shape_of(weights[i]);
+    const Shape shape = shape_of(weights[i]);
     check_like(grads[i], shape, "grads");
     if (!dweights.empty()) check_like(dweights[i], shape, "dweights");
     tensors.push_back({shape, grads[i].data_ptr(), floats(logits[i]), weights[i].data_ptr(),
@@ -256,34 +187,27 @@ void sample_backward(Tensors dlogits, Tensors dweights, Tensors grads, Tensor gr
                        dweights.empty() ? nullptr : dweights[i].data_ptr(), static_cast<uint32_t>(layers[i]),
                        static_cast<float>(thresholds[i])});
   }
-  for_pieces(tensors, [&](int64_t, const dwm::BackwardTensor& t, int64_t begin, int64_t end) {
+  for_pieces(tensors, [&](int64_t, const BackwardTensor& t, int64_t begin, int64_t end) {
     kernels().sample_backward(rule, t, begin, end);
   });
 }
 
-dwm::Element element_of(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  const bool floating = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-                        type == ScalarType::BFloat16;
-  return {static_cast<int>(t.element_size()), floating};
-}
-
 void pack(Tensors masks, Tensor bits) {
   const Integers offsets = offsets_of(bits, numels_of(masks));
-  std::vector<dwm::PackTensor> tensors;
-  std::vector<dwm::Element> elements;
+  std::vector<PackTensor> tensors;
+  std::vector<Element> elements;
   for (size_t i = 0; i < masks.size(); ++i) {
     tensors.push_back({shape_of(masks[i]), masks[i].data_ptr(), bytes(bits) + offsets[i]});
     elements.push_back(element_of(masks[i]));
   }
-  for_pieces(tensors, [&](int64_t, const dwm::PackTensor& t, int64_t begin, int64_t end) {
+  for_pieces(tensors, [&](int64_t, const PackTensor& t, int64_t begin, int64_t end) {
     kernels().pack(elements[static_cast<size_t>(&t - tensors.data())], t, begin, end);
   });
 }
 
 struct FlatMask {
-  dwm::Shape shape;
-  dwm::UnpackTensor mask;
+  Shape shape;
+  UnpackTensor mask;
 };
 
 void unpack(Tensor bits, Tensors masks) {
@@ -291,7 +215,7 @@ void unpack(Tensor bits, Tensors masks) {
   std::vector<FlatMask> tensors;
   for (size_t i = 0; i < masks.size(); ++i) {
     STD_TORCH_CHECK(masks[i].scalar_type() == ScalarType::Bool && masks[i].is_contiguous(),
-                    "dwm_fast_cpu: masks must be contiguous bool tensors");
+                    "dwm_fast: masks must be contiguous bool tensors");
     tensors.push_back({shape_of(masks[i]), {masks[i].numel(), bytes(bits) + offsets[i], bytes(masks[i])}});
   }
   for_pieces(tensors, [&](int64_t, const FlatMask& t, int64_t begin, int64_t end) {
@@ -302,15 +226,15 @@ void unpack(Tensor bits, Tensors masks) {
 void apply(Tensor bits, Tensors weights, Tensors masked) {
   const Integers offsets = offsets_of(bits, numels_of(weights));
   check_count(masked, weights.size(), "masked");
-  std::vector<dwm::ApplyTensor> tensors;
+  std::vector<ApplyTensor> tensors;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const dwm::Shape shape = shape_of(weights[i]);
+    const Shape shape = shape_of(weights[i]);
     check_like(masked[i], shape, "masked");
-    STD_TORCH_CHECK(masked[i].scalar_type() == weights[i].scalar_type(), "dwm_fast_cpu: masked has another dtype");
+    STD_TORCH_CHECK(masked[i].scalar_type() == weights[i].scalar_type(), "dwm_fast: masked has another dtype");
     tensors.push_back({shape, bytes(bits) + offsets[i], weights[i].data_ptr(), masked[i].data_ptr(),
                        static_cast<int>(weights[i].element_size())});
   }
-  for_pieces(tensors, [&](int64_t, const dwm::ApplyTensor& t, int64_t begin, int64_t end) {
+  for_pieces(tensors, [&](int64_t, const ApplyTensor& t, int64_t begin, int64_t end) {
     kernels().apply(t, begin, end);
   });
 }
@@ -333,19 +257,11 @@ std::vector<BytePiece> byte_pieces(const Integers& offsets, int64_t nbytes) {
   return pieces;
 }
 
-int64_t* counts_of(const Tensor& out, size_t count) {
-  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Long && out.is_contiguous() &&
-                      out.numel() == static_cast<int64_t>(count),
-                  "dwm_fast_cpu: counts go into a contiguous int64 tensor");
-  int64_t* values = static_cast<int64_t*>(out.data_ptr());
-  std::fill(values, values + count, 0);
-  return values;
-}
-
 void count(Tensor bits, Integers numels, Tensor out) {
   const Integers offsets = offsets_of(bits, numels);
   const std::vector<BytePiece> pieces = byte_pieces(offsets, bits.numel());
   int64_t* ones = counts_of(out, numels.size());
+  std::fill(ones, ones + numels.size(), 0);
   std::vector<int64_t> parts(pieces.size());
   parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const BytePiece& piece = pieces[static_cast<size_t>(i)];
@@ -359,6 +275,7 @@ void overlap(Tensor a, Tensor b, Integers numels, Tensor out) {
   offsets_of(b, numels);
   const std::vector<BytePiece> pieces = byte_pieces(offsets, a.numel());
   int64_t* sizes = counts_of(out, 2 * numels.size());
+  std::fill(sizes, sizes + 2 * numels.size(), 0);
   std::vector<int64_t> both(pieces.size()), either(pieces.size());
   parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const size_t j = static_cast<size_t>(i);
@@ -373,9 +290,9 @@ void overlap(Tensor a, Tensor b, Integers numels, Tensor out) {
 void combine(Tensor a, Tensor b, int64_t op, Tensor out) {
   for (const Tensor* t : {&a, &b, &out}) {
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Byte && t->is_contiguous() && t->numel() == a.numel(),
-                    "dwm_fast_cpu: combine takes contiguous uint8 buffers of equal length");
+                    "dwm_fast: combine takes contiguous uint8 buffers of equal length");
   }
-  STD_TORCH_CHECK(op >= dwm::kAnd && op <= dwm::kAndNot, "dwm_fast_cpu: unknown set operation");
+  STD_TORCH_CHECK(op >= kAnd && op <= kAndNot, "dwm_fast: unknown set operation");
   const std::vector<BytePiece> pieces = byte_pieces({0}, a.numel());
   parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const BytePiece& piece = pieces[static_cast<size_t>(i)];
@@ -393,14 +310,14 @@ struct Schedule {
 Schedule schedule_of(const Tensor& steps, const Tensor& lr, size_t count) {
   check_float(steps, "steps");
   STD_TORCH_CHECK(steps.is_contiguous() && steps.numel() == static_cast<int64_t>(count),
-                  "dwm_fast_cpu: steps must hold one number per tensor");
-  STD_TORCH_CHECK(lr.scalar_type() == ScalarType::Double && lr.numel() == 1, "dwm_fast_cpu: lr must be one float64");
+                  "dwm_fast: steps must hold one number per tensor");
+  STD_TORCH_CHECK(lr.scalar_type() == ScalarType::Double && lr.numel() == 1, "dwm_fast: lr must be one float64");
   return {floats(steps), *static_cast<const double*>(lr.data_ptr())};
 }
 
-dwm::AdamRule adam_rule(double step, double lr, double beta1, double beta2, double eps, double weight_decay,
+AdamRule adam_rule(double step, double lr, double beta1, double beta2, double eps, double weight_decay,
                         bool decoupled, bool maximize) {
-  dwm::AdamRule rule;
+  AdamRule rule;
   rule.beta1_complement = static_cast<float>(1.0 - beta1);
   rule.beta2 = static_cast<float>(beta2);
   rule.beta2_complement = static_cast<float>(1.0 - beta2);
@@ -426,15 +343,15 @@ void frozen_adamw(Tensors weights, Tensors grads, Tensors exp_avg, Tensors exp_a
   check_state(exp_avg_sq, weights, "exp_avg_sq");
   const Integers offsets = offsets_of(bits, numels_of(weights));
   const Schedule schedule = schedule_of(steps, lr, weights.size());
-  const dwm::UpdateTypes types{common_type(weights, "weights"), common_type(grads, "grads")};
-  std::vector<dwm::AdamWTensor> tensors;
+  const UpdateTypes types{common_type(weights, "weights"), common_type(grads, "grads")};
+  std::vector<AdamWTensor> tensors;
   for (size_t i = 0; i < weights.size(); ++i) {
     tensors.push_back({shape_of(weights[i]), weights[i].data_ptr(), grads[i].data_ptr(), floats(exp_avg[i]),
                        floats(exp_avg_sq[i]), bytes(bits) + offsets[i],
                        adam_rule(schedule.steps[i], schedule.lr, beta1, beta2, eps, weight_decay, decoupled,
                                  maximize)});
   }
-  for_pieces(tensors, [&](int64_t, const dwm::AdamWTensor& t, int64_t begin, int64_t end) {
+  for_pieces(tensors, [&](int64_t, const AdamWTensor& t, int64_t begin, int64_t end) {
     kernels().frozen_adamw(types, t, begin, end);
   });
 }
@@ -446,8 +363,8 @@ void frozen_sgd(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensor
   if (moving) check_state(momentum_buffers, weights, "momentum_buffers");
   const Integers offsets = offsets_of(bits, numels_of(weights));
   const Schedule schedule = schedule_of(steps, lr, weights.size());
-  const dwm::UpdateTypes types{common_type(weights, "weights"), common_type(grads, "grads")};
-  dwm::SgdRule rule{static_cast<float>(schedule.lr),
+  const UpdateTypes types{common_type(weights, "weights"), common_type(grads, "grads")};
+  SgdRule rule{static_cast<float>(schedule.lr),
                     static_cast<float>(momentum),
                     static_cast<float>(1.0 - dampening),
                     decoupled ? static_cast<float>(1.0 - schedule.lr * weight_decay) : 1.0f,
@@ -455,13 +372,13 @@ void frozen_sgd(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensor
                     maximize ? -1.0f : 1.0f,
                     nesterov,
                     false};
-  std::vector<dwm::SgdTensor> tensors;
+  std::vector<SgdTensor> tensors;
   for (size_t i = 0; i < weights.size(); ++i) {
     rule.first = schedule.steps[i] == 1.0f;
     tensors.push_back({shape_of(weights[i]), weights[i].data_ptr(), grads[i].data_ptr(),
                        moving ? floats(momentum_buffers[i]) : nullptr, bytes(bits) + offsets[i], rule});
   }
-  for_pieces(tensors, [&](int64_t, const dwm::SgdTensor& t, int64_t begin, int64_t end) {
+  for_pieces(tensors, [&](int64_t, const SgdTensor& t, int64_t begin, int64_t end) {
     kernels().frozen_sgd(types, t, begin, end);
   });
 }
@@ -477,18 +394,18 @@ void mask_adam(Tensors logits, Tensors weights, Tensors grads, Tensors exp_avg, 
   check_state(exp_avg, weights, "exp_avg");
   check_state(exp_avg_sq, weights, "exp_avg_sq");
   STD_TORCH_CHECK(layers.size() == count && thresholds.size() == count,
-                  "dwm_fast_cpu: mask_adam got wrong layers or thresholds");
-  dwm::BackwardRule chain = backward_rule(grads, weights, rng_state, tau, mode, step_offset);
+                  "dwm_fast: mask_adam got wrong layers or thresholds");
+  BackwardRule chain = backward_rule(grads, weights, rng_state, tau, mode, step_offset);
   chain.penalty = scalar_of(penalty_scale, "penalty_scale");
   const Schedule schedule = schedule_of(steps, lr, count);
-  std::vector<dwm::MaskAdamTensor> tensors;
+  std::vector<MaskAdamTensor> tensors;
   for (size_t i = 0; i < count; ++i) {
     tensors.push_back({shape_of(logits[i]), floats(logits[i]), weights[i].data_ptr(), grads[i].data_ptr(),
                        floats(exp_avg[i]), floats(exp_avg_sq[i]), static_cast<uint32_t>(layers[i]),
                        static_cast<float>(thresholds[i]),
                        adam_rule(schedule.steps[i], schedule.lr, beta1, beta2, eps, weight_decay, decoupled, false)});
   }
-  for_pieces(tensors, [&](int64_t, const dwm::MaskAdamTensor& t, int64_t begin, int64_t end) {
+  for_pieces(tensors, [&](int64_t, const MaskAdamTensor& t, int64_t begin, int64_t end) {
     kernels().mask_adam(chain, t, begin, end);
   });
 }
@@ -496,19 +413,19 @@ void mask_adam(Tensors logits, Tensors weights, Tensors grads, Tensors exp_avg, 
 void linear_packed(Tensor x, Tensor weight, Tensor bits, std::optional<Tensor> bias, Tensor out) {
   for (const Tensor* t : {&x, &weight, &out}) {
     check_float(*t, "linear_packed's operand");
-    STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous(), "dwm_fast_cpu: linear_packed takes contiguous matrices");
+    STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous(), "dwm_fast: linear_packed takes contiguous matrices");
   }
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   STD_TORCH_CHECK(x.size(1) == k && out.size(0) == m && out.size(1) == n,
-                  "dwm_fast_cpu: linear_packed got matrices that do not fit each other");
+                  "dwm_fast: linear_packed got matrices that do not fit each other");
   offsets_of(bits, {n * k});
   if (bias) {
     check_float(*bias, "bias");
-    STD_TORCH_CHECK(bias->numel() == n && bias->is_contiguous(), "dwm_fast_cpu: bias has another length");
+    STD_TORCH_CHECK(bias->numel() == n && bias->is_contiguous(), "dwm_fast: bias has another length");
   }
-  const dwm::LinearPacked job{floats(x), floats(weight), bytes(bits), bias ? floats(*bias) : nullptr,
+  const LinearPacked job{floats(x), floats(weight), bytes(bits), bias ? floats(*bias) : nullptr,
                               floats(out), m, n, k};
-  const int64_t rows = std::max<int64_t>(1, dwm::kChunk / std::max<int64_t>(1, k));
+  const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, k));
   parallel((n + rows - 1) / rows,
            [&](int64_t i) { kernels().linear_packed(job, i * rows, std::min(n, (i + 1) * rows)); });
 }

@@ -67,7 +67,7 @@ register_table("dwm_fast.kernels.sample", "triton", SAMPLE_OPS)
 register_table("dwm_fast.kernels.bits", "triton", BIT_OPS)
 register_table("dwm_fast.kernels.update", "triton", UPDATE_OPS)
 register_table(_EXTENSION, "cpp", (*SAMPLE_OPS, *BIT_OPS, *UPDATE_OPS, "linear_packed"))
-register_table(_EXTENSION, "cuda", BIT_OPS)
+register_table("dwm_fast.ops._extension_cuda", "cuda", BIT_OPS)
 
 
 def forced_backend() -> str | None:

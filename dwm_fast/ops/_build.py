@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -20,31 +20,30 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dwm_fast.errors import BackendUnavailable
-
-ABI_TARGET = 0x020B000000000000
-"""TORCH_TARGET_VERSION: the oldest torch whose stable ABI the binary uses, 2.11."""
-
-DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+from dwm_fast.ops._toolchain import (
+    ABI_TARGET,
+    Step,
+    compile_flags,
+    cpu_steps,
+    cuda_archs,
+    cuda_steps,
+    find_compiler,
+    find_ninja,
+    find_nvcc,
+    instruction_sets,
+    is_msvc,
+    sources_folder,
+)
 
 _LIBRARIES = {"cpu": "dwm_fast_cpu", "cuda": "dwm_fast_cuda"}
 _BUILD = "run `dwm-fast build --verbose` to see why"
 _loaded: dict[str, Path] = {}
 _refused: dict[str, str] = {}
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One compiler call: `command` turns `source` into `target`."""
-
-    target: str
-    source: str
-    command: tuple[str, ...]
 
 
 def build(force: bool = False, cuda: bool | None = None, verbose: bool = False) -> Path:
@@ -81,19 +80,17 @@ def load(kind: str) -> None:
 
 
 def status() -> dict[str, object]:
-    """What `doctor` shows: compiler, nvcc, folder, and per library its file, whether it is loaded, why it is not."""
-    folder = _cache_folder(create=False)
+    """What `doctor` shows: compiler, ninja, nvcc, folders, and per library its file, whether it is loaded, why not."""
     report: dict[str, object] = {
         "enabled": _enabled(),
         "compiler": find_compiler(),
         "ninja": find_ninja(),
         "nvcc": find_nvcc(),
-        "folder": None if folder is None else str(folder),
+        "folders": [str(folder) for folder in _folders()],
     }
     for kind in _LIBRARIES:
         path = _existing(kind)
         report[kind] = {
-            "built": path is not None and _is_sound(path),
             "path": None if path is None else str(path),
             "loaded": kind in _loaded,
             "reason": _refused.get(kind),
@@ -129,14 +126,6 @@ def _first_line(error: object) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 
-def sources_folder() -> Path:
-    """Where the C++ and CUDA sources lie: package data, also in an editable install."""
-    spec = importlib.util.find_spec("dwm_fast._csrc")
-    if spec is None or not spec.submodule_search_locations:
-        raise BackendUnavailable("the extension's sources are not installed; reinstall dwm-fast")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def _sources(kind: str) -> list[Path]:
     folder = sources_folder()
     suffixes = (".h", ".cpp") if kind == "cpu" else (".h", ".cu")
@@ -146,8 +135,8 @@ def _sources(kind: str) -> list[Path]:
 def _key(kind: str) -> str:
     """Twelve hex digits that change with anything that changes the binary, apart from the compiler's version."""
     digest = hashlib.sha256()
-    settings = [hex(ABI_TARGET), sys.platform, platform.machine(), *_compile_flags(_is_msvc(find_compiler() or ""))]
-    settings += [cuda_archs()] if kind == "cuda" else [" ".join(flags) for _, _, flags in _instruction_sets()]
+    settings = [hex(ABI_TARGET), sys.platform, platform.machine(), *compile_flags(is_msvc(find_compiler() or ""))]
+    settings += [cuda_archs()] if kind == "cuda" else [" ".join(flags) for _, _, flags in instruction_sets()]
     digest.update("\n".join(settings).encode())
     for source in _sources(kind):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -159,42 +148,43 @@ def _file_name(kind: str) -> str:
     return f"{_LIBRARIES[kind]}-{_key(kind)}{suffix}"
 
 
-def _cache_folder(create: bool = True) -> Path | None:
-    """The folder of built binaries: DWM_FAST_EXT_DIR, the user's cache, or a private one below the temp folder."""
+def _folders(create: bool = False) -> list[Path]:
+    """Where binaries may lie, in order: DWM_FAST_EXT_DIR alone, or the user's cache and a private temp folder.
+
+    The private folder is listed once it is there; `create` makes it.
+    """
     chosen = os.environ.get("DWM_FAST_EXT_DIR")
     if chosen:
-        candidates = [Path(chosen)]
-    else:
-        home = os.environ.get("XDG_CACHE_HOME")
+        return [Path(chosen)]
+    folders = []
+    home = os.environ.get("XDG_CACHE_HOME")
+    if not home:
         with contextlib.suppress(RuntimeError):
-            home = home or str(Path.home() / ".cache")
-        candidates = [Path(home) / "dwm_fast"] if home else []
-    for folder in candidates:
-        if _is_writable(folder, create):
-            return folder
-    if chosen:
-        return None
+            home = str(Path.home() / ".cache")
+    if home:
+        folders.append(Path(home) / "dwm_fast")
     private = Path(tempfile.gettempdir()) / f"dwm_fast-{_user_id()}"
-    return private if _is_private(private, create) else None
+    return [*folders, private] if _is_private(private, create) else folders
+
+
+def _writable_folder() -> Path:
+    """The first folder that a binary can be written to, made if need be."""
+    for folder in _folders(create=True):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise BackendUnavailable("no folder to keep the extension in; set DWM_FAST_EXT_DIR to a writable one")
 
 
 def _user_id() -> int:
     return os.getuid() if hasattr(os, "getuid") else 0
 
 
-def _is_writable(folder: Path, create: bool) -> bool:
-    try:
-        if create:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return True
-        return folder.is_dir() and os.access(folder, os.W_OK)
-    except OSError:
-        return False
-
-
 def _is_private(folder: Path, create: bool) -> bool:
-    """Whether `folder` below a shared temp folder is a real folder that only this user may write to."""
+    """Whether `folder`, below a temp folder that all users share, is a real folder that only this user may write to."""
     try:
         if create:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -207,14 +197,9 @@ def _is_private(folder: Path, create: bool) -> bool:
 
 
 def _existing(kind: str) -> Path | None:
-    """A built binary: shipped beside the sources by a packager, or in the cache."""
-    try:
-        name = _file_name(kind)
-        folders = [sources_folder() / "prebuilt", _cache_folder(create=False)]
-    except (BackendUnavailable, OSError):
-        return None
-    paths = [folder / name for folder in folders if folder is not None]
-    return next((p for p in paths if p.is_file()), None)
+    """A sound binary that was built before."""
+    name = _file_name(kind)
+    return next((folder / name for folder in _folders() if _is_sound(folder / name)), None)
 
 
 def _checksum_file(path: Path) -> Path:
@@ -233,21 +218,24 @@ def _is_sound(path: Path) -> bool:
 def _ensure(kind: str, *, force: bool = False, verbose: bool = False) -> Path:
     """Path of a sound binary of `kind`, built now if there is none or `force`."""
     path = _existing(kind)
-    if path is not None and not force and _is_sound(path):
+    if path is not None and not force:
         return path
     tool = _require_tool(kind)
-    folder = _cache_folder()
-    if folder is None:
-        raise BackendUnavailable("no folder to keep the extension in; set DWM_FAST_EXT_DIR to a writable one")
-    path = folder / _file_name(kind)
+    path = _writable_folder() / _file_name(kind)
     log = path.with_suffix(".log")
     started = time.time()
-    with _lock(path.with_suffix(".lock")):
-        if _is_sound(path) and (not force or path.stat().st_mtime > started):
-            return path  # another process was faster
-        if not force and _failed_before(log, tool):
-            raise BackendUnavailable(f"{Path(tool).name} could not build the extension; {_BUILD}")
-        _build_into(kind, tool, path, log, verbose)
+    try:
+        with _lock(path.with_suffix(".lock")):
+            if _is_sound(path) and (not force or path.stat().st_mtime > started):
+                return path  # another process was faster
+            if not (force or verbose) and _failed_before(log, tool):
+                raise BackendUnavailable(f"{Path(tool).name} could not build the extension (log: {log}); {_BUILD}")
+            _build_into(kind, tool, path, log, verbose)
+    except OSError as error:
+        raise BackendUnavailable(
+            f"the extension cannot be kept in {path.parent} ({error.strerror}); set "
+            f"DWM_FAST_EXT_DIR to a writable folder"
+        ) from error
     return path
 
 
@@ -255,7 +243,7 @@ def _require_tool(kind: str) -> str:
     compiler = find_compiler()
     if compiler is None:
         raise BackendUnavailable(
-            "no C++ compiler is on PATH; install one (Debian, Ubuntu: apt install g++) and run `dwm-fast build`"
+            "no C++ compiler is on PATH; install one (Debian, Ubuntu: apt install g++) or set DWM_FAST_EXT=0"
         )
     if kind == "cpu":
         return compiler
@@ -305,7 +293,7 @@ def _build_into(kind: str, tool: str, path: Path, log: Path, verbose: bool) -> N
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as scratch:
         folder = Path(scratch)
-        steps = _cpu_steps(tool, path.name) if kind == "cpu" else _cuda_steps(tool, path.name)
+        steps = cpu_steps(tool, path.name) if kind == "cpu" else cuda_steps(tool, path.name)
         message = _run_steps(steps, folder, verbose)
         if message is not None:
             log.write_text(f"{_tool_stamp(tool)}\n{message}\n")
@@ -319,7 +307,7 @@ def _build_into(kind: str, tool: str, path: Path, log: Path, verbose: bool) -> N
     print(f"dwm_fast: built in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
-def _run_steps(steps: list[_Step], folder: Path, verbose: bool) -> str | None:
+def _run_steps(steps: list[Step], folder: Path, verbose: bool) -> str | None:
     """Compile every source, then link (the last step); returns the failing tool's message, or None."""
     ninja = find_ninja()
     if ninja is not None:
@@ -344,14 +332,14 @@ def _call(command: list[str], folder: Path, verbose: bool) -> str | None:
     return None if done.returncode == 0 else done.stdout or f"{command[0]} ended with {done.returncode}"
 
 
-def _ninja_file(steps: list[_Step]) -> str:
+def _ninja_file(steps: list[Step]) -> str:
     def escape(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
     lines = []
     objects = [step.target for step in steps[:-1]]
     for number, step in enumerate(steps):
-        command = subprocess.list2cmdline(step.command) if sys.platform == "win32" else _shell(step.command)
+        command = subprocess.list2cmdline(step.command) if sys.platform == "win32" else shlex.join(step.command)
         inputs = [step.source] if step is not steps[-1] else objects
         lines += [f"rule step{number}", f"  command = {command.replace('$', '$$')}", f"  description = {step.target}"]
         lines.append(f"build {escape(step.target)}: step{number} {' '.join(map(escape, inputs))}")
@@ -362,135 +350,3 @@ def _shell(command: tuple[str, ...]) -> str:
     import shlex
 
     return shlex.join(command)
-
-
-def find_ninja() -> str | None:
-    """ninja on PATH or from its Python package; without it the compiler is called directly."""
-    found = shutil.which("ninja")
-    if found is None and importlib.util.find_spec("ninja") is not None:
-        candidate = Path(sys.prefix) / ("Scripts" if sys.platform == "win32" else "bin") / "ninja"
-        found = str(candidate) if candidate.exists() else None
-    return found
-
-
-def find_compiler() -> str | None:
-    """The C++ compiler: CXX, else the first of c++, g++, clang++ (Windows: cl) on PATH."""
-    names = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++")
-    for name in (os.environ.get("CXX"), *names):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    return None
-
-
-def _is_msvc(compiler: str) -> bool:
-    return Path(compiler).stem.lower() == "cl"
-
-
-def _torch_folders() -> tuple[Path, Path]:
-    root = Path(torch.__file__).parent
-    return root / "include", root / "lib"
-
-
-def _defines() -> list[str]:
-    return [f"TORCH_TARGET_VERSION={ABI_TARGET:#018x}"]
-
-
-def _compile_flags(msvc: bool) -> list[str]:
-    """Flags of every C++ file. Contraction stays off: the same bits on processors with and without fused products."""
-    if msvc:
-        return ["/nologo", "/std:c++20", "/O2", "/EHsc", "/MD", "/fp:precise", "/openmp:experimental"]
-    return ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-            "-fno-trapping-math", "-fopenmp-simd"]  # fmt: skip
-
-
-def _instruction_sets() -> list[tuple[str, str, list[str]]]:
-    """(namespace, table, flags) of every copy of the kernels: the portable one, and AVX2 on x86-64."""
-    sets = [("baseline", "kKernelsBaseline", list[str]())]
-    if platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32":
-        sets.append(("avx2", "kKernelsAvx2", ["-march=x86-64-v3"]))
-    return sets
-
-
-def _cpu_steps(compiler: str, target: str) -> list[_Step]:
-    msvc = _is_msvc(compiler)
-    folder = sources_folder()
-    include, libraries = _torch_folders()
-    define, suffix = ("/D", ".obj") if msvc else ("-D", ".o")
-    system = ["/I", str(include)] if msvc else ["-isystem", str(include)]
-    sets = _instruction_sets()
-
-    def compile_step(name: str, source: Path, flags: list[str]) -> _Step:
-        output = [f"/Fo{name}{suffix}"] if msvc else ["-o", name + suffix]
-        command = [compiler, *_compile_flags(msvc), *flags, "/c" if msvc else "-c", str(source), *output]
-        return _Step(name + suffix, str(source), tuple(command))
-
-    extra = ["DWM_WITH_AVX2"] if len(sets) > 1 else []
-    steps = [
-        compile_step(
-            f"kernels_{name}", folder / "kernels.cpp", [*flags, f"{define}DWM_ISA={name}", f"{define}DWM_TABLE={table}"]
-        )
-        for name, table, flags in sets
-    ]
-    binding = [*system, *(f"{define}{d}" for d in (*_defines(), *extra)), *([] if msvc else ["-O2"])]
-    steps.append(compile_step("bind_cpu", folder / "bind_cpu.cpp", binding))
-    objects = [step.target for step in steps]
-    if msvc:
-        link = [compiler, "/nologo", "/LD", *objects, f"/Fe{target}", "/link", f"/LIBPATH:{libraries}", "torch_cpu.lib"]
-    else:
-        link = [compiler, "-shared", "-o", target, *objects, f"-L{libraries}", "-ltorch_cpu"]
-    return [*steps, _Step(target, "", tuple(link))]
-
-
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME where a user set it, else the toolkit behind the nvcc on PATH (which may be a wrapper)."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(variable)
-        found = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
-        if found:
-            return found
-    on_path = shutil.which("nvcc")
-    return None if on_path is None else _behind_wrapper(on_path)
-
-
-def _behind_wrapper(nvcc: str) -> str:
-    """The real nvcc: a dry run names its toolkit folder as TOP."""
-    try:
-        done = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return nvcc
-    for line in (done.stdout + done.stderr).splitlines():
-        name, _, value = line.removeprefix("#$ ").partition("=")
-        if name == "TOP":
-            return shutil.which("nvcc", path=str(Path(value) / "bin")) or nvcc
-    return nvcc
-
-
-def cuda_archs() -> str:
-    """Architectures to compile for: DWM_FAST_CUDA_ARCHS, TORCH_CUDA_ARCH_LIST, or 8.0 and 9.0 with PTX."""
-    return os.environ.get("DWM_FAST_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
-
-
-def _gencode(archs: str) -> list[str]:
-    flags = []
-    for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
-        number = arch.removesuffix("+PTX").replace(".", "")
-        if not number:
-            continue
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def _cuda_steps(nvcc: str, target: str) -> list[_Step]:
-    source = sources_folder() / "bits_cuda.cu"
-    include, libraries = _torch_folders()
-    object_file = "bits_cuda.obj" if sys.platform == "win32" else "bits_cuda.o"
-    host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    compile_command = [
-        nvcc, "-std=c++20", "-O3", *host, "-DUSE_CUDA", *(f"-D{d}" for d in _defines()), "-isystem", str(include),
-        *_gencode(cuda_archs()), "-c", str(source), "-o", object_file,
-    ]  # fmt: skip
-    link = [nvcc, "-shared", "-o", target, object_file, f"-L{libraries}", "-ltorch_cpu", "-ltorch_cuda"]
-    return [_Step(object_file, str(source), tuple(compile_command)), _Step(target, "", tuple(link))]

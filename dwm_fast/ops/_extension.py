@@ -7,7 +7,6 @@ order of float32, bfloat16 or float16; anything else takes a copy in such an ord
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from dwm_fast.ops import _build
 
 _build.load("cpu")
 
+from dwm_fast.ops._layout import COMBINATIONS, FLOATS, PACKABLE, in_order, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402 - only where the extension loads
 from dwm_fast.ops.sample import sample_backward_reference, sample_reference  # noqa: E402
 from dwm_fast.ops.update import (  # noqa: E402
@@ -29,47 +29,8 @@ from dwm_fast.ops.update import (  # noqa: E402
 TensorList = Sequence[Tensor]
 
 _OPS = torch.ops.dwm_fast_cpu
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_PACKABLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATS, torch.float64)
-_COMBINATIONS = {"and": 0, "or": 1, "xor": 2, "andnot": 3}
 _FEW_ROWS = 8
 """Rows of x up to which linear_packed reads bits itself; beyond, unpacking once and the vendor's product win."""
-
-_MAX_SPATIAL = 64
-"""Elements of a kernel window up to which the kernels walk channels_last themselves (kMaxSpatial in csrc/core.h)."""
-
-
-def _format(t: Tensor) -> torch.memory_format | None:
-    """Memory order of `t` as far as the kernels know it, else None."""
-    if t.is_contiguous():
-        return torch.contiguous_format
-    dims = t.dim()
-    if dims == 4 and t.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last if math.prod(t.shape[2:]) <= _MAX_SPATIAL else None
-    if dims == 5 and t.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d if math.prod(t.shape[2:]) <= _MAX_SPATIAL else None
-    return None
-
-
-def _in_format(t: Tensor, wanted: torch.memory_format) -> Tensor:
-    return t if _format(t) is wanted else t.contiguous(memory_format=wanted)
-
-
-def _known(t: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """`t` in an order that the kernels know, and that order."""
-    order = _format(t)
-    return (t, order) if order is not None else (t.contiguous(), torch.contiguous_format)
-
-
-def _dense_like(t: Tensor, order: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty_like(t, dtype=dtype, memory_format=order)
-
-
-def _restored(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the strides that torch.empty_like(like) has."""
-    if _format(like) is not None:
-        return result
-    return torch.empty_like(like, dtype=result.dtype).copy_(result)
 
 
 def _uniform(tensors: TensorList, dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -80,19 +41,19 @@ def sample(
     logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: Sequence[int],
     thresholds: Sequence[float], mode: int, step_offset: int, dtype: torch.dtype | None, pack: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    known = (dtype is None or dtype in _FLOATS) and _uniform(weights, _FLOATS) and _uniform(logits, (torch.float32,))
-    if not (known and weights):
+    simple = (dtype is None or dtype in FLOATS) and _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,))
+    if not (simple and weights):
         return sample_reference(logits, weights, rng_state, tau, layers, thresholds, mode, step_offset, dtype, pack)
-    dense, orders = zip(*map(_known, weights), strict=True)
-    scores = [_in_format(x, order) for x, order in zip(logits, orders, strict=True)]
-    masked = [_dense_like(w, order, dtype) for w, order in zip(dense, orders, strict=True)]
+    dense, orders = zip(*map(known, weights), strict=True)
+    scores = [in_order(x, order) for x, order in zip(logits, orders, strict=True)]
+    masked = [torch.empty_like(w, dtype=dtype) for w in dense]
     nbytes = sum(packed_nbytes(w.numel()) for w in weights) if pack else 0
     bits = torch.zeros(nbytes, dtype=torch.uint8)
     penalty = torch.empty((), dtype=torch.float32)
     _OPS.sample.default(
         masked, bits, penalty, scores, dense, rng_state, tau.float(), layers, thresholds, mode, step_offset
     )
-    return [_restored(m, w) for m, w in zip(masked, weights, strict=True)], bits, penalty
+    return [restored(m, w) for m, w in zip(masked, weights, strict=True)], bits, penalty
 
 
 def sample_backward(
@@ -100,36 +61,31 @@ def sample_backward(
     layers: Sequence[int], thresholds: Sequence[float], mode: int, step_offset: int, need_logits: bool,
     need_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    known = _uniform(weights, _FLOATS) and _uniform(logits, (torch.float32,)) and _uniform(grads, _FLOATS)
-    if not (known and weights):
+    simple = _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,)) and _uniform(grads, FLOATS)
+    if not (simple and weights):
         return sample_backward_reference(
             grads, grad_penalty, logits, weights, rng_state, tau, layers, thresholds, mode, step_offset,
             need_logits, need_weights,
         )  # fmt: skip
-    scores, orders = zip(*map(_known, logits), strict=True)
-    dense = [_in_format(w, order) for w, order in zip(weights, orders, strict=True)]
-    incoming = [_in_format(g, order) for g, order in zip(grads, orders, strict=True)]
-    dlogits = [_dense_like(x, order) for x, order in zip(scores, orders, strict=True)] if need_logits else []
-    dweights = [_dense_like(w, order) for w, order in zip(dense, orders, strict=True)] if need_weights else []
+    scores, orders = zip(*map(known, logits), strict=True)
+    dense = [in_order(w, order) for w, order in zip(weights, orders, strict=True)]
+    incoming = [in_order(g, order) for g, order in zip(grads, orders, strict=True)]
+    dlogits = [torch.empty_like(x) for x in scores] if need_logits else []
+    dweights = [torch.empty_like(w) for w in dense] if need_weights else []
     _OPS.sample_backward.default(
         dlogits, dweights, incoming, grad_penalty.float(), scores, dense, rng_state, tau.float(), layers, thresholds,
         mode, step_offset,
     )  # fmt: skip
     return (
-        [_restored(d, x) for d, x in zip(dlogits, logits, strict=False)],
-        [_matching(d, w) for d, w in zip(dweights, weights, strict=False)],
+        [restored(d, x) for d, x in zip(dlogits, logits, strict=False)],
+        [restored(d, w) for d, w in zip(dweights, weights, strict=False)],
     )
 
 
-def _matching(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the strides of torch.empty_like(like), whatever order it was computed in."""
-    return result if _format(result) is _format(like) else torch.empty_like(like, dtype=result.dtype).copy_(result)
-
-
 def pack(masks: TensorList) -> Tensor:
-    known = [_known(m if m.dtype in _PACKABLE else m != 0)[0] for m in masks]
+    dense = [known(m if m.dtype in PACKABLE else m != 0)[0] for m in masks]
     bits = torch.zeros(sum(packed_nbytes(m.numel()) for m in masks), dtype=torch.uint8)
-    _OPS.pack.default(known, bits)
+    _OPS.pack.default(dense, bits)
     return bits
 
 
@@ -142,10 +98,10 @@ def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
 def apply(bits: Tensor, weights: TensorList) -> list[Tensor]:
     if any(w.is_complex() for w in weights):
         return apply_reference(bits, weights)
-    known = [_known(w) for w in weights]
-    masked = [_dense_like(w, order) for w, order in known]
-    _OPS.apply.default(bits.contiguous(), [w for w, _ in known], masked)
-    return [_restored(m, w) for m, w in zip(masked, weights, strict=True)]
+    dense = [known(w)[0] for w in weights]
+    masked = [torch.empty_like(w) for w in dense]
+    _OPS.apply.default(bits.contiguous(), dense, masked)
+    return [restored(m, w) for m, w in zip(masked, weights, strict=True)]
 
 
 def count(bits: Tensor, numels: Sequence[int]) -> Tensor:
@@ -156,7 +112,7 @@ def count(bits: Tensor, numels: Sequence[int]) -> Tensor:
 
 def combine(a: Tensor, b: Tensor, op: str) -> Tensor:
     out = torch.empty(a.shape, dtype=torch.uint8)
-    _OPS.combine.default(a.contiguous(), b.contiguous(), _COMBINATIONS[op], out)
+    _OPS.combine.default(a.contiguous(), b.contiguous(), COMBINATIONS[op], out)
     return out
 
 
@@ -168,19 +124,19 @@ def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
 
 def _alike(weights: TensorList, grads: TensorList, *states: TensorList) -> list[Tensor] | None:
     """Gradients in the weights' memory order, or None where the kernels cannot work in place on these tensors."""
-    if not (_uniform(weights, _FLOATS) and _uniform(grads, _FLOATS)):
+    if not (_uniform(weights, FLOATS) and _uniform(grads, FLOATS)):
         return None
-    orders = [_format(w) for w in weights]
+    orders = [order_of(w) for w in weights]
     for state in states:
         if not _uniform(state, (torch.float32,)):
             return None
-        if any(_format(s) is not order for s, order in zip(state, orders, strict=True)):
+        if any(order_of(s) is not order for s, order in zip(state, orders, strict=True)):
             return None
     aligned = []
     for grad, order in zip(grads, orders, strict=True):
         if order is None:
             return None
-        aligned.append(_in_format(grad, order))
+        aligned.append(in_order(grad, order))
     return aligned
 
 
@@ -233,13 +189,13 @@ def mask_adam(
     eps: float, weight_decay: float, decoupled: bool,
 ) -> None:  # fmt: skip
     aligned = _alike(logits, grads, logits, exp_avg, exp_avg_sq)
-    if aligned is None or not _uniform(weights, _FLOATS):
+    if aligned is None or not _uniform(weights, FLOATS):
         return mask_adam_reference(
             logits, weights, grads, exp_avg, exp_avg_sq, rng_state, tau, layers, thresholds, mode, step_offset,
             penalty_scale, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
         )  # fmt: skip
-    orders = [_format(x) or torch.contiguous_format for x in logits]
-    dense = [_in_format(w, order) for w, order in zip(weights, orders, strict=True)]
+    orders = [order_of(x) or torch.contiguous_format for x in logits]
+    dense = [in_order(w, order) for w, order in zip(weights, orders, strict=True)]
     _OPS.mask_adam.default(
         logits, dense, aligned, exp_avg, exp_avg_sq, rng_state, tau.float(), layers, thresholds, mode, step_offset,
         penalty_scale.float(), steps.contiguous(), lr, beta1, beta2, eps, weight_decay, decoupled,

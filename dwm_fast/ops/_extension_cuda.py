@@ -1,0 +1,69 @@
+"""The CUDA backend of packed bits: every function has the signature of the operation it computes.
+
+Importing this module builds the CUDA library at first need and loads it; where that is not possible the import raises
+BackendUnavailable with one line that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dwm_fast.ops import _build
+
+_build.load("cuda")
+
+from dwm_fast.ops._layout import COMBINATIONS, PACKABLE, known, restored  # noqa: E402 - only where the library loads
+from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402
+
+TensorList = Sequence[Tensor]
+
+_OPS = torch.ops.dwm_fast_cuda
+
+
+def pack(masks: TensorList) -> Tensor:
+    plain = [(m if m.dtype in PACKABLE else m != 0).contiguous() for m in masks]
+    bits = torch.zeros(sum(packed_nbytes(m.numel()) for m in masks), dtype=torch.uint8, device=masks[0].device)
+    _OPS.pack.default(plain, bits)
+    return bits
+
+
+def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
+    masks = [torch.empty(numel, dtype=torch.bool, device=bits.device) for numel in numels]
+    _OPS.unpack.default(aligned(bits), masks)
+    return masks
+
+
+def apply(bits: Tensor, weights: TensorList) -> list[Tensor]:
+    if any(w.is_complex() for w in weights):
+        return apply_reference(bits, weights)
+    dense = [known(w)[0] for w in weights]
+    masked = [torch.empty_like(w) for w in dense]
+    _OPS.apply.default(aligned(bits), dense, masked)
+    return [restored(m, w) for m, w in zip(masked, weights, strict=True)]
+
+
+def count(bits: Tensor, numels: Sequence[int]) -> Tensor:
+    ones = torch.zeros(len(numels), dtype=torch.int64, device=bits.device)
+    _OPS.count.default(aligned(bits), numels, ones)
+    return ones
+
+
+def combine(a: Tensor, b: Tensor, op: str) -> Tensor:
+    out = torch.empty(a.shape, dtype=torch.uint8, device=a.device)
+    _OPS.combine.default(a.contiguous(), b.contiguous(), COMBINATIONS[op], out)
+    return out
+
+
+def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
+    sizes = torch.zeros((len(numels), 2), dtype=torch.int64, device=a.device)
+    _OPS.overlap.default(aligned(a), aligned(b), numels, sizes)
+    return sizes
+
+
+def aligned(bits: Tensor) -> Tensor:
+    """`bits` contiguous and on a 16-byte boundary, as the kernels' loads need: a view may start anywhere."""
+    bits = bits.contiguous()
+    return bits if bits.data_ptr() % 16 == 0 else bits.clone()

@@ -1,0 +1,48 @@
+"""Memory orders that the extension's kernels know: contiguous, and channels_last with a small window."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the kernels compute with."""
+
+PACKABLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS, torch.float64)
+"""Dtypes that pack reads as they are."""
+
+COMBINATIONS = {"and": 0, "or": 1, "xor": 2, "andnot": 3}
+"""Set operations by number, as in csrc/core.h."""
+
+MAX_SPATIAL = 64
+"""Elements of a kernel window up to which the kernels walk channels_last themselves (kMaxSpatial in csrc/core.h)."""
+
+
+def order_of(t: Tensor) -> torch.memory_format | None:
+    """Memory order of `t` as far as the kernels know it, else None."""
+    if t.is_contiguous():
+        return torch.contiguous_format
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if channels_last is None or not t.is_contiguous(memory_format=channels_last):
+        return None
+    return channels_last if math.prod(t.shape[2:]) <= MAX_SPATIAL else None
+
+
+def in_order(t: Tensor, order: torch.memory_format) -> Tensor:
+    """`t` itself where it is in `order`, else a copy that is."""
+    return t if order_of(t) is order else t.contiguous(memory_format=order)
+
+
+def known(t: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """`t` in an order that the kernels know, copied if need be, and that order."""
+    order = order_of(t)
+    return (t, order) if order is not None else (t.contiguous(), torch.contiguous_format)
+
+
+def restored(result: Tensor, like: Tensor) -> Tensor:
+    """`result` in the strides of torch.empty_like(like), whatever order it was computed in."""
+    if order_of(result) is order_of(like):
+        return result
+    return torch.empty_like(like, dtype=result.dtype).copy_(result)

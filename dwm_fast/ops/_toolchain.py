@@ -1,0 +1,174 @@
+"""Which tools build the extension, and the exact commands: compiler, ninja, nvcc, flags.
+
+Linux is built and tested; the flags for macOS (clang) and Windows (cl) are kept beside them and are untested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dwm_fast.errors import BackendUnavailable
+
+ABI_TARGET = 0x020B000000000000
+"""TORCH_TARGET_VERSION: the oldest torch whose stable ABI the binary uses, 2.11."""
+
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One compiler call: `command` turns `source` into `target`."""
+
+    target: str
+    source: str
+    command: tuple[str, ...]
+
+
+def sources_folder() -> Path:
+    """Where the C++ and CUDA sources lie: package data, also in an editable install."""
+    spec = importlib.util.find_spec("dwm_fast._csrc")
+    if spec is None or not spec.submodule_search_locations:
+        raise BackendUnavailable("the extension's sources are not installed; reinstall dwm-fast")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def find_ninja() -> str | None:
+    """ninja on PATH or from its Python package; without it the compiler is called directly."""
+    found = shutil.which("ninja")
+    if found is None and importlib.util.find_spec("ninja") is not None:
+        candidate = Path(sys.prefix) / ("Scripts" if sys.platform == "win32" else "bin") / "ninja"
+        return str(candidate) if candidate.exists() else None
+    return found
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: CXX, else the first of c++, g++, clang++ (Windows: cl) on PATH."""
+    names = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++")
+    for name in (os.environ.get("CXX"), *names):
+        found: str | None = shutil.which(name) if name else None
+        if found:
+            return found
+    return None
+
+
+def is_msvc(compiler: str) -> bool:
+    return Path(compiler).stem.lower() == "cl"
+
+
+def _torch_folders() -> tuple[Path, Path]:
+    root = Path(torch.__file__).parent
+    return root / "include", root / "lib"
+
+
+def _defines() -> list[str]:
+    return [f"TORCH_TARGET_VERSION={ABI_TARGET:#018x}"]
+
+
+def compile_flags(msvc: bool) -> list[str]:
+    """Flags of every C++ file. Contraction stays off: the same bits on processors with and without fused products."""
+    if msvc:
+        return ["/nologo", "/std:c++20", "/O2", "/EHsc", "/MD", "/fp:precise", "/openmp:experimental"]
+    return ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+            "-fno-trapping-math", "-fopenmp-simd"]  # fmt: skip
+
+
+def instruction_sets() -> list[tuple[str, str, list[str]]]:
+    """(namespace, table, flags) of every copy of the kernels: the portable one, and AVX2 on x86-64."""
+    sets = [("baseline", "kKernelsBaseline", list[str]())]
+    if platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32":
+        sets.append(("avx2", "kKernelsAvx2", ["-mavx2", "-mpopcnt"]))
+    return sets
+
+
+def cpu_steps(compiler: str, target: str) -> list[Step]:
+    msvc = is_msvc(compiler)
+    folder = sources_folder()
+    include, libraries = _torch_folders()
+    define, suffix = ("/D", ".obj") if msvc else ("-D", ".o")
+    system = ["/I", str(include)] if msvc else ["-isystem", str(include)]
+    sets = instruction_sets()
+
+    def compile_step(name: str, source: Path, flags: list[str]) -> Step:
+        output = [f"/Fo{name}{suffix}"] if msvc else ["-o", name + suffix]
+        command = [compiler, *compile_flags(msvc), *flags, "/c" if msvc else "-c", str(source), *output]
+        return Step(name + suffix, str(source), tuple(command))
+
+    extra = ["DWM_WITH_AVX2"] if len(sets) > 1 else []
+    steps = [
+        compile_step(
+            f"kernels_{name}", folder / "kernels.cpp", [*flags, f"{define}DWM_ISA={name}", f"{define}DWM_TABLE={table}"]
+        )
+        for name, table, flags in sets
+    ]
+    binding = [*system, *(f"{define}{d}" for d in (*_defines(), *extra)), *([] if msvc else ["-O2"])]
+    steps.append(compile_step("bind_cpu", folder / "bind_cpu.cpp", binding))
+    objects = [step.target for step in steps]
+    if msvc:
+        link = [compiler, "/nologo", "/LD", *objects, f"/Fe{target}", "/link", f"/LIBPATH:{libraries}", "torch_cpu.lib"]
+    else:
+        link = [compiler, "-shared", "-o", target, *objects, f"-L{libraries}", "-ltorch_cpu"]
+    return [*steps, Step(target, "", tuple(link))]
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME where a user set it, else the toolkit behind the nvcc on PATH (which may be a wrapper)."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        found = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+        if found:
+            return found
+    on_path = shutil.which("nvcc")
+    return None if on_path is None else _behind_wrapper(on_path)
+
+
+def _behind_wrapper(nvcc: str) -> str:
+    """The real nvcc: a dry run names its toolkit folder as TOP."""
+    try:
+        done = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return nvcc
+    for line in (done.stdout + done.stderr).splitlines():
+        name, _, value = line.removeprefix("#$ ").partition("=")
+        if name == "TOP":
+            real: str | None = shutil.which("nvcc", path=str(Path(value).resolve() / "bin"))
+            return real or nvcc
+    return nvcc
+
+
+def cuda_archs() -> str:
+    """Architectures to compile for: DWM_FAST_CUDA_ARCHS, TORCH_CUDA_ARCH_LIST, or 8.0 and 9.0 with PTX."""
+    return os.environ.get("DWM_FAST_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+
+
+def _gencode(archs: str) -> list[str]:
+    flags = []
+    for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        if not number:
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cuda_steps(nvcc: str, target: str) -> list[Step]:
+    source = sources_folder() / "bits_cuda.cu"
+    include, libraries = _torch_folders()
+    object_file = "bits_cuda.obj" if sys.platform == "win32" else "bits_cuda.o"
+    host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    compile_command = [
+        nvcc, "-std=c++20", "-O3", *host, "-DUSE_CUDA", *(f"-D{d}" for d in _defines()), "-isystem", str(include),
+        *_gencode(cuda_archs()), "-c", str(source), "-o", object_file,
+    ]  # fmt: skip
+    link = [nvcc, "-shared", "-o", target, object_file, f"-L{libraries}", "-ltorch_cpu", "-ltorch_cuda"]
+    return [Step(object_file, str(source), tuple(compile_command)), Step(target, "", tuple(link))]
