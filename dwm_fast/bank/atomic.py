@@ -16,6 +16,7 @@ from dwm_fast.errors import MaskFileError
 JOURNAL = ".journal.json"
 _held = threading.local()
 _LOCK = ".lock"
+_QUEUE = ".queue"
 _PART = ".part"
 
 
@@ -64,34 +65,34 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold the folder's lock: one writer, or any number of readers. It ends with the process that holds it.
 
-    A reader in a folder it may not write to goes on without a lock; so does one inside its own writer's lock.
+    A writer in waiting holds up new readers, so many readers cannot keep it out for ever. A thread that holds the
+    lock may take it again for reading. A reader in a folder where no lock can be made goes on without one.
     """
-    if shared and folder.resolve() in _writing():
+    held: set[Path] = _held.__dict__.setdefault("folders", set())
+    place = folder.resolve()
+    if shared and place in held:
         yield
         return
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    with contextlib.ExitStack() as stack:
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        with contextlib.ExitStack() as queue:
+            _lock(folder / _QUEUE, mode, queue, shared)
+            _lock(folder / _LOCK, mode, stack, shared)
+        held.add(place)
+        stack.callback(held.discard, place)
+        yield
+
+
+def _lock(path: Path, mode: int, stack: contextlib.ExitStack, optional: bool) -> None:
+    """Lock the file at `path` until the stack is left."""
     try:
-        handle = os.open(folder / _LOCK, flags, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
-        if not shared:
+        if not optional:
             raise
-        yield
         return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        if not shared:
-            _writing().add(folder.resolve())
-        yield
-    finally:
-        if not shared:
-            _writing().discard(folder.resolve())
-        os.close(handle)
-
-
-def _writing() -> set[Path]:
-    """Folders whose writer's lock this thread holds."""
-    folders: set[Path] = _held.__dict__.setdefault("folders", set())
-    return folders
+    stack.callback(os.close, handle)
+    fcntl.flock(handle, mode)
 
 
 def commit(folder: Path, replace: Mapping[str, Path], delete: Iterable[str]) -> None:

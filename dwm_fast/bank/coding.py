@@ -40,6 +40,16 @@ LEVEL_FREQUENCIES = _level_frequencies()
 62, and both ends.
 """
 
+_ONE_COST = PRECISION - np.log2(np.array(LEVEL_FREQUENCIES, dtype=np.float64))
+_ZERO_COST = PRECISION - np.log2(_TOTAL - np.array(LEVEL_FREQUENCIES, dtype=np.float64))
+"""Bits that a one and a zero cost at each level."""
+
+_LEVEL_BOUNDS = 1 / (1 + (_ONE_COST[:-1] - _ONE_COST[1:]) / (_ZERO_COST[1:] - _ZERO_COST[:-1]))
+"""Rate of ones at which a level and the next cost the same."""
+
+_LEAST_WIDTH = 16
+"""Weights per channel below which a level a channel, 8 bits, cannot pay."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,7 +96,7 @@ def plan(keep: Bytes, shape: tuple[int, ...]) -> Plan:
     frequency = min(max(round(ones * _TOTAL / n), 1), _TOTAL - 1)
     best = min(raw, Plan("ans", _cost(ones, n, frequency) + _STATE_BITS, frequency=frequency), key=_bits)
     for axis in range(min(2, len(shape))):
-        if shape[axis] > 1:
+        if 1 < shape[axis] <= n // _LEAST_WIDTH:
             best = min(best, _channel_plan(keep.reshape(shape), axis), key=_bits)
     return best
 
@@ -102,13 +112,10 @@ def _cost(ones: int, n: int, frequency: int) -> float:
 
 def _channel_plan(keep: Bytes, axis: int) -> Plan:
     others = tuple(d for d in range(keep.ndim) if d != axis)
+    width = keep.size // keep.shape[axis]
     ones = np.count_nonzero(keep, axis=others).astype(np.float64)
-    zeros = keep.size / keep.shape[axis] - ones
-    frequencies = np.array(LEVEL_FREQUENCIES, dtype=np.float64)
-    cost = np.outer(ones, PRECISION - np.log2(frequencies))
-    cost += np.outer(zeros, PRECISION - np.log2(_TOTAL - frequencies))
-    levels = cost.argmin(axis=1)
-    total = float(cost[np.arange(levels.size), levels].sum())
+    levels = np.searchsorted(_LEVEL_BOUNDS, ones / width)
+    total = float(ones @ _ONE_COST[levels] + (width - ones) @ _ZERO_COST[levels])
     return Plan("channel", total + 8.0 * levels.size + _STATE_BITS, axis=axis, levels=levels.astype(np.uint8))
 
 
