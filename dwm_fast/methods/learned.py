@@ -49,6 +49,20 @@ class LearnedMask:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for name, fine, wanted in (
+            ("epochs", self.epochs >= 0, "a whole number of at least 0"),
+            ("lr", self.lr > 0, "a rate above 0"),
+            ("eps", self.eps >= 0, "a number of at least 0"),
+            ("source_budget", self.source_budget > 0, "a rise of the cross-entropy above 0, in nats"),
+            ("control_every", self.control_every >= 1, "a whole number of at least 1"),
+            ("coefficient", self.coefficient is None or self.coefficient >= 0, "a number of at least 0"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a norm above 0"),
+            ("mask_samples", self.mask_samples >= 1, "a whole number of at least 1"),
+        ):
+            if not fine:
+                raise InputError(f"{name} is {getattr(self, name)}; expected {wanted}")
+
 
 def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: SourceTask) -> FoundMask:
     """Learn which weights of `model` the source needs, and return the keep mask.

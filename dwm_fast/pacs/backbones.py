@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from dwm_fast.errors import DataError, InputError
 
 SMALL = "small"
 """Name of the built-in residual network for the procedural images."""
+TORCHVISION = "torchvision"
+"""Name, in the place of a checkpoint's path, of the weights that torchvision recommends for the backbone."""
 
 
 class _Block(nn.Module):
@@ -90,11 +93,23 @@ class LoadReport:
     def lines(self) -> list[str]:
         """One line a module: which came from the checkpoint and which starts fresh."""
         modules: dict[str, list[bool]] = {}
-        for names, given in ((self.loaded, True), (self.fresh, False)):
-            for name in names:
-                modules.setdefault(name.rpartition(".")[0], []).append(given)
+        for name, given in self._named():
+            modules.setdefault(name.rpartition(".")[0], []).append(given)
         words = {True: "from the checkpoint", False: "fresh"}
         return [f"{m}: {words[all(g)] if len(set(g)) == 1 else 'in part'}" for m, g in sorted(modules.items())]
+
+    def summary(self) -> str:
+        """One line: how many tensors were given, and which parts of the network start fresh."""
+        parts: dict[str, list[bool]] = {}
+        for name, given in self._named():
+            if not name.endswith("num_batches_tracked"):
+                parts.setdefault(name.partition(".")[0], []).append(given)
+        fresh = [part if not any(g) else f"{part} (in part)" for part, g in parts.items() if not all(g)]
+        total = len(self.loaded) + len(self.fresh)
+        return f"{len(self.loaded)} of {total} tensors; fresh: {', '.join(fresh) or 'nothing'}"
+
+    def _named(self) -> list[tuple[str, bool]]:
+        return [(name, True) for name in self.loaded] + [(name, False) for name in self.fresh]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -103,42 +118,74 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     A nested "state_dict" or "model" entry and the prefix "module." are understood. Raises DataError.
     """
     path = Path(path)
+    found: Any
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"weights: there is no file {path}; give a .safetensors or .pth file") from error
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"weights: {path} is no file of tensors alone, and nothing else is unpickled; save one with "
+            "torch.save(model.state_dict(), ...)"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"weights: {path} cannot be read as a file of tensors: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not any(isinstance(v, Tensor) for v in found.values()):
         raise DataError(f"weights: {path} holds no state dict; save one with torch.save(model.state_dict(), ...)")
-    return {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
+    return {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
 
 
-def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
+def torchvision_weights(name: str) -> dict[str, Tensor]:
+    """The weights that torchvision recommends for a classifier, from its cache or the network, checked by hash.
+
+    Raises InputError for a backbone that is not torchvision's, DataError where they cannot be had.
+    """
+    if name == SMALL:
+        raise InputError(f"weights: torchvision has none for the backbone '{SMALL}'; give a file or another backbone")
+    import torchvision
+
+    try:
+        best = torchvision.models.get_model_weights(name).DEFAULT
+        return dict(best.get_state_dict(check_hash=True))
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"weights: torchvision's own for '{name}' cannot be had ({reason}); check the network, or give a file"
+        ) from error
+
+
+def load_weights(model: nn.Module, weights: str | Path, backbone: str = "") -> LoadReport:
     """Load what fits of a checkpoint into `model`, in place; the last layer may have other classes.
+
+    Args:
+        model: the network.
+        weights: path of a checkpoint, or "torchvision" for the weights it recommends for `backbone`.
+        backbone: the network's name in torchvision.
 
     A checkpoint that covers only some layers is accepted and reported. Raises DataError, with `model` as it was,
     when it is of another network: a tensor of another shape outside the last layer, or fewer than half of its
     tensors known.
     """
-    given, own = read_checkpoint(path), model.state_dict()
+    given = torchvision_weights(backbone) if weights == TORCHVISION else read_checkpoint(weights)
+    own = model.state_dict()
     head = _last_layer(model)
     known = [name for name in given if name in own]
     wrong = [n for n in known if given[n].shape != own[n].shape and n.rpartition(".")[0] != head]
-    if wrong or 2 * len(known) < len(given):
+    if wrong or not known or 2 * len(known) < len(given):
         first = next((n for n in given if n not in own), "")
         reason = (
             f"'{wrong[0]}' is {tuple(given[wrong[0]].shape)} there and {tuple(own[wrong[0]].shape)} here"
             if wrong
             else f"only {len(known)} of its {len(given)} tensors are known here ('{first}' is not)"
         )
-        raise DataError(f"weights: {path} is of another network: {reason}; choose the backbone it was saved from")
+        raise DataError(f"weights: {weights} is of another network: {reason}; choose the backbone it was saved from")
     fitting = [name for name in known if given[name].shape == own[name].shape]
     with torch.no_grad():
         for name in fitting:
@@ -147,4 +194,5 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
 
 
 def _last_layer(model: nn.Module) -> str:
-    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    names: list[str] = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return names[-1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,7 +27,8 @@ class StudyConfig:
     Attributes:
         data: path of real PACS, or None for the built-in procedural images.
         splits: folder of the official train and crossval lists, or None.
-        backbone, weights: network by name and checkpoint path ("torchvision" for its own weights), or None.
+        backbone: "small" or a torchvision classifier by name.
+        weights: path of a checkpoint, "torchvision" for the weights it recommends for the backbone, or None.
         image_size: side of the images held in memory and used for evaluation, in pixels.
         train_size: side of the crops trained on, in pixels.
         crop_scale: smallest fraction of an image's area that a training crop covers.
@@ -82,10 +84,23 @@ class StudyConfig:
         for name in ("image_size", "train_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}; expected a whole number of at least 1")
-        if not 0 < self.crop_scale <= 1:
-            raise InputError(f"crop_scale={self.crop_scale}; expected a fraction of the area above 0 and up to 1")
-        if self.amp not in ("auto", "bf16", "off"):
-            raise InputError(f"amp='{self.amp}'; expected auto, bf16 or off")
+        for name, fine, wanted in (
+            ("crop_scale", 0 < self.crop_scale <= 1, "a fraction of the area above 0 and up to 1"),
+            ("deviations", self.deviations >= 0, "a number of standard deviations of at least 0"),
+            ("edit_threshold", self.edit_threshold > 0, "a number of standard deviations above 0"),
+            ("tau", self.tau > 0, "a temperature above 0"),
+            ("amp", self.amp in ("auto", "bf16", "off"), "auto, bf16 or off"),
+        ):
+            if not fine:
+                raise InputError(f"{name}={getattr(self, name)}; expected {wanted}")
+        if self.splits is not None and self.data is None:
+            raise InputError(f"splits={self.splits} without data; the lists belong to real PACS: give --data PATH too")
+        for method, ways in self.tune.items():
+            if len({(way.batch_norm, f"{way.lr:g}") for way in ways}) < max(1, len(ways)):
+                raise InputError(
+                    f"tune.{method} has {len(ways)} ways; expected at least one, and no two with the same batch_norm "
+                    "and lr, by which results name them"
+                )
 
     def pairs(self) -> list[tuple[str, str]]:
         """Ordered pairs of source and target."""
@@ -122,48 +137,51 @@ def real_defaults() -> StudyConfig:
 
 
 def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
-    """`base` with the entries of `data` in place of its own. Unknown entries: InputError."""
+    """`base` with the entries of `data` in place of its own. Unknown entries and wrong values: InputError."""
     changes: dict[str, Any] = {}
+    hints = get_type_hints(StudyConfig)
     for key, value in data.items():
-        if key not in {f.name for f in dataclasses.fields(StudyConfig)}:
-            raise InputError(f"config: unknown entry '{key}'; expected some of {', '.join(_names(StudyConfig))}")
-        changes[key] = _read(key, value, getattr(base, key))
+        if key not in hints:
+            raise InputError(f"config: unknown entry '{key}'; expected some of {', '.join(hints)}")
+        changes[key] = _read(key, value, getattr(base, key), hints[key])
     return dataclasses.replace(base, **changes)
 
 
-def load_config(path: str | Path, base: StudyConfig) -> StudyConfig:
-    """Read a .toml, .yaml or .json file of entries over `base`."""
-    path = Path(path)
+def load_config(path: str | Path, base: StudyConfig | None = None) -> StudyConfig:
+    """Read a .toml, .yaml or .json file of entries over `base`; without it, over the defaults for its `data`."""
+    entries = _read_file(Path(path))
+    if base is None:
+        base = builtin_defaults() if entries.get("data") is None else real_defaults()
+    return from_dict(entries, base)
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    readers = {".toml": tomllib.loads, ".json": json.loads}
     try:
-        text = path.read_text()
-        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        data = readers.get(path.suffix, yaml.safe_load)(path.read_text())
     except OSError as error:
         raise InputError(f"config: cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"config: {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
         raise InputError(f"config: {path} holds {type(data).__name__}; expected entries such as 'seeds: [0, 1, 2]'")
-    return from_dict(data, base)
+    return data
 
 
-def _names(kind: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]
-
-
-def _read(key: str, value: Any, old: Any) -> Any:
+def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
     if key in ("sources", "targets"):
-        return tuple(canonical_domain(str(v)) for v in _sequence(value))
+        return tuple(dict.fromkeys(canonical_domain(str(v)) for v in _sequence(value)))
     if key in ("methods", "inits"):
-        return tuple(str(v) for v in _sequence(value))
+        return tuple(dict.fromkeys(str(v) for v in _sequence(value)))
     if key == "seeds":
-        return tuple(int(v) for v in _sequence(value))
+        return tuple(dict.fromkeys(_typed("seeds", v, int) for v in _sequence(value)))
     if key == "tune":
         if not isinstance(value, Mapping):
             raise InputError("config: tune: expected a section for each method, such as 'binary: {lr: 0.0003}'")
         return {**old, **{m: _read_tunes(m, v, old) for m, v in value.items()}}
     if isinstance(old, (TrainOptions, LearnedMask)):
         return _replace(key, value, old)
-    return value
+    return _typed(key, value, hint)
 
 
 def _read_tunes(method: str, value: Any, old: Mapping[str, tuple[TrainOptions, ...]]) -> tuple[TrainOptions, ...]:
@@ -174,14 +192,41 @@ def _read_tunes(method: str, value: Any, old: Mapping[str, tuple[TrainOptions, .
 
 
 def _replace(key: str, value: Any, old: Any) -> Any:
+    hints = get_type_hints(type(old))
     if not isinstance(value, Mapping):
-        raise InputError(f"config: {key} is {value!r}; expected entries such as {_names(type(old))}")
-    unknown = set(value) - set(_names(type(old)))
-    if unknown:
-        raise InputError(
-            f"config: {key}: unknown entry '{sorted(unknown)[0]}'; expected some of {', '.join(_names(type(old)))}"
-        )
-    return dataclasses.replace(old, **{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+        raise InputError(f"config: {key} is {value!r}; expected a section with some of {', '.join(hints)}")
+    for name in value:
+        if name not in hints:
+            raise InputError(f"config: {key}: unknown entry '{name}'; expected some of {', '.join(hints)}")
+    changes = {name: _typed(f"{key}.{name}", given, hints[name]) for name, given in value.items()}
+    try:
+        return dataclasses.replace(old, **changes)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type an option has. Numbers may come as text: YAML reads 3e-4 as text."""
+    kinds = set(get_args(hint)) or {hint}
+    if value is None and type(None) in kinds:
+        return None
+    if int in kinds or float in kinds:
+        return _number(name, value, whole=int in kinds)
+    if str in kinds and get_origin(hint) is not Sequence and not isinstance(value, str):
+        raise InputError(f"config: {name} is {value!r}; expected text")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _number(name: str, value: Any, whole: bool) -> float | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if whole else float(value)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number) or (whole and not number.is_integer()):
+        raise InputError(f"config: {name} is {value!r}; expected a {'whole ' if whole else ''}number")
+    return int(number) if whole else number
 
 
 def _sequence(value: Any) -> Sequence[Any]:

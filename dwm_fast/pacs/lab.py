@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,13 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dwm_fast import ops
-from dwm_fast._files import write_atomic
-from dwm_fast.errors import InputError
 from dwm_fast.methods import (
     Binary,
     EditMask,
@@ -45,6 +40,7 @@ from dwm_fast.pacs.augment import epoch_batches, normalise, random_resized_crop_
 from dwm_fast.pacs.backbones import build_backbone, load_weights
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, fingerprint
+from dwm_fast.pacs.stages import Finished, StageFolder
 
 _SHARED_SETTINGS = ("backbone", "weights", "image_size", "train_size", "crop_scale", "batch_size", "amp")
 _EVALUATION_BATCH = 128
@@ -88,7 +84,7 @@ class Lab:
     def __init__(self, config: StudyConfig, data: PacsData, folder: Path, device: torch.device) -> None:
         self.config = config
         self.data = data
-        self.folder = folder
+        self.stages = StageFolder(folder / "stages")
         self.device = device
         self.report: Report = lambda _: None
         self._fingerprints = {name: fingerprint({name: domain}) for name, domain in data.domains.items()}
@@ -131,7 +127,7 @@ class Lab:
         chosen = images.test if positions is None else positions
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index in chosen.split(_EVALUATION_BATCH):
+        for index in torch.split(chosen, _EVALUATION_BATCH):
             labels = images.labels[index].to(self.device)
             with self.autocast():
                 output = model(normalise(images.images[index]).to(self.device))
@@ -141,21 +137,21 @@ class Lab:
 
     def source(self, source: str, seed: int) -> Source:
         """Train the source network, or read it."""
-        name = f"source-{source}-seed{seed}"
-        kept = self._read(name, self._source_settings(source))
+        name, settings = self.source_stage(source, seed)
+        kept = self.stages.read(name, settings)
         if kept is None:
-            kept = self._train_source(name, source, seed)
+            kept = self._train_source(name, settings, source, seed)
         tensors, figures = kept
         split = {part: {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{part}/")} for part in
                  ("start", "end")}  # fmt: skip
         return Source(split["start"], split["end"], figures)
 
-    def _train_source(self, name: str, source: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _train_source(self, name: str, settings: dict[str, Any], source: str, seed: int) -> Finished:
         begun = time.perf_counter()
         torch.manual_seed(stage_seed("network", seed))
         model = build_backbone(self.config.backbone, len(self.data.classes))
         if self.config.weights is not None:
-            load_weights(model, self.config.weights)
+            load_weights(model, self.config.weights, self.config.backbone)
         start = {f"start/{k}": v.detach().clone() for k, v in model.state_dict().items()}
         model = self.network(model.state_dict())
         train(
@@ -165,12 +161,12 @@ class Lab:
         accuracy, loss = self.evaluate(model, source)
         figures = {"source": source, "seed": seed, "accuracy": accuracy, "loss": loss}
         end = {f"end/{k}": v.detach().cpu() for k, v in model.state_dict().items()}
-        return self._write(name, {**start, **end}, figures, self._source_settings(source), begun)
+        return self.stages.write(name, {**start, **end}, figures, settings, begun)
 
-    def _source_settings(self, source: str) -> dict[str, Any]:
-        """What a source network depends on; a stage made with other settings is not taken for this one."""
+    def source_stage(self, source: str, seed: int) -> tuple[str, dict[str, Any]]:
+        """The stage's name, and what its result depends on: one made with other settings is not taken for this."""
         config = self.config
-        return {
+        return f"source-{source}-seed{seed}", {
             "source_data": self._fingerprints[source],
             "training": dataclasses.asdict(config.source),
             **{name: getattr(config, name) for name in _SHARED_SETTINGS},
@@ -189,10 +185,10 @@ class Lab:
 
     def mask(self, source: str, method: str, seed: int) -> Mask:
         """Find a method's mask on a source, or read it."""
-        name = f"mask-{method}-{source}-seed{seed}"
-        kept = self._read(name, self._mask_settings(source, method))
+        name, settings = self.mask_stage(source, method, seed)
+        kept = self.stages.read(name, settings)
         if kept is None:
-            kept = self._find_mask(name, source, method, seed)
+            kept = self._find_mask(name, settings, source, method, seed)
         tensors, figures = kept
         keep = {
             layer: ops.unpack(tensors[layer], [numel])[0].view(shape)
@@ -206,11 +202,14 @@ class Lab:
         layers = maskable_layers(build_backbone(self.config.backbone, len(self.data.classes)))
         return [(name, layer.weight.numel(), layer.weight.shape) for name, layer in layers.items()]
 
-    def _find_mask(self, name: str, source: str, method: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _find_mask(
+        self, name: str, settings: dict[str, Any], source: str, method: str, seed: int
+    ) -> Finished:
         end = self.source(source, seed).end
         begun = time.perf_counter()
-        model = self.network(end)
         key = stage_seed(name)
+        torch.manual_seed(key)
+        model = self.network(end)
         images = self.data.domains[source]
         order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(key))
         sample = images.train[order[:_LOSS_IMAGES].to(images.train.device)]
@@ -241,34 +240,46 @@ class Lab:
             figures["layers"] = [{"name": n, "kept": k, "total": t} for n, (k, t) in counts.items()]
             figures["masked_accuracy"] = self.evaluate(masked_view(model, model, found.keep), source)[0]
             packed = {layer: ops.pack([mask]).cpu() for layer, mask in found.keep.items()}
-        return self._write(name, packed, figures, self._mask_settings(source, method), begun)
+        return self.stages.write(name, packed, figures, settings, begun)
 
-    def _mask_settings(self, source: str, method: str) -> dict[str, Any]:
-        return {**self._source_settings(source), method: dataclasses.asdict(self.method(method))}  # type: ignore[call-overload]
+    def mask_stage(self, source: str, method: str, seed: int) -> tuple[str, dict[str, Any]]:
+        """As `source_stage`."""
+        options = dataclasses.asdict(self.method(method))  # type: ignore[call-overload]
+        return f"mask-{method}-{source}-seed{seed}", {**self.source_stage(source, seed)[1], method: options}
 
     def rows(self, source: str, target: str, method: str, init: str, seed: int) -> list[dict[str, Any]]:
         """Fine-tune on the target in each of the method's ways; one row a way and view (`shared`, `masked`)."""
         rows = []
-        for options in self.config.tune[method]:
-            name = f"tune-{source}-{target}-{method}-{init}-{options.batch_norm}-lr{options.lr:g}-seed{seed}"
-            settings = {
-                **self._mask_settings(source, method),
-                "target_data": self._fingerprints[target],
-                "fine-tuning": dataclasses.asdict(options),
-            }
-            kept = self._read(name, settings)
+        stages = self.tune_stages(source, target, method, init, seed)
+        for options, (name, settings) in zip(self.config.tune[method], stages, strict=True):
+            kept = self.stages.read(name, settings)
             if kept is None:
                 kept = self._fine_tune(name, source, target, method, init, seed, options, settings)
             rows += kept[1]["rows"]
         return rows
 
+    def tune_stages(
+        self, source: str, target: str, method: str, init: str, seed: int
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """As `source_stage`, for each of the method's ways."""
+        shared = {**self.mask_stage(source, method, seed)[1], "target_data": self._fingerprints[target]}
+        name = f"tune-{source}-{target}-{method}-{init}"
+        return [
+            (
+                f"{name}-{options.batch_norm}-lr{options.lr:g}-seed{seed}",
+                {**shared, "fine-tuning": dataclasses.asdict(options)},
+            )
+            for options in self.config.tune[method]
+        ]
+
     def _fine_tune(
         self, name: str, source: str, target: str, method: str, init: str, seed: int, options: TrainOptions,
         settings: dict[str, Any],
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    ) -> Finished:
         trained = self.source(source, seed)
         found = self.mask(source, method, seed) if method != "none" else None
         begun = time.perf_counter()
+        torch.manual_seed(stage_seed(name))
         original, model = self.network(trained.end), self.network(trained.end)
         keep = None
         if found is not None and found.found.keep is not None:
@@ -297,55 +308,4 @@ class Lab:
             views["masked"] = masked_view(model, original, keep)
         rows = [{**row, "view": v, "source_after": self.evaluate(net, source)[0]} for v, net in views.items()]
         seconds = time.perf_counter() - begun
-        return self._write(name, {}, {"rows": [{**r, "seconds": seconds} for r in rows]}, settings, begun)
-
-    def done(self, name: str) -> bool:
-        """Whether a stage is in the folder."""
-        return self._path(name).exists()
-
-    def _path(self, name: str) -> Path:
-        return self.folder / "stages" / f"{name}.safetensors"
-
-    def _read(self, name: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and figures of a finished stage; None where it is not done or its file is broken.
-
-        Raises InputError when it was made with other settings.
-        """
-        path = self._path(name)
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                figures, made_with = header["figures"], header["settings"]
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
-            return None
-        different = _differences(made_with, json.loads(json.dumps(settings)))
-        if different:
-            raise InputError(
-                f"{path} was made with other settings ({', '.join(different)}); choose another --out, or give the "
-                "settings of that run to go on with it"
-            )
-        return tensors, figures
-
-    def _write(
-        self, name: str, tensors: Mapping[str, Tensor], figures: dict[str, Any], settings: dict[str, Any], begun: float
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        figures = {**figures, "seconds": time.perf_counter() - begun}
-        plain = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        header = {"figures": json.dumps(figures), "settings": json.dumps(settings)}
-        write_atomic(self._path(name), save(plain, metadata=header))
-        return plain, json.loads(json.dumps(figures))
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the entries in which two nested mappings differ."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} there, {b} now")
-    return found
+        return self.stages.write(name, {}, {"rows": [{**r, "seconds": seconds} for r in rows]}, settings, begun)

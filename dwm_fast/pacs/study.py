@@ -23,9 +23,10 @@ from dwm_fast._files import write_atomic
 from dwm_fast.bank import fingerprint, make_domain, write_mask_file
 from dwm_fast.errors import InputError
 from dwm_fast.pacs import figures, report, table
+from dwm_fast.pacs.backbones import LoadReport, load_weights
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, load_pacs
-from dwm_fast.pacs.lab import Lab
+from dwm_fast.pacs.lab import Lab, Mask
 from dwm_fast.pacs.procedural import procedural
 
 _IN_DEVICE_MEMORY = 0.25
@@ -63,7 +64,10 @@ def load_data(config: StudyConfig) -> PacsData:
 
 
 def prepare_machine(device: torch.device) -> None:
-    """Process-wide settings that training on a CPU is slow without."""
+    """Process-wide settings: speed on a CPU, the same sums in every run on a GPU."""
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
     if device.type != "cpu":
         return
     # Second moments of logit gradients are often subnormal, and arithmetic on those takes a hundred times longer.
@@ -91,28 +95,45 @@ class Study:
         self.device = choose_device(config.device)
         prepare_machine(self.device)
         data = load_data(config) if data is None else data
-        write_atomic(self.folder / "config.json", json.dumps(config.to_dict(), indent=1))
         self.data = data.to(self.device) if self._fits(data) else data
         self.lab = Lab(config, self.data, self.folder, self.device)
+        self._refuse_other_settings()
+        write_atomic(self.folder / "config.json", json.dumps(config.to_dict(), indent=1))
 
     def _fits(self, data: PacsData) -> bool:
         if self.device.type != "cuda":
             return self.device.type == "cpu"
         return data.nbytes < _IN_DEVICE_MEMORY * torch.cuda.mem_get_info(self.device)[0]
 
+    def _refuse_other_settings(self) -> None:
+        """Raise InputError when a stage of the grid is in the folder with other settings, before anything is done."""
+        config, lab = self.config, self.lab
+        for seed, source in itertools.product(config.seeds, self._sources()):
+            planned = [lab.source_stage(source, seed)]
+            planned += [lab.mask_stage(source, method, seed) for method in self._masking()]
+            for target, (method, init) in itertools.product(self._targets(source), self._ways()):
+                planned += lab.tune_stages(source, target, method, init, seed)
+            for name, settings in planned:
+                lab.stages.check(name, settings)
+
+    def weights_report(self) -> LoadReport | None:
+        """What the checkpoint gives the network; None where there is none, or no source network left to train."""
+        cells = itertools.product(self._sources(), self.config.seeds)
+        to_train = not all(self.lab.stages.check(*self.lab.source_stage(*cell)) for cell in cells)
+        if self.config.weights is None or not to_train:
+            return None
+        return load_weights(self.lab.network(), self.config.weights, self.config.backbone)
+
     def stages(self) -> Iterator[Stage]:
         """Every stage in order; running one reads it from the folder where it is done."""
         config, lab = self.config, self.lab
-        found = [m for m in config.methods if m != "none"]
         for seed, source in itertools.product(config.seeds, self._sources()):
             yield Stage(f"source-{source}-seed{seed}", f"source {source}", lambda s=source, k=seed: _say(
                 "accuracy", lab.source(s, k).figures["accuracy"]))  # type: ignore[misc]  # fmt: skip
-            for method in found:
+            for method in self._masking():
                 yield Stage(f"mask-{method}-{source}-seed{seed}", f"mask {source}, {method}",
                             lambda s=source, m=method, k=seed: _mask_says(lab.mask(s, m, k).figures))  # type: ignore[misc]  # fmt: skip
-            for target, (method, init) in itertools.product(
-                [t for s, t in config.pairs() if s == source], self._ways()
-            ):
+            for target, (method, init) in itertools.product(self._targets(source), self._ways()):
                 yield Stage(
                     f"tune-{source}-{target}-{method}-{init}-seed{seed}",
                     f"{source} -> {target}, {method}" + (f", {init}" if init != "-" else ""),
@@ -121,8 +142,13 @@ class Study:
 
     def _ways(self) -> list[tuple[str, str]]:
         """(method, init) of the grid; "none" has no re-initialisation and always runs first, as the baseline."""
-        masked = [m for m in self.config.methods if m != "none"]
-        return [("none", "-"), *itertools.product(masked, self.config.inits)]
+        return [("none", "-"), *itertools.product(self._masking(), self.config.inits)]
+
+    def _masking(self) -> list[str]:
+        return [method for method in self.config.methods if method != "none"]
+
+    def _targets(self, source: str) -> list[str]:
+        return [t for s, t in self.config.pairs() if s == source]
 
     def run(
         self,
@@ -151,7 +177,7 @@ class Study:
         """Everything that was measured, from the folder, as plain data."""
         config, lab = self.config, self.lab
         sources = self._sources()
-        methods = [m for m in config.methods if m != "none"]
+        methods = self._masking()
         trained = [lab.source(s, k).figures for k, s in itertools.product(config.seeds, sources)]
         masks = {(k, s, m): lab.mask(s, m, k) for k, s, m in itertools.product(config.seeds, sources, methods)}
         rows = [
@@ -197,9 +223,7 @@ class Study:
         """The keep masks as mask files, one bit per weight: masks/<method>-<source>-seed<k>.safetensors."""
         folder = self.folder / "masks"
         folder.mkdir(exist_ok=True)
-        for seed, source, method in itertools.product(self.config.seeds, self._sources(), self.config.methods):
-            if method == "none":
-                continue
+        for seed, source, method in itertools.product(self.config.seeds, self._sources(), self._masking()):
             mask = self.lab.mask(source, method, seed)
             keep = {f"{layer}.weight": bits for layer, bits in (mask.found.keep or {}).items()}
             weights = self.lab.source(source, seed).end
@@ -248,10 +272,12 @@ def _with_gains(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
     }
 
 
-def _jaccard(a: Any, b: Any) -> float:
+def _jaccard(a: Mask, b: Mask) -> float:
+    assert a.found.keep is not None
+    assert b.found.keep is not None
     names = list(a.found.keep)
-    bits = [ops.pack([mask.found.keep[n] for n in names]) for mask in (a, b)]
-    return ops.jaccard(*bits, [a.found.keep[n].numel() for n in names])
+    bits_a, bits_b = (ops.pack([keep[n] for n in names]) for keep in (a.found.keep, b.found.keep))
+    return ops.jaccard(bits_a, bits_b, [a.found.keep[n].numel() for n in names])
 
 
 def _say(what: str, value: float) -> str:

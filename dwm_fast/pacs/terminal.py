@@ -21,8 +21,12 @@ _SECONDS_BETWEEN_FIGURES = 0.5
 def run_with_progress(config: StudyConfig, folder: Path) -> None:
     """Run a study and show it: what is being done, what came out, and where the report is."""
     console = Console()
-    console.print(f"images: {'real PACS from ' + config.data if config.data else 'procedural stand-in (not PACS)'}")
+    images = f"real PACS from {config.data}" if config.data else "procedural stand-in (not PACS)"
+    _line(console, f"images: {images}")
     study = Study(config, folder)
+    weights = study.weights_report()
+    if weights is not None:
+        _line(console, f"weights: from {config.weights}, {weights.summary()}")
     begun = time.perf_counter()
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
@@ -35,15 +39,17 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
             bar.update(task, completed=done, total=total, description=stage.label)
             shown.label = stage.label
             if says is not None:
-                bar.console.print(
-                    f"[{done}/{total}] {stage.label}: {says}", highlight=False, markup=False, soft_wrap=True
-                )
+                _line(bar.console, f"[{done}/{total}] {stage.label}: {says}")
 
         results = study.run(progress, shown)
     console.print(table.to_rich(table.paper_table(results)))
     for sentence in finding(results):
         console.print(sentence, highlight=False, markup=False)
-    console.print(f"{time.perf_counter() - begun:.0f} s; report: {folder / 'report.html'}", highlight=False)
+    _line(console, f"{time.perf_counter() - begun:.0f} s; report: {folder / 'report.html'}")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Figures:

@@ -1,0 +1,95 @@
+"""The stages folder: one file a finished stage, with its tensors, its figures and the settings it was made with."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dwm_fast._files import write_atomic
+from dwm_fast.errors import InputError
+
+Finished = tuple[dict[str, Tensor], dict[str, Any]]
+"""A stage's tensors and figures."""
+
+
+class StageFolder:
+    """Finished stages by name, one safetensors file each.
+
+    Args:
+        folder: where the files lie; made when the first is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """The file of a stage."""
+        return self.folder / f"{name}.safetensors"
+
+    def check(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether a stage is done; InputError when it was done with other settings."""
+        header = self._header(name)
+        if header is None:
+            return False
+        different = _differences(header["settings"], json.loads(json.dumps(settings)))
+        if different:
+            raise InputError(
+                f"{self.path(name)} was made with other settings ({', '.join(different)}); choose another --out, or "
+                "give the settings of that run to go on with it"
+            )
+        return True
+
+    def read(self, name: str, settings: Mapping[str, Any]) -> Finished | None:
+        """Tensors and figures of a finished stage; None where it is not done or its file is broken.
+
+        Raises InputError when it was made with other settings.
+        """
+        if not self.check(name, settings):
+            return None
+        header = self._header(name)
+        try:
+            with safe_open(self.path(name), framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+        return None if header is None else (tensors, header["figures"])
+
+    def _header(self, name: str) -> dict[str, Any] | None:
+        """Settings and figures of a stage's file; None where there is none or it is broken."""
+        if not self.path(name).exists():
+            return None
+        try:
+            with safe_open(self.path(name), framework="pt") as file:
+                header = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+        except (OSError, SafetensorError, ValueError):
+            return None
+        return header if all(isinstance(header.get(key), dict) for key in ("figures", "settings")) else None
+
+    def write(
+        self, name: str, tensors: Mapping[str, Tensor], figures: dict[str, Any], settings: dict[str, Any], begun: float
+    ) -> Finished:
+        """Keep a stage that began at `begun` (time.perf_counter), and return it as `read` would."""
+        figures = {**figures, "seconds": time.perf_counter() - begun}
+        plain = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        header = {"figures": json.dumps(figures), "settings": json.dumps(settings)}
+        write_atomic(self.path(name), save(plain, metadata=header))
+        return plain, json.loads(json.dumps(figures))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the entries in which two nested mappings differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} there, {b} now")
+    return found
