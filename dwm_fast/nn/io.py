@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dwm_fast._files import write_atomic
-from dwm_fast.errors import MaskFileError
+from dwm_fast.errors import InputError, MaskFileError
 from dwm_fast.nn.kinds import kind_from_dict
 from dwm_fast.nn.model import MaskedModel, mask_model
 
@@ -69,9 +69,7 @@ def load_masked(model: nn.Module, path: str | os.PathLike[str]) -> MaskedModel:
     except (OSError, SafetensorError) as error:
         raise MaskFileError(f"{path}: cannot be read as safetensors: {error}") from error
     if header.get("format") != _FORMAT:
-        raise MaskFileError(
-            f"{path}: format is {header.get('format')!r}; expected '{_FORMAT}' (from save_masked)"
-        )
+        raise MaskFileError(f"{path}: format is {header.get('format')!r}; expected '{_FORMAT}' (from save_masked)")
     masked = _rebuild(copy.deepcopy(model), header.get("masked", ""), path)
     _compare(masked.state_dict(), tensors, path)
     masked.load_state_dict(tensors)
@@ -85,23 +83,18 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
         kind, layers = kind_from_dict(header["kind"]), [str(name) for name in header["layers"]]
         samples, batch_norm = int(header["mask_samples"]), str(header["batch_norm"])
     except (ValueError, TypeError, KeyError) as error:
-        raise MaskFileError(
-            f"{path}: the field 'masked' of the header is broken: {error!r}; save it again"
-        ) from error
+        raise MaskFileError(f"{path}: the field 'masked' of the header is broken: {error!r}; save it again") from error
     missing = [n for n in layers if not isinstance(_submodule(model, n), (nn.Linear, nn.Conv2d))]
     if missing or not layers:
         raise MaskFileError(
             f"{path}: was saved from another network: it masks '{next(iter(missing), '')}', and the given "
             "model has no Linear or Conv2d of that name; give the architecture it was saved from"
         )
-    return mask_model(
-        model,
-        kind,
-        include=[_literal(n) for n in layers],
-        mask_samples=samples,
-        batch_norm=batch_norm,
-        seed=0,
-    )
+    include = [_literal(name) for name in layers]
+    try:
+        return mask_model(model, kind, include=include, mask_samples=samples, batch_norm=batch_norm, seed=0)
+    except InputError as error:
+        raise MaskFileError(f"{path}: does not fit the given model: {error}") from error
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -123,8 +116,7 @@ def _compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: 
         else:
             continue
         raise MaskFileError(
-            f"{path}: was saved from another network: '{name}' {place}; give the architecture it was "
-            "saved from"
+            f"{path}: was saved from another network: '{name}' {place}; give the architecture it was saved from"
         )
 
 

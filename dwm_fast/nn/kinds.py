@@ -174,9 +174,7 @@ class Edit(MaskKind):
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < math.inf:
-            raise InputError(
-                f"Edit got threshold={self.threshold}; expected a number of standard deviations above 0"
-            )
+            raise InputError(f"Edit got threshold={self.threshold}; expected a number of standard deviations above 0")
 
     @property
     def training_mode(self) -> Mode:
@@ -189,7 +187,7 @@ class Edit(MaskKind):
     def unit(self, weight: Tensor) -> float:
         if weight.is_meta:
             return math.nan
-        deviation = weight.detach().double().std(correction=0) if weight.numel() else torch.zeros(())
+        deviation = weight.detach().contiguous().double().std(correction=0) if weight.numel() else torch.zeros(())
         return self.threshold * float(deviation)
 
     def keep(self, logits: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""Mask kinds: their rules, start values, schedules, and the way to plain data and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import dwm_fast as dwm
+from dwm_fast import ops
+from dwm_fast.errors import InputError
+from dwm_fast.nn import kind_from_dict
+from dwm_fast.ops import Mode
+
+pytestmark = pytest.mark.usefixtures("reference")
+
+KINDS = [
+    dwm.GumbelSigmoid(),
+    dwm.GumbelSigmoid(tau=0.5, init=-1.0, hard=False),
+    dwm.GumbelSigmoid(tau=dwm.TauSchedule(2.0, 0.5, 100)),
+    dwm.Threshold(),
+    dwm.Threshold(threshold=0.25, init=0.5, ternary=True),
+    dwm.Edit(),
+    dwm.Edit(threshold=2.0, init=0.1),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_keep_is_what_the_deterministic_operation_packs(kind):
+    border = kind.threshold if isinstance(kind, dwm.Threshold) else 1.0
+    values = [-2.0, -border, -1e-30, -0.0, 0.0, 1e-30, border, 2.0]
+    logits = torch.tensor(values + [math.nextafter(border, 9), math.nextafter(border, 0)])
+    weight = torch.linspace(-1, 1, len(logits))
+    _, bits, _ = ops.sample(
+        [logits], [weight], torch.zeros(2, dtype=torch.int64), torch.tensor(1.0),
+        mode=kind.eval_mode, thresholds=[kind.unit(weight)], pack=True,
+    )  # fmt: skip
+    assert torch.equal(kind.keep(logits), ops.unpack(bits, [len(logits)])[0])
+
+
+def test_a_logit_of_zero_is_kept():
+    zero = torch.zeros(3)
+    assert dwm.GumbelSigmoid().keep(zero).all()
+    assert not dwm.Threshold(threshold=0.0).keep(zero).any()
+    assert dwm.Edit().keep(torch.tensor([1.0, -1.0])).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "training", "evaluation"),
+    [
+        (dwm.GumbelSigmoid(), Mode.GUMBEL_HARD, Mode.KEEP),
+        (dwm.GumbelSigmoid(hard=False), Mode.GUMBEL_SOFT, Mode.KEEP),
+        (dwm.Threshold(), Mode.THRESHOLD, Mode.THRESHOLD),
+        (dwm.Threshold(ternary=True), Mode.TERNARY, Mode.TERNARY),
+        (dwm.Edit(), Mode.EDIT, Mode.EDIT),
+    ],
+    ids=repr,
+)
+def test_each_kind_names_its_rules(kind, training, evaluation):
+    assert kind.training_mode == training
+    assert kind.eval_mode == evaluation
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_start_values_are_fp32_with_the_strides_of_the_weight(kind):
+    weight = torch.randn(4, 3, 2, 2, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    start = kind.initial(weight)
+    assert start.dtype == torch.float32
+    assert start.stride() == weight.stride()
+    assert (start == torch.tensor(kind.init)).all()
+
+
+def test_the_published_constants_are_the_defaults():
+    assert (dwm.GumbelSigmoid().tau, dwm.GumbelSigmoid().init) == (1.0, 2.0)
+    assert (dwm.Threshold().threshold, dwm.Threshold().init) == (5e-3, 1e-2)
+
+
+def test_the_unit_of_an_edit_is_a_number_of_standard_deviations():
+    weight = torch.tensor([1.0, 3.0, 5.0, 7.0])
+    assert dwm.Edit(threshold=0.5).unit(weight) == pytest.approx(0.5 * math.sqrt(5))
+    assert dwm.Edit().unit(torch.zeros(0)) == 0
+    assert dwm.Edit().unit(torch.ones(1)) == 0
+    assert math.isnan(dwm.Edit().unit(torch.ones(3, device="meta")))
+
+
+def test_a_schedule_falls_geometrically_and_then_stays():
+    schedule = dwm.TauSchedule(4.0, 1.0, 8)
+    at = [float(schedule.at(torch.tensor(n))) for n in (0, 2, 4, 8, 9, 10**12)]
+    assert at == pytest.approx([4.0, 4 / math.sqrt(2), 2.0, 1.0, 1.0, 1.0])
+    assert schedule.at(torch.tensor(3)).dtype == torch.float32
+    assert schedule.at(torch.tensor(3)).shape == ()
+    rising = dwm.TauSchedule(0.5, 2.0, 2)
+    assert float(rising.at(torch.tensor(1))) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_kinds_survive_the_way_through_json(kind):
+    assert kind_from_dict(json.loads(json.dumps(kind.to_dict()))) == kind
+    assert hash(kind_from_dict(kind.to_dict())) == hash(kind)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        kind.init = 3.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dwm.GumbelSigmoid(tau=0.0), "tau=0.0; expected a number above 0"),
+        (lambda: dwm.GumbelSigmoid(tau=math.nan), "tau=nan"),
+        (lambda: dwm.GumbelSigmoid(tau=math.inf), "tau=inf"),
+        (lambda: dwm.TauSchedule(0.0, 1.0, 5), "start=0.0"),
+        (lambda: dwm.TauSchedule(1.0, -1.0, 5), "end=-1.0"),
+        (lambda: dwm.TauSchedule(1.0, math.nan, 5), "end=nan"),
+        (lambda: dwm.TauSchedule(1.0, 1.0, 0), "steps=0"),
+        (lambda: dwm.Edit(threshold=0.0), "threshold=0.0"),
+        (lambda: kind_from_dict({"kind": "magic"}), "'magic' is unknown; expected one of gumbel-sigmoid"),
+        (lambda: kind_from_dict({"kind": "edit", "speed": 3}), "'edit'.*speed"),
+        (lambda: kind_from_dict({"kind": "gumbel-sigmoid", "tau": {"start": 1}}), "'gumbel-sigmoid'.*missing"),
+        (lambda: kind_from_dict({}), "'None' is unknown"),
+        (lambda: kind_from_dict(["edit"]), "expected the dictionary"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(make, message):
+    with pytest.raises(InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
