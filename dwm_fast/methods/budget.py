@@ -2,8 +2,9 @@
 
 The problem is min penalty(mask) subject to excess(mask) <= budget, where excess is the loss above the unmasked
 network's. Its Lagrangian, divided by the multiplier, is loss + coefficient * penalty; the coefficient rises while the
-excess is within the budget and falls while it is not. The masks answer late (a logit needs dozens of steps from its start to 0), and pure ascent then
-swings far past the budget; so a term proportional to the slack acts at once, as in an augmented Lagrangian.
+excess is within the budget and falls while it is not. The masks answer late (a logit needs dozens of steps from its
+start to 0), and pure ascent then swings far past the budget; so a term proportional to the slack acts at once, as in
+an augmented Lagrangian.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class SourceBudget:
         self,
         budget: float,
         *,
-        start: float = 10.0,
-        gain: float = 0.05,
-        damping: float = 2.0,
+        start: float = 20.0,
+        gain: float = 0.02,
+        damping: float = 4.0,
         smoothing: float = 0.5,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -51,8 +52,8 @@ class SourceBudget:
     def update(self, excess: Tensor) -> Tensor:
         """Take one measurement of the excess loss (0-dim) and return the coefficient to go on with.
 
-        The excess is the masked network's cross-entropy minus the unmasked one's. One that is not finite is left out of the running mean. `coefficient` is changed in place, so a captured
-        step that reads it sees the change.
+        The excess is the masked network's cross-entropy minus the unmasked one's. One that is not finite is left out
+        of the running mean. `coefficient` is changed in place, so a captured step that reads it sees the change.
         """
         excess = torch.where(torch.isfinite(excess), excess, self.excess)
         self.excess.lerp_(excess.detach().float(), self.smoothing)

@@ -41,7 +41,7 @@ class LearnedMask:
     epochs: int = 6
     lr: float = 0.05
     eps: float = 1e-15
-    source_budget: float = 0.03
+    source_budget: float = 0.02
     control_every: int = 4
     coefficient: float | None = None
     clip_norm: float | None = None
