@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def read_foreign(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return as_masks(plain) | from_packbits({name: arrays[name] for name in shapes}, shapes)
         with safe_open(path, framework="pt") as file:
             return as_masks({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, SafetensorError) as error:
         raise MaskFileError(f"{path}: cannot be read as masks: {error}; expected .safetensors or .npz") from error
 
 

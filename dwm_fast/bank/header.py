@@ -137,11 +137,14 @@ def parse_header(path: Path, data: memoryview) -> Header:
 
 
 def is_mask_file(path: Path) -> bool:
-    """Whether the file at `path` begins like a mask file of any version; checks nothing else."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        head = file.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
+    """Whether the file at `path` begins like a mask file of any version. MaskFileError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            head = file.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
+    except OSError as error:
+        raise MaskFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     return b'"format":"' + FORMAT.encode() + b'"' in head
 
 
