@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import dwm_fast
 
@@ -32,3 +34,13 @@ def test_examples_in_docstrings_run(name, tmp_path, monkeypatch):
 
 def test_the_public_operations_and_layers_have_examples():
     assert {"dwm_fast.nn.model", "dwm_fast.nn.merge", "dwm_fast.ops.sample"} <= set(MODULES)
+
+
+@pytest.mark.usefixtures("reference")
+def test_the_examples_of_the_layers_page_run_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    page = (Path(__file__).parents[1] / "docs" / "layers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) >= 8
+    torch.manual_seed(0)
+    exec(compile("\n".join(blocks), "docs/layers.md", "exec"), {})

@@ -165,6 +165,11 @@ class MaskedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return self._run(self.rng_state.clone(), 0, args, kwargs)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise InputError(
+                "a masked model was called in train() during a backward pass: activation checkpointing would draw "
+                "other masks than the forward did; checkpoint nothing, or parts without masked layers"
+            )
         state = ops.advance(self.rng_state, self.mask_samples)
         if self.mask_samples == 1:
             return self._run(state, 0, args, kwargs)

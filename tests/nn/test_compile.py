@@ -24,9 +24,7 @@ def _fresh_compiler():
 
 def _masked(kind: dwm.MaskKind | None = None, **settings) -> dwm.MaskedModel:
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4)
-    )
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4))
     return dwm.mask_model(net, kind or dwm.GumbelSigmoid(init=0.3), seed=2, **settings).train()
 
 

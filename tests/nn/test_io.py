@@ -19,7 +19,12 @@ pytestmark = pytest.mark.usefixtures("reference")
 def _net(width: int = 6, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
+        nn.Conv2d(3, width, 3),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 4),
     )
 
 
@@ -65,7 +70,9 @@ def test_a_loaded_model_goes_on_where_the_saved_one_stood(tmp_path, kind):
 
 
 def test_layers_of_any_name_and_tied_tensors_are_saved(tmp_path):
-    net = nn.ModuleDict({"a*": nn.Linear(2, 2), "ab": nn.Linear(2, 2), "[x]?": nn.Linear(2, 2), "e": nn.Embedding(2, 2)})
+    net = nn.ModuleDict(
+        {"a*": nn.Linear(2, 2), "ab": nn.Linear(2, 2), "[x]?": nn.Linear(2, 2), "e": nn.Embedding(2, 2)}
+    )
     net["ab"].weight = net["e"].weight
     net.forward = lambda x: net["[x]?"](net["a*"](x))
     masked = dwm.mask_model(net, dwm.Threshold(), exclude=["ab"])

@@ -32,7 +32,7 @@ KINDS = [
 def test_keep_is_what_the_deterministic_operation_packs(kind):
     border = kind.threshold if isinstance(kind, dwm.Threshold) else 1.0
     values = [-2.0, -border, -1e-30, -0.0, 0.0, 1e-30, border, 2.0]
-    logits = torch.tensor(values + [math.nextafter(border, 9), math.nextafter(border, 0)])
+    logits = torch.tensor([*values, math.nextafter(border, 9), math.nextafter(border, 0)])
     weight = torch.linspace(-1, 1, len(logits))
     _, bits, _ = ops.sample(
         [logits], [weight], torch.zeros(2, dtype=torch.int64), torch.tensor(1.0),
