@@ -1,0 +1,65 @@
+"""linear: a product whose weight is masked by packed bits, few rows to many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwm_fast import ops
+from dwm_fast.ops import _backends
+
+from .context import Context
+from .measure import Case, Way, require
+from .rivals import unpacked
+
+
+def packed_bytes(rows: int, n: int, k: int, element: int) -> int:
+    """Read x, weight and bits, write y."""
+    return element * (rows * k + n * k + rows * n) + n * k // 8
+
+
+def close_to(found: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> None:
+    """GateRed unless `found` is x (W * m)^T within twice the error of torch's own product, against fp64."""
+    masked = torch.where(mask, weight, torch.zeros_like(weight))
+    exact = x.double() @ masked.double().t()
+    own = (F.linear(x, masked).double() - exact).abs().max()
+    budget = 2 * (own + torch.finfo(x.dtype).eps * exact.abs().max())
+    error = (found.double() - exact).abs().max()
+    require(bool(error <= budget), f"product is off by {float(error):.2e}; budget {float(budget):.2e}")
+
+
+def packed(context: Context, rows: int) -> Case:
+    """y = x (W * m)^T from packed bits."""
+    n = k = 2048 if context.quick and not context.on_gpu else 4096
+    device, dtype = context.device, context.compute_dtype
+    x, weight = torch.randn(rows, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+    mask = torch.rand(n, k, device=device) < 0.7
+    bits = ops.pack([mask])
+    element = weight.element_size()
+    flops = 2 * rows * n * k
+
+    def by_hand() -> Any:
+        return F.linear(x, weight * unpacked(bits, weight.shape))
+
+    def staged() -> Any:
+        return F.linear(x, ops.apply(bits, [weight])[0])
+
+    backend = _backends.chosen("linear_packed", device.type)
+    moved = packed_bytes(rows, n, k, element)
+    ways = [
+        Way("dense product", lambda: lambda: F.linear(x, weight), moved - n * k // 8, flops, graph=True),
+        Way("eager: unpack, multiply, product", lambda: by_hand, moved, flops, graph=True),
+        Way("ours", lambda: lambda: ops.linear_packed(x, weight, bits), moved, flops, graph=True, backend=backend),
+        Way("ours, apply then dense", lambda: staged, moved, flops, graph=True,
+            backend=_backends.chosen("apply", device.type)),
+    ]  # fmt: skip
+
+    def gate() -> None:
+        for way in ways[1:]:
+            close_to(way.make()(), x, weight, mask)
+
+    parameters = {"M": rows, "N": n, "K": k, "dtype": str(dtype)[6:]}
+    return Case("linear from bits", parameters, ways, gate)

@@ -1,0 +1,98 @@
+"""Every case, in order of importance: what is stopped half-way has measured what matters most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from . import bench_bank, bench_bits, bench_conv2d, bench_linear, bench_sample, bench_step, bench_update
+from .context import Context
+from .measure import Case
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case that can be built.
+
+    Attributes:
+        name: what --only matches.
+        areas: files of tests that have to be green before the case is worth timing (tests/*/test_<area>.py).
+        build: makes the case; called just before it is measured.
+        devices: device types on which it is run.
+        quick: whether a quick run has it.
+    """
+
+    name: str
+    areas: tuple[str, ...]
+    build: Callable[[Context], Case]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    quick: bool = True
+
+
+_SAMPLE = ("philox", "sample")
+_STEP = (*_SAMPLE, "update", "mask_adam", "model", "graphs")
+
+
+def _step(name: str, batch: int, pixels: int, device: str) -> Entry:
+    build = partial(bench_step.mask_training, name=name, rows=batch, pixels=pixels)
+    return Entry(f"step-masks-{name}", _STEP, build, (device,))
+
+
+def _tune(name: str, batch: int, pixels: int, device: str) -> Entry:
+    build = partial(bench_step.frozen_tuning, name=name, rows=batch, pixels=pixels)
+    return Entry(f"step-frozen-{name}", ("update", "frozen", "graphs"), build, (device,))
+
+
+def _linear(rows: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
+    return Entry(f"linear-{rows}", ("bits", "linear"), partial(bench_linear.packed, rows=rows), devices)
+
+
+def _bank(domains: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
+    return Entry(f"bank-{domains}", ("bits", "bank"), partial(bench_bank.linear, domains=domains, rows=4), devices)
+
+
+ENTRIES = (
+    Entry("sample-forward", _SAMPLE, bench_sample.forward),
+    Entry("sample-backward", _SAMPLE, bench_sample.backward),
+    _step("resnet18", 64, 224, "cuda"),
+    _step("resnet18", 32, 64, "cpu"),
+    Entry("update-mask-adam", (*_SAMPLE, "update", "mask_adam"), bench_update.mask_adam),
+    Entry("update-frozen-adamw", ("update", "frozen"), bench_update.frozen_adamw),
+    _linear(1),
+    _linear(16),
+    _linear(64),
+    _bank(16),
+    Entry("bits-pack", ("bits",), bench_bits.pack),
+    Entry("bits-unpack", ("bits",), bench_bits.unpack),
+    Entry("sample-forward-bits", (*_SAMPLE, "bits"), bench_sample.forward_bits),
+    _tune("resnet18", 64, 224, "cuda"),
+    _tune("resnet18", 32, 64, "cpu"),
+    Entry("bits-apply", ("bits",), bench_bits.apply),
+    Entry("bits-count", ("bits",), bench_bits.count),
+    Entry("bits-and", ("bits",), bench_bits.set_and),
+    Entry("bits-or", ("bits",), bench_bits.set_or, quick=False),
+    Entry("bits-xor", ("bits",), bench_bits.set_xor, quick=False),
+    Entry("bits-jaccard", ("bits",), bench_bits.jaccard),
+    Entry("update-frozen-sgd", ("update", "frozen"), bench_update.frozen_sgd),
+    Entry("bank-serving", ("bits", "bank", "mixed"), partial(bench_bank.serving, pixels=64)),
+    Entry("conv2d", ("bits", "conv2d"), partial(bench_conv2d.packed, rows=8, channels=256, pixels=14)),
+    _step("vit_b_16", 64, 224, "cuda"),
+    _step("resnet50", 64, 224, "cuda"),
+    _step("mlp4096", 256, 0, "cuda"),
+    _bank(2, ("cuda",)),
+    _bank(4, ("cuda",)),
+    _bank(8, ("cuda",)),
+    _linear(256, ("cuda",)),
+    _linear(1024, ("cuda",)),
+    _linear(4096, ("cuda",)),
+)
+
+
+def chosen(context: Context, only: str = "") -> Iterator[Entry]:
+    """Entries for a device, in order; `only` is a comma-separated list of beginnings of names."""
+    wanted = tuple(part.strip() for part in only.split(",") if part.strip())
+    for entry in ENTRIES:
+        here = context.device.type in entry.devices and (entry.quick or not context.quick)
+        if here and (not wanted or entry.name.startswith(wanted)):
+            yield entry
