@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,7 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(masks_app, name="masks")
-_debug = False
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""Click's error about the command line itself, wherever the installed typer keeps click."""
 
 
 def _version(value: bool) -> None:
@@ -35,32 +36,26 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    """Learn, store and serve one-bit weight masks over a shared backbone."""
 
 
 def _comma(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _per_method(option: str, entries: list[str] | None) -> dict[str, list[str]]:
-    """METHOD=VALUE[,VALUE] entries as a mapping."""
-    found = {}
+def _per_method(option: str, example: str, entries: list[str] | None) -> dict[str, list[str]]:
+    """METHOD=VALUE[,VALUE] entries as a mapping; entries of one method add up."""
+    found: dict[str, list[str]] = {}
     for entry in entries or []:
-        method, sign, values = entry.partition("=")
-        if not sign or not values:
-            raise InputError(f"{option} {entry}: expected METHOD=VALUE, such as binary=frozen")
-        found[method] = values.split(",")
+        method, _, values = entry.partition("=")
+        if not _comma(values):
+            raise InputError(f"{option} {entry}: expected METHOD=VALUE, such as {example}")
+        found.setdefault(method.strip(), []).extend(_comma(values) or [])
     return found
-
-
-def _number(option: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{option}: '{text}' is not a number") from None
 
 
 def _tunes(
@@ -72,18 +67,16 @@ def _tunes(
         raise InputError(f"unknown method '{sorted(unknown)[0]}'; expected some of {', '.join(base)}")
     tunes: dict[str, list[dict[str, Any]]] = {}
     for method, ways in base.items():
-        if epochs is None and method not in policies and method not in rates:
+        plain = [dataclasses.asdict(way) for way in ways]
+        if method in policies or method in rates:
+            plain = [
+                {**plain[0], "batch_norm": policy, "lr": rate}
+                for policy in policies.get(method, list(dict.fromkeys(way["batch_norm"] for way in plain)))
+                for rate in rates.get(method, list(dict.fromkeys(way["lr"] for way in plain)))
+            ]
+        elif epochs is None:
             continue
-        tunes[method] = [
-            {
-                **dataclasses.asdict(ways[0]),
-                **({} if epochs is None else {"epochs": epochs}),
-                "batch_norm": policy,
-                "lr": lr,
-            }
-            for policy in policies.get(method, [ways[0].batch_norm])
-            for lr in [_number("--tune-lr", r) for r in rates.get(method, [str(ways[0].lr)])]
-        ]
+        tunes[method] = plain if epochs is None else [{**way, "epochs": epochs} for way in plain]
     return tunes
 
 
@@ -108,7 +101,7 @@ def pacs(
     inits: Annotated[str | None, typer.Option(help="Some of S_start,S_end,random.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated.")] = None,
     backbone: Annotated[str | None, typer.Option(help="'small' or any torchvision classifier.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Checkpoint, .safetensors or .pth; may be partial.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint, .safetensors or .pth, may be partial; or 'torchvision'.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, pixels.")] = None,
     train_size: Annotated[int | None, typer.Option(help="Side of the crops trained on, pixels.")] = None,
     crop_scale: Annotated[float | None, typer.Option(help="Smallest fraction of the area a crop covers.")] = None,
@@ -143,9 +136,9 @@ def pacs(
         data = str(download_pacs(data))
     base = real_defaults() if data is not None else builtin_defaults()
     if config is not None:
-        base = load_config(config, base)
-    policies, rates = _per_method("--batch-norm", batch_norm), _per_method("--tune-lr", tune_lr)
-    tunes = _tunes(base.tune, tune_epochs, policies, rates)
+        base = load_config(config, real_defaults() if data is not None else None)
+    policies = _per_method("--batch-norm", "binary=frozen", batch_norm)
+    tunes = _tunes(base.tune, tune_epochs, policies, _per_method("--tune-lr", "binary=0.0003", tune_lr))
     learned = {"epochs": mask_epochs, "lr": mask_lr, "source_budget": source_budget, "coefficient": coefficient}
     sections = {
         "source": {"epochs": source_epochs, "lr": source_lr},
@@ -184,13 +177,28 @@ def build(
 
 def main() -> None:
     """Entry point of the dwm-fast command: errors are one line on stderr, with a traceback only under --debug."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv[1:])
     try:
-        app(standalone_mode=True)
-    except DwmError as error:
-        if _debug:
+        code = app(arguments, standalone_mode=False)
+    except typer.Abort:
+        _fail("stopped; the same command goes on where it was", 130)
+    except _UsageError as error:
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        if not message:  # no command was given: the help is printed already
+            raise SystemExit(2) from None
+        _fail(f"{message}; see {context.command_path if context else 'dwm-fast'} --help", 2)
+    except Exception as error:
+        if debug:
             traceback.print_exc()
-        print(f"dwm-fast: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("dwm-fast: stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
+        text = str(error) or type(error).__name__
+        if not isinstance(error, DwmError):
+            text = f"{type(error).__name__}: {error}" + ("" if debug else " (--debug shows where)")
+        _fail(text, 2 if isinstance(error, DwmError) else 1)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    print(f"dwm-fast: {' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(code)
