@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dwm_fast.kernels import _pointers, bits, sample
+from dwm_fast.kernels import _pointers, bits, sample, update
 from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
 from dwm_fast.kernels._tables import TL_DTYPES
 
@@ -126,6 +126,37 @@ def _bits() -> Iterator[Configuration]:
         yield Configuration(f"combine {name}", bits.combine_kernel, types, {"OP": op, "BLOCK": launch.block}, warps)
 
 
+def _frozen() -> Iterator[Configuration]:
+    """Both algorithms with every path; bits or none, dense and compact state, each dtype once."""
+    launch = launch_parameters("update")
+    cases = [(dtype, layout, True, False) for dtype in (torch.float32, torch.bfloat16) for layout in _LAYOUTS]
+    cases += [(torch.float32, _LAYOUTS[1], False, False), (torch.float32, _LAYOUTS[2], True, True)]
+    cases += [(torch.float64, _LAYOUTS[1], True, False)]
+    for adam in (True, False):
+        for dtype, (layout, taps, rank), has_bits, compact in cases:
+            state = torch.promote_types(dtype, torch.float32)
+            yield Configuration(
+                f"{'frozen_adamw' if adam else 'frozen_sgd'} {_short(dtype)} {layout}"
+                + (" bits" if has_bits else "") + (" compact" if compact else ""),
+                update.frozen_kernel,
+                (*_TABLES, "*i32", "*i64", "*fp32", "*fp64", ("fp32",) * (12 if adam else 9)),
+                {"WEIGHT": TL_DTYPES[dtype], "GRAD": TL_DTYPES[dtype], "STATE": TL_DTYPES[state],
+                 "HAS_BITS": has_bits, "COMPACT": compact, "ADAM": adam, "MOMENTUM": not adam, "NESTEROV": not adam,
+                 "DECAY": True, "DECOUPLED": adam, "MAXIMIZE": False, **_walk(launch, taps, rank)}, launch.num_warps,
+            )  # fmt: skip
+
+
+def _mask_adam() -> Iterator[Configuration]:
+    launch = launch_parameters("update")
+    for mode, weight, grad, (layout, taps, rank) in _sample_cases():
+        yield Configuration(
+            f"mask_adam {_MODES[mode]} {_short(weight)},{_short(grad)} {layout}", update.mask_adam_kernel,
+            (*_TABLES, "*i64", "*fp32", "*fp32", "*fp32", "*fp64", ("fp32",) * 12, "i32"),
+            {"WEIGHT": TL_DTYPES[weight], "GRAD": TL_DTYPES[grad], "MODE": mode, "DECAY": True, "DECOUPLED": True,
+             **_walk(launch, taps, rank)}, launch.num_warps,
+        )  # fmt: skip
+
+
 def _tables_writer() -> Iterator[Configuration]:
     count = _pointers.POINTERS_PER_LAUNCH
     yield Configuration("write_pointers", _pointers.write_pointers_kernel, ("*i64", ("i64",) * count), {"N": count}, 1)
@@ -133,7 +164,7 @@ def _tables_writer() -> Iterator[Configuration]:
 
 def configurations() -> list[Configuration]:
     """Every configuration that the launchers use, apart from repeats over dtypes of the same width."""
-    return [*_tables_writer(), *_sample(), *_sample_backward(), *_bits()]
+    return [*_tables_writer(), *_sample(), *_sample_backward(), *_bits(), *_frozen(), *_mask_adam()]
 
 
 def compile_configuration(configuration: Configuration, target: int) -> Usage:

@@ -164,3 +164,32 @@ def load_taps_bits(bits, word, numel, chunk, GROUPS: tl.constexpr):
     shift = 4 * (lane % 8).to(tl.int64)
     field = (low >> shift) | (high << (32 - shift))
     return ((field[:, None] >> (9 * tl.arange(0, 4))[None, :]) & 511).to(tl.int32)
+
+
+@triton.jit
+def popcount(word):
+    """Ones of each uint32 word, int32."""
+    pairs = word - ((word >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F
+    halves = eights + (eights >> 8)
+    return ((halves + (halves >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def compact_places(bits, ranks, word, numel, chunk, BLOCK: tl.constexpr):
+    """Index (int64) [BLOCK / 4, 4] of each lane of a chunk among the free (0) lanes of its tensor.
+
+    ranks counts the free lanes before each 128; the words in between and the bits below are counted here.
+    """
+    quad = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    valid = quad * 4 < numel
+    place = tl.load(ranks + word // 4 + quad // 32, mask=valid, other=0)
+    for j in tl.static_range(3):
+        before = valid & (quad // 8 % 4 > j)
+        kept = tl.load(bits + word + quad // 32 * 4 + j, mask=before, other=-1).to(tl.uint32, bitcast=True)
+        place += popcount(~kept)
+    kept = tl.load(bits + word + quad // 8, mask=valid, other=-1).to(tl.uint32, bitcast=True)
+    shift = 4 * (tl.arange(0, BLOCK // 4) % 8)[:, None] + tl.arange(0, 4)[None, :]
+    below = (tl.full([BLOCK // 4, 4], 1, tl.uint32) << shift.to(tl.uint32)) - 1
+    return place[:, None] + popcount((~kept)[:, None] & below)

@@ -21,6 +21,7 @@ from dwm_fast.kernels._tiles import (
     load_bits,
     load_taps_bits,
     output_start,
+    popcount,
     row_of,
     store_bits,
     store_taps_bits,
@@ -137,16 +138,6 @@ def apply_kernel(
         w = tl.load(weights + strided_offsets(geometry, tensor, places, 0, RANK, 2), mask=mask, other=0)
         value = tl.where(keep, w, 0).to(out.dtype.element_ty)
         tl.store(out + strided_offsets(geometry, tensor, places, 1, RANK, 2), value, mask=mask)
-
-
-@triton.jit
-def popcount(word):
-    """Ones of each uint32 word, int32."""
-    pairs = word - ((word >> 1) & 0x55555555)
-    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    eights = (fours + (fours >> 4)) & 0x0F0F0F0F
-    halves = eights + (eights >> 8)
-    return ((halves + (halves >> 16)) & 0x3F).to(tl.int32)
 
 
 @triton.jit

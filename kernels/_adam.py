@@ -1,0 +1,129 @@
+"""Device functions of the optimisers: step-wise scalars in fp64, lanes in the state's own precision.
+
+Formulas and their order are torch.optim's single-tensor ones; divisions and roots of lanes are IEEE.
+"""
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from dwm_fast.kernels._math import narrow
+
+
+@triton.jit
+def double(parts, index: tl.constexpr):
+    """fp64 number `index` of a tuple in which each takes three fp32 parts; exact, see `split`."""
+    high = tl.to_tensor(parts[3 * index]).to(tl.float64)
+    middle = tl.to_tensor(parts[3 * index + 1]).to(tl.float64)
+    return high + middle + tl.to_tensor(parts[3 * index + 2]).to(tl.float64)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent for a whole exponent >= 0, by squaring, fp64."""
+    result = base * 0.0 + 1.0
+    while exponent > 0:
+        result = tl.where(exponent % 2 == 1, result * base, result)
+        base = base * base
+        exponent = exponent // 2
+    return result
+
+
+@triton.jit
+def divide(x, y):
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def square_root(x):
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def adam_scalars(step_ptr, lr_ptr, parts, STATE: tl.constexpr):
+    """Scalars of one tensor's step: -lr / (1 - b1^t), sqrt(1 - b2^t), 1 - lr * decay, 1 - b1, b2, 1 - b2, eps, decay.
+
+    `parts` holds b1, b2, eps and weight decay.
+    """
+    lr = tl.load(lr_ptr).to(tl.float64)
+    step = tl.load(step_ptr).to(tl.int32)
+    beta1, beta2, eps, decay = double(parts, 0), double(parts, 1), double(parts, 2), double(parts, 3)
+    step_size = -lr / (1.0 - power(beta1, step))
+    root = tl.sqrt(1.0 - power(beta2, step))
+    return (
+        step_size.to(STATE), root.to(STATE), (1.0 - lr * decay).to(STATE), (1.0 - beta1).to(STATE), beta2.to(STATE),
+        (1.0 - beta2).to(STATE), eps.to(STATE), decay.to(STATE),
+    )  # fmt: skip
+
+
+@triton.jit
+def sgd_scalars(lr_ptr, parts, STATE: tl.constexpr):
+    """Scalars of a step: -lr, 1 - lr * decay, momentum, 1 - dampening, decay; parts: momentum, dampening, decay."""
+    lr = tl.load(lr_ptr).to(tl.float64)
+    momentum, dampening, decay = double(parts, 0), double(parts, 1), double(parts, 2)
+    return (
+        (-lr).to(STATE), (1.0 - lr * decay).to(STATE), momentum.to(STATE), (1.0 - dampening).to(STATE),
+        decay.to(STATE),
+    )  # fmt: skip
+
+
+@triton.jit
+def decayed(weight, grad, shrink, decay, DECAY: tl.constexpr, DECOUPLED: tl.constexpr):
+    """Weight and gradient after weight decay: w * (1 - lr * decay), or g + decay * w."""
+    if DECAY and DECOUPLED:
+        weight = weight * shrink
+    elif DECAY:
+        grad = grad + decay * weight
+    return weight, grad
+
+
+@triton.jit
+def adam_lanes(weights, w, grad, exp_avg, exp_avg_sq, mask, scalars, DECAY: tl.constexpr, DECOUPLED: tl.constexpr):
+    """Adam(W) on the lanes of `mask`, w their values; lanes outside it are not written.
+
+    m = m + (1 - b1) (g - m);  v = b2 v + (1 - b2) g g;  w = w - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps).
+    """
+    step_size, root, shrink, rate, beta2, rate2, eps, decay = scalars
+    m = tl.load(exp_avg, mask=mask, other=0.0)
+    v = tl.load(exp_avg_sq, mask=mask, other=0.0)
+    w, g = decayed(w, grad, shrink, decay, DECAY, DECOUPLED)
+    # torch.lerp's two formulas, each exact at its end
+    m = tl.where(rate < 0.5, m + rate * (g - m), g - (g - m) * (1.0 - rate))
+    v = v * beta2 + rate2 * g * g
+    w = w + divide(step_size * m, divide(square_root(v), root) + eps)
+    tl.store(weights, narrow(w, weights.dtype.element_ty), mask=mask)
+    tl.store(exp_avg, m, mask=mask)
+    tl.store(exp_avg_sq, v, mask=mask)
+
+
+@triton.jit
+def sgd_lanes(
+    weights, w, grad, momentum_buffers, mask, first, scalars, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DECAY: tl.constexpr, DECOUPLED: tl.constexpr,
+):  # fmt: skip
+    """SGD on the lanes of `mask`, w their values; at the first step the momentum buffer becomes the gradient."""
+    step_size, shrink, momentum, rate, decay = scalars
+    w, g = decayed(w, grad, shrink, decay, DECAY, DECOUPLED)
+    if MOMENTUM:
+        buffer = tl.load(momentum_buffers, mask=mask, other=0.0) * momentum + rate * g
+        buffer = tl.where(first, g, buffer)
+        tl.store(momentum_buffers, buffer, mask=mask)
+        g = g + momentum * buffer if NESTEROV else buffer
+    tl.store(weights, narrow(w + step_size * g, weights.dtype.element_ty), mask=mask)
+
+
+def split(*values: float) -> tuple[float, ...]:
+    """Each fp64 number as three fp32 parts: Triton passes Python floats as fp32."""
+    parts = []
+    for value in values:
+        rest = float(value)
+        for _ in range(3):
+            parts.append(float(np.float32(rest)))
+            rest -= parts[-1]
+    return tuple(parts)
