@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def read(path: Path, folder: Path | None = None) -> tuple[dict[str, Any], dict[str, list[int]]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """The inner metadata and every mask as a flat list of zeros and ones."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -27,11 +27,22 @@ def read(path: Path, folder: Path | None = None) -> tuple[dict[str, Any], dict[s
     masks = {about["name"]: _bits(about, tensors[f"bits.{about['name']}"]) for about in content["tensors"]}
     for about in content["tensors"]:
         if about.get("xor"):
-            _, base = read((folder or path.parent) / f"{content['reference']['domain']}.safetensors")
+            about_base, base = read(path.parent / f"{content['reference']['domain']}.safetensors")
+            assert _digest(about_base, base) == content["reference"]["bits"]
             name = about["name"]
             masks[name] = [a ^ b for a, b in zip(masks[name], base[name], strict=True)]
         assert sum(masks[about["name"]]) == about["ones"]
     return content, masks
+
+
+def _digest(content: dict[str, Any], masks: dict[str, list[int]]) -> str:
+    tensors = content["tensors"]
+    data = json.dumps([[about["name"] for about in tensors], [about["shape"] for about in tensors]]).encode()
+    for about in tensors:
+        bits = masks[about["name"]]
+        groups = (bits[i : i + 8] for i in range(0, len(bits), 8))
+        data += bytes(sum(bit << k for k, bit in enumerate(group)) for group in groups)
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _check_sums(header: dict[str, Any], tensors: dict[str, bytes], content: dict[str, Any]) -> None:

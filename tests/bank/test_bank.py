@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import struct
 import threading
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dwm_fast
-from dwm_fast.bank import MaskBank, make_domain, pack_signs
+from dwm_fast.bank import MaskBank, fingerprint, make_domain, pack_signs
 from dwm_fast.errors import InputError, MaskFileError
 
 from . import nets
@@ -233,6 +235,14 @@ def test_one_ulp_in_one_weight_is_another_backbone() -> None:
     with pytest.raises(MaskFileError, match=r"backbone: the masks of 'sketch' were made for other weights"):
         MaskBank(other).add_record(record)
     MaskBank(other).add_record(record, allow_other_backbone=True)
+
+
+def test_fingerprints_follow_the_specification() -> None:
+    weights = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.tensor(True)}
+    flat = {"a": (b"a\0torch.bool\0()\0", [1]), "b": (b"b\0torch.float32\0(3, 2)\0", [0.0, 3.0, 1.0, 4.0, 2.0, 5.0])}
+    data = {"a": bytes(flat["a"][1]), "b": struct.pack("<6f", *flat["b"][1])}
+    digests = [hashlib.sha256(flat[name][0] + data[name]).digest() for name in "ab"]
+    assert fingerprint(weights) == hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def test_a_backbone_that_is_changed_after_loading_is_noticed() -> None:
