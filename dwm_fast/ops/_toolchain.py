@@ -149,7 +149,8 @@ def cuda_archs() -> str:
     return os.environ.get("DWM_FAST_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
 
 
-def _gencode(archs: str) -> list[str]:
+def gencode(archs: str) -> list[str]:
+    """nvcc flags of a list such as "8.0;9.0+PTX"."""
     flags = []
     for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -168,7 +169,7 @@ def cuda_steps(nvcc: str, target: str) -> list[Step]:
     host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     compile_command = [
         nvcc, "-std=c++20", "-O3", *host, "-DUSE_CUDA", *(f"-D{d}" for d in _defines()), "-isystem", str(include),
-        *_gencode(cuda_archs()), "-c", str(source), "-o", object_file,
+        *gencode(cuda_archs()), "-c", str(source), "-o", object_file,
     ]  # fmt: skip
     link = [nvcc, "-shared", "-o", target, object_file, f"-L{libraries}", "-ltorch_cpu", "-ltorch_cuda"]
     return [Step(object_file, str(source), tuple(compile_command)), Step(target, "", tuple(link))]

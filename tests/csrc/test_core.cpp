@@ -1,0 +1,209 @@
+// The core without torch, under AddressSanitizer and UndefinedBehaviorSanitizer: every buffer is a heap block of exactly
+// the promised size, so that a byte read or written beyond it stops the run. Prints "ok" or the broken promise.
+#include "core.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <vector>
+
+namespace {
+
+using namespace dwm;
+
+void require(bool holds, const char* promise, const char* table) {
+  if (holds) return;
+  std::printf("broken on %s: %s\n", table, promise);
+  std::exit(1);
+}
+
+template <typename T>
+struct Block {
+  explicit Block(int64_t n) : data(new T[static_cast<size_t>(n)]()), size(n) {}
+  T* get() const { return data.get(); }
+  T& operator[](int64_t i) const { return data[static_cast<size_t>(i)]; }
+  std::unique_ptr<T[]> data;
+  int64_t size;
+};
+
+uint32_t naive_word(uint64_t element, uint32_t layer, Noise noise) {
+  uint32_t c[4] = {static_cast<uint32_t>(element / 4), static_cast<uint32_t>((element / 4) >> 32), layer, noise.step};
+  uint32_t k0 = static_cast<uint32_t>(noise.seed), k1 = static_cast<uint32_t>(noise.seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
+    const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(b),
+                              static_cast<uint32_t>(a >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(a)};
+    std::memcpy(c, next, sizeof c);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c[element % 4];
+}
+
+float next_float() { return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) * 8.0f - 4.0f; }
+
+// The ranges that callers may ask for: whole chunks.
+template <typename Body>
+void for_chunks(const Shape& shape, const Body& body) {
+  const int64_t step = chunk_elements(shape);
+  for (int64_t begin = 0; begin < shape.numel; begin += step) {
+    body(begin, begin + step < shape.numel ? begin + step : shape.numel);
+  }
+}
+
+int64_t memory_index(const Shape& shape, int64_t e) {
+  if (shape.spatial == 1) return e;
+  const int64_t s = e % shape.spatial, column = e / shape.spatial;
+  return (column / shape.inner * shape.spatial + s) * shape.inner + column % shape.inner;
+}
+
+bool bit(const Block<uint8_t>& bits, int64_t e) { return bits[e / 8] >> (e % 8) & 1; }
+
+void check_words(const Kernels& k) {
+  const Noise noise{0x123456789ABCDEFull, 77};
+  for (const uint64_t first : {uint64_t{0}, uint64_t{3}, (uint64_t{1} << 34) - 5}) {
+    for (const int64_t count : {1, 5, 64, 2303, 5000}) {
+      Block<uint32_t> words(count);
+      k.random_words(first, count, 9, noise, words.get());
+      for (int64_t i = 0; i < count; ++i) {
+        require(words[i] == naive_word(first + static_cast<uint64_t>(i), 9, noise), "words follow Philox4x32-10", k.name);
+      }
+    }
+  }
+}
+
+void check_bits(const Kernels& k, const Shape& shape) {
+  const int64_t n = shape.numel;
+  Block<uint8_t> mask(n), bits(packed_nbytes(n)), back(n);
+  for (int64_t i = 0; i < n; ++i) mask[i] = std::rand() % 3 == 0 ? 0 : static_cast<uint8_t>(1 + std::rand() % 255);
+  for_chunks(shape, [&](int64_t b, int64_t e) { k.pack({1, false}, {shape, mask.get(), bits.get()}, b, e); });
+  int64_t ones = 0;
+  for (int64_t e = 0; e < 8 * bits.size; ++e) {
+    const bool expected = e < n && mask[memory_index(shape, e)] != 0;
+    ones += expected;
+    require(bit(bits, e) == expected, "pack sets the bit of every nonzero element and no other", k.name);
+  }
+  require(k.count(bits.get(), bits.size) == ones, "count is the number of ones", k.name);
+  const Shape flat{n, 1, 1};
+  for_chunks(flat, [&](int64_t b, int64_t e) { k.unpack({n, bits.get(), back.get()}, b, e); });
+  for (int64_t e = 0; e < n; ++e) require(back[e] == bit(bits, e), "unpack writes 0 or 1", k.name);
+
+  Block<double> wide(n), kept(n);
+  for (int64_t i = 0; i < n; ++i) wide[i] = next_float();
+  for_chunks(shape, [&](int64_t b, int64_t e) {
+    k.apply({shape, bits.get(), wide.get(), kept.get(), 8}, b, e);
+  });
+  for (int64_t e = 0; e < n; ++e) {
+    const int64_t m = memory_index(shape, e);
+    require(kept[m] == (bit(bits, e) ? wide[m] : 0.0) && !std::signbit(kept[m]) == !(bit(bits, e) && wide[m] < 0),
+            "apply keeps a weight or writes +0", k.name);
+  }
+  Block<uint8_t> other(bits.size), out(bits.size);
+  for (int64_t i = 0; i < other.size; ++i) other[i] = static_cast<uint8_t>(std::rand());
+  int64_t both = 0, either = 0, expected_both = 0, expected_either = 0;
+  k.overlap(bits.get(), other.get(), bits.size, &both, &either);
+  k.combine(kAndNot, bits.get(), other.get(), out.get(), bits.size);
+  for (int64_t e = 0; e < 8 * bits.size; ++e) {
+    expected_both += bit(bits, e) && bit(other, e);
+    expected_either += bit(bits, e) || bit(other, e);
+    require(bit(out, e) == (bit(bits, e) && !bit(other, e)), "andnot drops the other's bits", k.name);
+  }
+  require(both == expected_both && either == expected_either, "overlap counts both and either", k.name);
+}
+
+// All results of one table for one shape, rule and dtype: tables must agree bit for bit.
+std::vector<uint8_t> results(const Kernels& k, const Shape& shape, int mode, Type type, float inverse_tau) {
+  std::srand(5);
+  const int64_t n = shape.numel;
+  const int64_t width = type == Type::f32 ? 4 : 2;
+  Block<float> logits(n), dlogits(n), exp_avg(n), exp_avg_sq(n);
+  Block<uint8_t> weight(n * width), out(n * width), grad(n * width), dweight(n * width), bits(packed_nbytes(n));
+  for (int64_t i = 0; i < n; ++i) {
+    logits[i] = next_float();
+    exp_avg[i] = next_float();
+    exp_avg_sq[i] = std::fabs(next_float());
+    for (const Block<uint8_t>* block : {&weight, &grad}) {
+      const float value = next_float();
+      uint32_t raw;
+      std::memcpy(&raw, &value, 4);
+      if (type != Type::f32) raw >>= 16;
+      std::memcpy(block->get() + i * width, &raw, static_cast<size_t>(width));
+    }
+  }
+  const Noise noise{42, 7};
+  const SampleRule rule{mode, type, type, noise, inverse_tau};
+  const SampleTensor sample{shape, logits.get(), weight.get(), out.get(), bits.get(), 3, 0.25f};
+  const BackwardRule back_rule{mode, type, type, noise, inverse_tau, 1e-3f};
+  const BackwardTensor back{shape, grad.get(), logits.get(), weight.get(), dlogits.get(), dweight.get(), 3, 0.25f};
+  const AdamRule adam{0.1f, 0.999f, 0.001f, 0.01f, 1.5f, 1e-8f, 0.99f, 0.0f, 1.0f};
+  double penalty = 0.0;
+  for_chunks(shape, [&](int64_t b, int64_t e) { penalty += k.sample(rule, sample, b, e); });
+  require(std::isfinite(penalty) && penalty >= 0.0, "the penalty is a finite sum of probabilities", k.name);
+  for_chunks(shape, [&](int64_t b, int64_t e) { k.sample_backward(back_rule, back, b, e); });
+  const MaskAdamTensor masks{shape, logits.get(), weight.get(), grad.get(), exp_avg.get(), exp_avg_sq.get(), 3, 0.25f, adam};
+  for_chunks(shape, [&](int64_t b, int64_t e) { k.mask_adam(back_rule, masks, b, e); });
+  const AdamWTensor adamw{shape, weight.get(), grad.get(), exp_avg.get(), exp_avg_sq.get(), bits.get(), adam};
+  for_chunks(shape, [&](int64_t b, int64_t e) { k.frozen_adamw({type, type}, adamw, b, e); });
+  const SgdTensor sgd{shape, weight.get(), grad.get(), exp_avg.get(), bits.get(),
+                      {0.1f, 0.9f, 1.0f, 1.0f, 0.01f, 1.0f, true, false}};
+  for_chunks(shape, [&](int64_t b, int64_t e) { k.frozen_sgd({type, type}, sgd, b, e); });
+
+  std::vector<uint8_t> all;
+  const auto add = [&](const void* data, int64_t nbytes) {
+    const uint8_t* p = static_cast<const uint8_t*>(data);
+    all.insert(all.end(), p, p + nbytes);
+  };
+  for (const Block<uint8_t>* block : {&out, &bits, &dweight, &weight}) add(block->get(), block->size);
+  for (const Block<float>* block : {&dlogits, &logits, &exp_avg, &exp_avg_sq}) add(block->get(), 4 * n);
+  return all;
+}
+
+void check_linear(const Kernels& k, int64_t m, int64_t n, int64_t width) {
+  Block<float> x(m * width), w(n * width), bias(n), out(m * n);
+  Block<uint8_t> bits(packed_nbytes(n * width));
+  for (int64_t i = 0; i < x.size; ++i) x[i] = static_cast<float>(std::rand() % 7 - 3);
+  for (int64_t i = 0; i < w.size; ++i) w[i] = static_cast<float>(std::rand() % 7 - 3);
+  for (int64_t i = 0; i < n; ++i) bias[i] = static_cast<float>(i);
+  for (int64_t e = 0; e < n * width; ++e) bits[e / 8] = static_cast<uint8_t>(bits[e / 8] | (std::rand() % 2) << (e % 8));
+  k.linear_packed({x.get(), w.get(), bits.get(), bias.get(), out.get(), m, n, width}, 0, n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      float expected = bias[j];
+      for (int64_t c = 0; c < width; ++c) expected += bit(bits, j * width + c) ? x[i * width + c] * w[j * width + c] : 0.0f;
+      require(out[i * n + j] == expected, "linear from bits is exact on small integers", k.name);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Shape> shapes = {{1, 1, 1},        {37, 1, 1},       {2304, 1, 1},     {40001, 1, 1},
+                                     {27, 3, 9},       {5 * 7 * 9, 7, 9}, {64 * 3 * 49, 3, 49}, {130 * 33 * 9, 33, 9},
+                                     {3 * 2 * 64, 2, 64}};
+  std::vector<const Kernels*> tables = {&kKernelsBaseline};
+#if defined(DWM_WITH_AVX2)
+  if (__builtin_cpu_supports("avx2")) tables.push_back(&kKernelsAvx2);
+#endif
+  for (const Kernels* k : tables) {
+    check_words(*k);
+    for (const Shape& shape : shapes) check_bits(*k, shape);
+    for (const int64_t width : {1, 7, 33, 2050}) check_linear(*k, 5, 3, width);
+  }
+  for (const Shape& shape : shapes) {
+    for (int mode = kGumbelHard; mode <= kEdit; ++mode) {
+      for (const Type type : {Type::f32, Type::bf16, Type::f16}) {
+        for (const float inverse_tau : {1.0f, 1.7f}) {
+          const auto first = results(*tables.front(), shape, mode, type, inverse_tau);
+          const auto last = results(*tables.back(), shape, mode, type, inverse_tau);
+          require(first == last, "instruction sets agree bit for bit", tables.back()->name);
+        }
+      }
+    }
+  }
+  std::printf("ok\n");
+  return 0;
+}
