@@ -9,6 +9,8 @@ an augmented Lagrangian.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,6 @@ class SourceBudget:
         excess = torch.where(torch.isfinite(excess), excess, self.excess)
         self.excess.lerp_(excess.detach().float(), self.smoothing)
         slack = (1.0 - self.excess / self.budget).clamp(-1.0, 1.0)
-        self._integrated.add_(self.gain * slack)
+        self._integrated.add_(self.gain * slack).clamp_(math.log(_LOWEST), math.log(_HIGHEST))
         self.coefficient.copy_(torch.exp(self._integrated + self.damping * slack.clamp(max=0.0)))
         return self.coefficient.clamp_(_LOWEST, _HIGHEST)
