@@ -153,7 +153,7 @@ class ResultFile:
     def record(self, rows: Iterable[Row], source: Source) -> None:
         """Put the rows into the file. DirtySource for a tree that no commit describes."""
         if source.dirty:
-            raise DirtySource(f"{source.dirty} differs from commit {source.commit}; commit it, or run with --allow-dirty")
+            raise DirtySource(f"{source.dirty} differs from commit {source.commit}; commit it, or use --allow-dirty")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".csv.part")
         partial.write_text(text(merged(read(self.path), rows)), encoding="utf-8")

@@ -28,7 +28,7 @@ from .context import Context
 from .gate import EVERYTHING, red_areas
 from .machine import CEILING_BUDGET, ceiling_case, device_name, facts, slug
 from .measure import Budget, Case, GateRed, measure
-from .results import DirtySource, ResultFile, Row, rows_of
+from .results import ResultFile, Row, rows_of
 from .source import Source, find_source, results_folder
 from .table import console, results_table
 
@@ -140,7 +140,8 @@ def bench(
     context = Context(torch.device(device), quick)
     entries = list(chosen(context, only))
     if not entries:
-        raise InputError(f"no case on {device} begins with '{only}'; names: {', '.join(e.name for e in chosen(context))}")
+        names = ", ".join(e.name for e in chosen(context))
+        raise InputError(f"no case on {device} begins with '{only}'; names: {names}")
     source = find_source(TREE, dwm_fast.__version__)
     if source.dirty and not allow_dirty:
         raise InputError(f"{source.dirty} is edited; commit it, or run with --allow-dirty to print without recording")

@@ -20,6 +20,13 @@ def shown_number(value: float) -> str:
     return f"{value:.2e}"
 
 
+def shown_rate(row: Row) -> str:
+    """Number and unit of a bandwidth or throughput."""
+    if row.unit == "TFLOP/s" and row.p50 < 1:
+        return f"{shown_number(row.p50 * 1e3)} GFLOP/s"
+    return f"{shown_number(row.p50)} {row.unit}"
+
+
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     """Rows grouped by case, parameters (who computed aside) and device, in order."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
@@ -33,16 +40,18 @@ def case_lines(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
     lines = []
     times = {r.way: r for r in rows if r.metric == "time"}
     over = {r.metric.removeprefix("speed-up over "): r for r in rows if r.way == "ours"}
+    counts = {m: sum(r.metric == m for r in rows) for m in ("bandwidth", "throughput")}
+    shown = max(counts, key=lambda m: counts[m])
     for way, row in times.items():
         backend = row.parameter("backend")
-        rate = next((r for r in rows if r.way == way and r.metric in ("throughput", "bandwidth")), None)
+        rate = next((r for r in rows if r.way == way and r.metric == shown), None)
         ratio = over.get(way)
         lines.append(
             (
                 f"{way} ({backend})" if backend else way,
                 shown_number(row.p50),
                 f"{shown_number(row.p20)}..{shown_number(row.p80)}",
-                f"{shown_number(rate.p50)} {rate.unit}" if rate else "",
+                shown_rate(rate) if rate else "",
                 f"{shown_number(ratio.p50)}x" if ratio else "",
             )
         )

@@ -1,4 +1,4 @@
-"""The command line: dwm-fast pacs, doctor, build and masks."""
+"""The command line: dwm-fast pacs, doctor, build, bench and masks."""
 
 from __future__ import annotations
 
@@ -173,6 +173,22 @@ def build(
     from dwm_fast.ops import _build
 
     typer.echo(f"built {_build.build(force=force, cuda=cuda, verbose=verbose)}")
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller problems, no torch.compile; under 3 minutes.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    only: Annotated[str, typer.Option(help="Beginnings of case names, comma-separated.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder of the result file.")] = None,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Measure an edited checkout and record nothing.")
+    ] = False,
+) -> None:
+    """Measure this machine: eager PyTorch, torch.compile, the dense limit and ours, side by side."""
+    from dwm_fast._bench.run import bench as measure
+
+    raise typer.Exit(measure(device, quick, only, out, allow_dirty))
 
 
 def main() -> None:

@@ -1,0 +1,120 @@
+"""Result files -> the tables and figures of README and docs, so that no figure is typed by hand.
+
+python -m benchmarks.report            rewrite the generated blocks and figures
+python -m benchmarks.report --check    exit with 1 when a block is not what the result files say
+python -m benchmarks.report --short FILE...    one line per case, for a terminal
+
+A block lies between `<!-- generated: results -->` (every case) or `<!-- generated: summary -->` (the leading ones)
+and `<!-- end generated -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkout import TREE
+from .results import Row, merged, read
+from .source import RESULTS
+from .table import by_case, case_lines, console, results_table, shown_number
+
+PAGES = ("README.md", "docs/benchmarks.md")
+FIGURES = Path("docs/figures")
+_LEADING = ("sample forward", "step mask training", "linear from bits", "bank linear", "bits pack")
+_BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
+_NONE = "No results are recorded yet; `dwm-fast bench` records them.\n"
+
+
+def recorded(tree: Path) -> list[Row]:
+    """Rows of every full result file of the checkout."""
+    files = sorted(p for p in (tree / RESULTS).glob("*.csv") if not p.stem.endswith("-quick"))
+    return merged([], [row for path in files for row in read(path)])
+
+
+def _device_note(rows: Sequence[Row]) -> str:
+    commits = sorted({r.commit for r in rows})
+    dates = sorted(r.date[:10] for r in rows)
+    versions = sorted({f"torch {r.torch}, Triton {r.triton}, Python {r.python}" for r in rows})
+    days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f"{'; '.join(versions)}; commit {', '.join(commits)}; {days}."
+
+
+def _case_table(case: str, parameters: str, rows: Sequence[Row]) -> list[str]:
+    out = [f"**{case}** ({parameters.replace(';', ', ')})", ""]
+    out += ["| way | ms | p20..p80 | rate | ours is |", "|---|---:|---:|---:|---:|"]
+    return [*out, *("| " + " | ".join(line) + " |" for line in case_lines(rows)), ""]
+
+
+def results_block(rows: Sequence[Row], only: Sequence[str] = ()) -> str:
+    """Markdown of all cases, or of those named, device by device."""
+    if not rows:
+        return _NONE
+    lines = []
+    for device in sorted({r.device for r in rows}):
+        here = [r for r in rows if r.device == device]
+        lines += [f"### {device}", "", _device_note(here), ""]
+        for (case, parameters, _), group in by_case(here).items():
+            if not only or case in only:
+                lines += _case_table(case, parameters, group)
+    return "\n".join(lines)
+
+
+def short_lines(rows: Sequence[Row]) -> list[str]:
+    """One line per case: ours, and how many times as fast as each other way it is."""
+    lines = []
+    for (case, parameters, _), group in by_case(rows).items():
+        times = {r.way: r for r in group if r.metric == "time"}
+        if "ours" not in times:
+            lines += [f"{case} {way}: {shown_number(r.p50)} ms" for way, r in times.items()]
+            continue
+        ratios = [r for r in group if r.way == "ours" and r.metric.startswith("speed-up over ")]
+        text = ", ".join(f"{r.metric.removeprefix('speed-up over ')} {shown_number(r.p50)}x" for r in ratios)
+        lines.append(f"{case} [{parameters}]: {shown_number(times['ours'].p50)} ms; over {text}")
+    return lines
+
+
+def filled(page: str, rows: Sequence[Row]) -> str:
+    """The page with its generated blocks written anew."""
+    blocks = {"results": results_block(rows), "summary": results_block(rows, _LEADING)}
+    return _BLOCK.sub(lambda m: m.group(1) + blocks[m.group(2)] + m.group(3), page)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 when a page is out of date")
+    parser.add_argument("--short", action="store_true", help="print one line per case of the given files")
+    parser.add_argument("--table", action="store_true", help="print the whole table of the given files")
+    parser.add_argument("files", nargs="*", type=Path, help="result files for --short and --table")
+    given = parser.parse_args(argv)
+    if given.short or given.table:
+        rows = [row for path in given.files for row in read(path)]
+        if given.table:
+            console().print(results_table(rows))
+        else:
+            print("\n".join(short_lines(rows)))
+        return 0
+    rows = recorded(TREE)
+    stale = []
+    for name in PAGES:
+        path = TREE / name
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        after = filled(before, rows)
+        if after != before:
+            stale.append(name)
+            if not given.check:
+                path.write_text(after, encoding="utf-8")
+    if given.check:
+        print("\n".join(f"{name} is not what the result files say; run python -m benchmarks.report" for name in stale))
+        return 1 if stale else 0
+    from .figures import draw_all
+
+    written = draw_all(rows, TREE / FIGURES)
+    print("\n".join(f"wrote {name}" for name in (*stale, *(p.relative_to(TREE).as_posix() for p in written))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
