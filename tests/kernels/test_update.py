@@ -223,7 +223,7 @@ def test_mask_adam_is_the_chain_rule_and_then_adamw(device, oracle, mode):
 
 
 def test_other_modes_take_their_own_gradient(device):
-    """THRESHOLD: G * W; EDIT: G * threshold - scale * sign(e) exp(-|e|); KEEP: none. One step of Adam shows its sign."""
+    """THRESHOLD: G * W; EDIT: G * threshold - scale * sign(e) exp(-|e|); KEEP: none. Adam's first step is its sign."""
     x = torch.tensor([-2.0, -0.5, 0.5, 2.0] * 8, device=device)
     w, g = torch.linspace(-1, 1, 32, device=device), torch.linspace(1, -2, 32, device=device)
     gradients = {2: torch.zeros_like(x), 3: g * w, 4: g * w, 5: g * 0.5 - 0.25 * x.sign() * (-x.abs()).exp()}

@@ -1,0 +1,108 @@
+"""Mixed-domain products in Triton stay within the error that fp64 allows, whatever the tiles."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dwm_fast import ops
+from dwm_fast.kernels import bank as kernels
+from dwm_fast.kernels.bank import FEW, MANY, Tiles, override_tiles
+
+COUNTS = [[3, 0, 1, 4], [0, 9, 0], [17, 2, 1]]
+SMALL = [Tiles(2, 16, 32, 16, 4), Tiles(0, 16, 32, 16, 4), Tiles(4, 32, 64, 16, 4)]
+
+
+@pytest.fixture(params=SMALL, ids=["few", "many", "wide"])
+def tiles(request):
+    with override_tiles(request.param):
+        yield request.param
+
+
+def make_case(device, counts, shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    masks = [torch.rand(shape, generator=generator) < 0.5 for _ in counts]
+    bits = torch.stack([ops.pack([mask]) for mask in masks])
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    masked = torch.stack([torch.where(m, weight.double(), 0.0) for m in masks])[rows]
+    return weight.to(device), bits.to(device), offsets.to(device), masked
+
+
+def assert_within_budget(y, exact, low):
+    bound = 2 * ((low.double() - exact).abs().max() + torch.finfo(y.dtype).eps * exact.abs().max())
+    assert y.isfinite().all()
+    assert (y.cpu().double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("shape", [(40, 64), (33, 50), (16, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_is_the_loop_over_domains(device, tiles, counts, shape, dtype):
+    weight, bits, offsets, masked = make_case(device, counts, shape, dtype)
+    x, bias = torch.randn(sum(counts), shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    y = kernels.bank_linear(x.to(device), weight, bits, bias.to(device), offsets, len(x))
+    exact = torch.einsum("mk,mnk->mn", x.double(), masked) + bias.double()
+    low = (torch.einsum("mk,mnk->mn", x.float(), masked.float()) + bias.float()).to(dtype)
+    assert y.dtype == dtype
+    assert_within_budget(y, exact, low)
+
+
+def test_biases_may_be_per_domain_and_samples_may_have_many_rows(device, tiles):
+    counts = [2, 0, 3]
+    weight, bits, offsets, masked = make_case(device, counts, (24, 96))
+    x, bias = torch.randn(5, 7, 96), torch.randn(3, 24)
+    y = kernels.bank_linear(x.to(device), weight, bits, bias.to(device), offsets, 5)
+    exact = torch.einsum("mtk,mnk->mtn", x.double(), masked) + bias.double()[[0, 0, 2, 2, 2], None]
+    assert_within_budget(y, exact, exact.float())
+
+
+def test_bits_may_be_columns_of_a_larger_buffer(device, tiles):
+    weight, bits, offsets, _ = make_case(device, [2, 2], (16, 32))
+    wide = torch.full((2, 3 * bits.shape[1]), 255, dtype=torch.uint8, device=device)
+    inside = slice(bits.shape[1], 2 * bits.shape[1])
+    wide[:, inside] = bits
+    x = torch.randn(4, 32, device=device)
+    expected = kernels.bank_linear(x, weight, bits, None, offsets, 4)
+    assert torch.equal(kernels.bank_linear(x, weight, wide[:, inside], None, offsets, 4), expected)
+
+
+def test_small_integers_are_exact(device, tiles):
+    counts = [3, 1, 4]
+    weight, bits, offsets, masked = make_case(device, counts, (48, 160))
+    weight, masked = weight.mul(2).round(), masked.mul(2).round()
+    x = torch.randint(-4, 5, (8, 160)).float()
+    y = kernels.bank_linear(x.to(device), weight, bits, None, offsets, 8)
+    assert torch.equal(y.cpu().double(), torch.einsum("mk,mnk->mn", x.double(), masked))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv2d_is_the_loop_over_domains(device, tiles, memory_format, groups):
+    counts = [2, 0, 1]
+    weight, bits, offsets, masked = make_case(device, counts, (6, 4 // groups, 3, 3))
+    x, bias = torch.randn(3, 4, 8, 7).contiguous(memory_format=memory_format), torch.randn(6)
+    geometry = ([2, 1], [1, 0], [1, 2], groups)
+    y = kernels.bank_conv2d(x.to(device), weight, bits, bias.to(device), offsets, 3, *geometry)
+    parts = [F.conv2d(x[i : i + 1].double(), masked[i], bias.double(), *geometry) for i in range(3)]
+    exact = torch.cat(parts)
+    assert y.is_contiguous(memory_format=memory_format)
+    assert_within_budget(y, exact, exact.float())
+
+
+def test_the_way_follows_the_rows_per_domain():
+    assert kernels.tiles_for(64, 16) is FEW
+    assert kernels.tiles_for(16 * 3136, 16) is MANY
+
+
+@pytest.mark.gpu
+def test_a_captured_batch_follows_offsets_that_change(device):
+    weight, bits, offsets, _ = make_case(device, [4, 4], (256, 256), torch.bfloat16)
+    x = torch.randn(8, 256, device=device, dtype=torch.bfloat16)
+    kernels.bank_linear(x, weight, bits, None, offsets, 8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.bank_linear(x, weight, bits, None, offsets, 8)
+    offsets.copy_(torch.tensor([0, 1, 8]))
+    graph.replay()
+    assert torch.equal(y, kernels.bank_linear(x, weight, bits, None, offsets, 8))
