@@ -114,4 +114,3 @@ def serving(context: Context, pixels: int) -> Case:
         Way("ours", lambda: ours),
     ]
     return Case("bank serving", {"network": "resnet18", "domains": 4, "batch": 16, "pixels": pixels}, ways, gate)
-

@@ -52,9 +52,7 @@ class Tensors:
 def mask_tensors(name: str, device: torch.device, keep: float = 2.0, spread: float = 2.0) -> Tensors:
     """The weights of every Linear and Conv2d, logits ~ N(keep, spread), seed 7, step 0, tau 1."""
     weights = [
-        m.weight.detach().clone()
-        for m in network(name, device).modules()
-        if isinstance(m, (nn.Conv2d, nn.Linear))
+        m.weight.detach().clone() for m in network(name, device).modules() if isinstance(m, (nn.Conv2d, nn.Linear))
     ]
     generator = torch.Generator(device=device).manual_seed(1)
     logits = [torch.empty_like(w).normal_(keep, spread, generator=generator) for w in weights]

@@ -121,9 +121,7 @@ def read(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"{path}: columns are {reader.fieldnames}; expected {COLUMNS}")
-        return [
-            Row(**{n: float(v) if n in ("p20", "p50", "p80") else v for n, v in row.items()}) for row in reader
-        ]
+        return [Row(**{n: float(v) if n in ("p20", "p50", "p80") else v for n, v in row.items()}) for row in reader]
 
 
 def text(rows: Iterable[Row]) -> str:

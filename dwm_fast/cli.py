@@ -177,7 +177,7 @@ def build(
 
 @app.command()
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller problems, no torch.compile; under 3 minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller problems, no torch.compile.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     only: Annotated[str, typer.Option(help="Beginnings of case names, comma-separated.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder of the result file.")] = None,

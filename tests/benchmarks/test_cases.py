@@ -1,0 +1,83 @@
+"""What the cases count, and that the list of them holds together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dwm_fast._bench import bench_bank, bench_conv2d, bench_linear, bench_sample, bench_update, rivals
+from dwm_fast._bench.cases import ENTRIES, chosen
+from dwm_fast._bench.context import Context
+from dwm_fast._bench.measure import Budget, measure
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = Context(torch.device("cpu"), quick=True)
+N = 1280
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_sampling_counts_each_tensor_once() -> None:
+    logits = torch.zeros(N)
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        weight = torch.zeros(N, dtype=dtype)
+        forward = _bytes(logits, weight, weight)
+        assert bench_sample.forward_bytes(N, size, pack=False) == forward
+        assert bench_sample.forward_bytes(N, size, pack=True) == forward + N // 8
+        assert bench_sample.backward_bytes(N, size) == _bytes(weight, weight, logits, logits)
+
+
+def test_updates_count_what_is_read_and_written() -> None:
+    weight = torch.zeros(N)
+    assert bench_update.ADAMW_BYTES * N == 2 * _bytes(weight, weight, weight) + _bytes(weight)
+    assert bench_update.SGD_BYTES * N == 2 * _bytes(weight, weight) + _bytes(weight)
+    assert bench_update.MASK_ADAM_BYTES * N == 2 * _bytes(weight, weight, weight) + _bytes(weight, weight)
+
+
+def test_products_count_operands_bits_and_result() -> None:
+    x, weight, y = torch.zeros(16, 64), torch.zeros(32, 64), torch.zeros(16, 32)
+    assert bench_linear.packed_bytes(16, 32, 64, 4) == _bytes(x, weight, y) + weight.numel() // 8
+    assert bench_bank.mixed_bytes(4, 4, 32, 64, 4) == _bytes(x, weight, y) + 4 * weight.numel() // 8
+
+
+def test_the_eager_rival_draws_bernoulli_of_sigmoid_with_the_soft_gradient() -> None:
+    torch.manual_seed(0)
+    logits = torch.full((200_000,), 1.0, requires_grad=True)
+    mask = rivals.gumbel_mask(logits)
+    assert set(mask.detach().round(decimals=5).unique().tolist()) <= {0.0, 1.0}
+    expected = torch.sigmoid(torch.tensor(1.0))
+    assert abs(float(mask.detach().mean() - expected)) < 5 * float((expected * (1 - expected) / 200_000) ** 0.5)
+    mask.sum().backward()
+    assert logits.grad is not None
+    assert 0 < float(logits.grad.min()) and float(logits.grad.max()) <= 0.25
+
+
+def test_the_packing_rivals_undo_each_other() -> None:
+    mask = torch.rand(5, 13) < 0.5
+    assert torch.equal(rivals.unpacked(rivals.packed(mask), mask.shape), mask)
+
+
+def test_names_are_unique_per_device_and_every_area_has_tests() -> None:
+    for device in ("cpu", "cuda"):
+        names = [e.name for e in ENTRIES if device in e.devices]
+        assert len(names) == len(set(names))
+    areas = {area for e in ENTRIES for area in e.areas}
+    missing = {area for area in areas if not list((ROOT / "tests").glob(f"*/test_{area}.py"))}
+    assert not missing
+
+
+def test_only_picks_by_the_beginning_of_names_and_quick_leaves_some_out() -> None:
+    assert {e.name for e in chosen(CPU, "linear, bits-p")} == {"linear-1", "linear-16", "linear-64", "bits-pack"}
+    full = Context(torch.device("cpu"))
+    assert {e.name for e in chosen(CPU)} < {e.name for e in chosen(full)}
+    assert list(chosen(CPU, "nothing")) == []
+
+
+def test_a_real_case_passes_its_gate_and_is_timed() -> None:
+    case = bench_conv2d.packed(CPU, rows=1, channels=8, pixels=4)
+    timings, missing = measure(case, CPU.device, Budget(seconds=0.0, min_rounds=1, max_rounds=1, warmup=1))
+    assert not missing
+    assert set(timings) == {w.name for w in case.ways}
