@@ -124,15 +124,19 @@ def _draw_scaling(rows: Sequence[Row], case: str, parameter: str, path: Path, de
     return _save(figure, path)
 
 
+def figure_name(device: str, what: str) -> str:
+    """File name of one figure of one device."""
+    return f"benchmarks-{slug(device)}-{what}.svg"
+
+
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Every figure that the rows have data for, as SVG files in `folder`."""
     written: list[Path | None] = []
     for device in sorted({r.device for r in rows}):
         here = [r for r in rows if r.device == device]
-        start = folder / f"benchmarks-{slug(device)}"
-        written.append(_draw_bars(here, start.with_name(f"{start.name}-bars.svg"), device))
-        written.append(_draw_roofline(here, start.with_name(f"{start.name}-roofline.svg"), device))
+        written.append(_draw_bars(here, folder / figure_name(device, "bars"), device))
+        written.append(_draw_roofline(here, folder / figure_name(device, "roofline"), device))
         for case, parameter in (("linear from bits", "M"), ("bank linear", "domains")):
-            name = f"{start.name}-{case.split()[0]}-{parameter.lower()}.svg"
-            written.append(_draw_scaling(here, case, parameter, start.with_name(name), device))
+            path = folder / figure_name(device, f"{case.split()[0]}-{parameter.lower()}")
+            written.append(_draw_scaling(here, case, parameter, path, device))
     return [path for path in written if path is not None]

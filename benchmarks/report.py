@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkout import TREE
+from .figures import bars, draw_all, figure_name
 from .results import Row, merged, read
 from .source import RESULTS
 from .table import by_case, case_lines, console, results_table, shown_number
@@ -56,6 +57,8 @@ def results_block(rows: Sequence[Row], only: Sequence[str] = ()) -> str:
     for device in sorted({r.device for r in rows}):
         here = [r for r in rows if r.device == device]
         lines += [f"### {device}", "", _device_note(here), ""]
+        if not only and bars(here):
+            lines += [f"![time of every way over the limit's](figures/{figure_name(device, 'bars')})", ""]
         for (case, parameters, _), group in by_case(here).items():
             if not only or case in only:
                 lines += _case_table(case, parameters, group)
@@ -109,8 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.check:
         print("\n".join(f"{name} is not what the result files say; run python -m benchmarks.report" for name in stale))
         return 1 if stale else 0
-    from .figures import draw_all
-
     written = draw_all(rows, TREE / FIGURES)
     print("\n".join(f"wrote {name}" for name in (*stale, *(p.relative_to(TREE).as_posix() for p in written))))
     return 0

@@ -44,7 +44,8 @@ def case_lines(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
     shown = max(counts, key=lambda m: counts[m])
     for way, row in times.items():
         backend = row.parameter("backend")
-        rate = next((r for r in rows if r.way == way and r.metric == shown), None)
+        rates = {r.metric: r for r in rows if r.way == way and r.metric in counts}
+        rate = rates.get(shown) or next(iter(rates.values()), None)
         ratio = over.get(way)
         lines.append(
             (
