@@ -43,7 +43,7 @@ static constexpr std::array<uint64_t, 256> make_unpack_table() {
 inline constexpr std::array<uint64_t, 256> kUnpack = make_unpack_table();
 
 // n bytes (nonzero = 1) -> bits; the last byte is padded with zero bits.
-static inline void pack_bytes(const uint8_t* bytes, int64_t n, uint8_t* bits) {
+DWM_NOINLINE static void pack_bytes(const uint8_t* bytes, int64_t n, uint8_t* bits) {
   int64_t i = 0;
 #if defined(__AVX2__)
   const __m256i zero = _mm256_setzero_si256();
@@ -62,7 +62,7 @@ static inline void pack_bytes(const uint8_t* bytes, int64_t n, uint8_t* bits) {
 }
 
 // Bits -> n bytes of 0 or 1.
-static inline void unpack_bytes(const uint8_t* bits, int64_t n, uint8_t* bytes) {
+DWM_NOINLINE static void unpack_bytes(const uint8_t* bits, int64_t n, uint8_t* bytes) {
   int64_t i = 0;
 #if defined(__AVX2__)
   const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);

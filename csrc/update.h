@@ -20,7 +20,7 @@ static inline AdamLane adam_lane(const AdamRule& rule, float w, float g, float m
   return {w * rule.shrink - rule.step_size * first / denominator, first, second};
 }
 
-// `moved` = the new weights; m and v are written in place where free.
+// fp32 weights change in place; others arrive as `w`, leave as `moved`, and are rounded and stored by store_free.
 DWM_NOINLINE static void adamw_run(const AdamRule& rule, const float* __restrict w, const float* __restrict g,
                                    float* __restrict m, float* __restrict v, const uint8_t* __restrict keep,
                                    float* __restrict moved, int n) {
@@ -28,6 +28,18 @@ DWM_NOINLINE static void adamw_run(const AdamRule& rule, const float* __restrict
   for (int i = 0; i < n; ++i) {
     const AdamLane lane = adam_lane(local, w[i], g[i], m[i], v[i]);
     moved[i] = lane.value;
+    m[i] = keep[i] ? m[i] : lane.exp_avg;
+    v[i] = keep[i] ? v[i] : lane.exp_avg_sq;
+  }
+}
+
+DWM_NOINLINE static void adamw_run_f32(const AdamRule& rule, float* __restrict w, const float* __restrict g,
+                                       float* __restrict m, float* __restrict v, const uint8_t* __restrict keep,
+                                       int n) {
+  const AdamRule local = rule;
+  for (int i = 0; i < n; ++i) {
+    const AdamLane lane = adam_lane(local, w[i], g[i], m[i], v[i]);
+    w[i] = keep[i] ? w[i] : lane.value;
     m[i] = keep[i] ? m[i] : lane.exp_avg;
     v[i] = keep[i] ? v[i] : lane.exp_avg_sq;
   }
@@ -56,25 +68,18 @@ DWM_NOINLINE static void sgd_momentum_run(const SgdRule& rule, const float* __re
 }
 
 // Stores of free lanes: a kept weight's bits stay as they are, whatever they mean.
-DWM_NOINLINE static void store_free_f32(const float* __restrict moved, const uint8_t* __restrict keep,
-                                        float* __restrict weight, int n) {
-  for (int i = 0; i < n; ++i) weight[i] = keep[i] ? weight[i] : moved[i];
-}
-
-template <bool kBrain>
-DWM_NOINLINE static void store_free_16(const float* __restrict moved, const uint8_t* __restrict keep,
-                                       uint16_t* __restrict weight, int n) {
-  for (int i = 0; i < n; ++i) {
-    const uint16_t rounded = kBrain ? to_bf16(moved[i]) : to_f16(moved[i]);
-    weight[i] = keep[i] ? weight[i] : rounded;
+DWM_NOINLINE static void store_free(Type type, const float* __restrict moved, const uint8_t* __restrict keep,
+                                    void* __restrict base, int64_t at, int n) {
+  if (type == Type::f32) {
+    float* weight = static_cast<float*>(base) + at;
+    for (int i = 0; i < n; ++i) weight[i] = keep[i] ? weight[i] : moved[i];
+    return;
   }
-}
-
-static inline void store_free(Type type, const float* moved, const uint8_t* keep, void* weight, int64_t at, int n) {
-  switch (type) {
-    case Type::f32: return store_free_f32(moved, keep, static_cast<float*>(weight) + at, n);
-    case Type::bf16: return store_free_16<true>(moved, keep, static_cast<uint16_t*>(weight) + at, n);
-    default: return store_free_16<false>(moved, keep, static_cast<uint16_t*>(weight) + at, n);
+  uint16_t* weight = static_cast<uint16_t*>(base) + at;
+  if (type == Type::bf16) {
+    for (int i = 0; i < n; ++i) weight[i] = keep[i] ? weight[i] : to_bf16(moved[i]);
+  } else {
+    for (int i = 0; i < n; ++i) weight[i] = keep[i] ? weight[i] : to_f16(moved[i]);
   }
 }
 
@@ -93,6 +98,15 @@ static inline void update_free(UpdateTypes types, const Tensor& t, int64_t begin
 }
 
 static void frozen_adamw(UpdateTypes types, const AdamWTensor& t, int64_t begin, int64_t end) {
+  if (types.weight == Type::f32 && types.grad == Type::f32) {
+    walk<Wanted{.bits_in = true}>(
+        t.shape, TileSource{.bits_in = t.bits}, begin, end,
+        [&](int64_t at, int64_t n, const uint32_t*, const uint8_t* keep) {
+          adamw_run_f32(t.rule, static_cast<float*>(t.weight) + at, static_cast<const float*>(t.grad) + at,
+                        t.exp_avg + at, t.exp_avg_sq + at, keep, static_cast<int>(n));
+        });
+    return;
+  }
   update_free(types, t, begin, end,
               [&](int64_t at, int n, const float* w, const float* g, const uint8_t* keep, float* moved) {
                 adamw_run(t.rule, w, g, t.exp_avg + at, t.exp_avg_sq + at, keep, moved, n);

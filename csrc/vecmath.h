@@ -100,7 +100,7 @@ static inline float* result_run(Type type, void* base, int64_t offset, float* st
   return type == Type::f32 ? static_cast<float*>(base) + offset : staging;
 }
 
-static inline void store_run(Type type, const float* staging, void* base, int64_t offset, int64_t n) {
+DWM_NOINLINE static void store_run(Type type, const float* staging, void* base, int64_t offset, int64_t n) {
   if (type == Type::f32) return;
   uint16_t* target = static_cast<uint16_t*>(base) + offset;
   if (type == Type::bf16) {
