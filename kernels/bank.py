@@ -1,0 +1,253 @@
+"""bank_linear and bank_conv2d in Triton: samples sorted by domain, one base weight, one packed mask per domain.
+
+The offsets stay on the device and the grid follows sizes alone, so nothing waits and a graph may be replayed with
+other offsets in place. The masked weight is the left operand (y^T = W x^T): it stays in registers, and sixteen rows
+of x are enough for a matrix instruction. A word of bits is loaded once for 32 weights.
+
+Two ways, chosen by rows per sample (`tiles_for`): with few, a program keeps a tile of the weight for GROUP domains,
+so that the weight is read once for all of them; with many, a program has a tile of rows of one domain.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwm_fast.kernels import _tables
+from dwm_fast.kernels._launch import OPTIONS
+from dwm_fast.kernels._math import INTERPRETED
+from dwm_fast.kernels._tables import TL_DTYPES
+from dwm_fast.ops.bank import bank_conv2d_reference, bank_linear_reference
+
+
+@triton.jit
+def weight_tile(weight, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """W from row n0 (int64) and column k0, [BLOCK_N, BLOCK_K], zero outside."""
+    n, k = tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
+    inside = (n < (N - n0).to(tl.int32))[:, None] & (k < K)[None, :]
+    return tl.load(weight + n0 * K + (n[:, None] * K + k[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def keep_tile(bits, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
+    """Keep flags of that tile, bool; `bits` is the domain's first word. ALIGNED: K is a multiple of 32."""
+    n = tl.arange(0, BLOCK_N)
+    rest = (N - n0).to(tl.int32)
+    if ALIGNED:
+        column = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+        inside = (n < rest)[:, None] & (column < K // 32)[None, :]
+        words = tl.load(bits + n0 * (K // 32) + (n[:, None] * (K // 32) + column[None, :]), mask=inside, other=0)
+        keep = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        return keep.reshape(BLOCK_N, BLOCK_K) != 0
+    else:
+        k = k0 + tl.arange(0, BLOCK_K)
+        inside = (n < rest)[:, None] & (k < K)[None, :]
+        element = (n0 * K % 32).to(tl.int32) + n[:, None] * K + k[None, :]
+        words = tl.load(bits + n0 * K // 32 + element // 32, mask=inside, other=0)
+        return ((words >> (element % 32)) & 1) != 0
+
+
+@triton.jit
+def row_tile(x, start, stop, k0, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows start .. stop (int64) of x (M, K), transposed: [BLOCK_K, BLOCK_M], zero outside."""
+    row, k = tl.arange(0, BLOCK_M), k0 + tl.arange(0, BLOCK_K)
+    rest = tl.minimum(stop - start, BLOCK_M).to(tl.int32)
+    inside = (k < K)[:, None] & (row < rest)[None, :]
+    return tl.load(x + start * K + (row[None, :] * K + k[:, None]), mask=inside, other=0.0)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32; the interpreter, whose bfloat16 are integers, multiplies them as fp32, which is exact."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def append(values, value):
+    """The tuple `values` with `value` behind it."""
+    return values + (value,)
+
+
+@triton.jit
+def store_rows(y, bias, acc, n0, start, stop, N, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write acc [BLOCK_N, BLOCK_M] to rows start .. stop of y (M, N); `bias` is the domain's first."""
+    n, row = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    inside = (n < (N - n0).to(tl.int32))[:, None] & (row < tl.minimum(stop - start, BLOCK_M).to(tl.int32))[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + n0 + n, mask=n < (N - n0).to(tl.int32), other=0.0).to(tl.float32)[:, None]
+    tl.store(y + start * N + n0 + (row[None, :] * N + n[:, None]), acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bank_linear_few_fwd_kernel(
+    x, weight, bits, bias, offsets, y, N, K, domains, scale, bits_stride, bias_stride,
+    HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of N, groups of GROUP domains); each pass takes up to BLOCK_M rows of every domain of the group."""
+    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    members, starts, stops, most = (), (), (), tl.zeros([], tl.int64)
+    for g in tl.static_range(GROUP):
+        member = tl.minimum(tl.program_id(1) * GROUP + g, domains - 1).to(tl.int64)
+        low, high = tl.load(offsets + member) * scale, tl.load(offsets + member + 1) * scale
+        high = tl.where(tl.program_id(1) * GROUP + g < domains, high, low)
+        members, starts, stops = append(members, member), append(starts, low), append(stops, high)
+        most = tl.maximum(most, high - low)
+    for done in range(0, most, BLOCK_M):
+        sums = ()
+        for _ in tl.static_range(GROUP):
+            sums = append(sums, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        for k0 in range(0, K, BLOCK_K):
+            w = weight_tile(weight, n0, k0, N, K, BLOCK_N, BLOCK_K)
+            added = ()
+            for g in tl.static_range(GROUP):
+                keep = keep_tile(bits + members[g] * bits_stride, n0, k0, N, K, BLOCK_N, BLOCK_K, ALIGNED)
+                masked = tl.where(keep, w, 0.0).to(x.dtype.element_ty)
+                columns = row_tile(x, starts[g] + done, stops[g], k0, K, BLOCK_M, BLOCK_K)
+                added = append(added, product(masked, columns, sums[g], PRECISION))
+            sums = added
+        for g in tl.static_range(GROUP):
+            own = bias + members[g] * bias_stride
+            store_rows(y, own, sums[g], n0, starts[g] + done, stops[g], N, HAS_BIAS, BLOCK_N, BLOCK_M)
+
+
+@triton.jit
+def bank_linear_many_fwd_kernel(
+    x, weight, bits, bias, offsets, y, N, K, domains, scale, bits_stride, bias_stride,
+    HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of N, tiles of rows). Every domain has its own tiles of rows; those beyond the last do nothing."""
+    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    tile = tl.program_id(1).to(tl.int64)
+    domain = tl.zeros([], tl.int64)
+    start = tl.load(offsets) * scale
+    stop = start
+    before = tl.zeros([], tl.int64)
+    for d in range(domains):
+        low, high = tl.load(offsets + d) * scale, tl.load(offsets + d + 1) * scale
+        tiles = (high - low + BLOCK_M - 1) // BLOCK_M
+        here = (tile >= before) & (tile < before + tiles)
+        domain = tl.where(here, d, domain)
+        start = tl.where(here, low + (tile - before) * BLOCK_M, start)
+        stop = tl.where(here, high, stop)
+        before += tiles
+    if tile < before:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            w = weight_tile(weight, n0, k0, N, K, BLOCK_N, BLOCK_K)
+            keep = keep_tile(bits + domain * bits_stride, n0, k0, N, K, BLOCK_N, BLOCK_K, ALIGNED)
+            masked = tl.where(keep, w, 0.0).to(x.dtype.element_ty)
+            columns = row_tile(x, start, stop, k0, K, BLOCK_M, BLOCK_K)
+            acc = product(masked, columns, acc, PRECISION)
+        store_rows(y, bias + domain * bias_stride, acc, n0, start, stop, N, HAS_BIAS, BLOCK_N, BLOCK_M)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Launch parameters; group 0 is the kernel for many rows."""
+
+    group: int
+    block_n: int
+    block_k: int
+    block_m: int
+    num_warps: int
+
+
+FEW = Tiles(group=8, block_n=32, block_k=64, block_m=16, num_warps=4)
+MANY = Tiles(group=0, block_n=64, block_k=64, block_m=64, num_warps=4)
+_MAX_K = 1 << 23
+"""Offsets inside a tile are int32: at most 128 rows of this many columns."""
+
+_SMALL = 32
+"""Rows of a domain, on average, up to which reading the weight once for several domains wins."""
+
+_tiles: Tiles | None = None
+
+
+def tiles_for(rows: int, domains: int) -> Tiles:
+    """The launch parameters for `rows` rows of `domains` domains."""
+    return _tiles or (FEW if rows <= _SMALL * domains else MANY)
+
+
+@contextlib.contextmanager
+def override_tiles(tiles: Tiles):
+    """Inside the block every launch uses `tiles`; results may differ by rounding only."""
+    global _tiles
+    before, _tiles = _tiles, tiles
+    try:
+        yield
+    finally:
+        _tiles = before
+
+
+def bank_linear(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int
+) -> Tensor:
+    """The operation of the same name; fp64 and mixed dtypes that the kernels do not know go to the reference."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype not in TL_DTYPES:
+        return bank_linear_reference(x, weight, bits, bias, offsets, samples)
+    n, k = weight.shape
+    if k > _MAX_K:
+        return bank_linear_reference(x, weight, bits, bias, offsets, samples)
+    rows = x.reshape(-1, k).contiguous()
+    y = _tables.empty((rows.shape[0], n), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y.view(*x.shape[:-1], n)
+    words = _words(bits)
+    tiles = tiles_for(rows.shape[0], bits.shape[0])
+    constants = {
+        "HAS_BIAS": bias is not None, "ALIGNED": k % 32 == 0, "PRECISION": _precision(x),
+        "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "BLOCK_M": tiles.block_m, "num_warps": tiles.num_warps,
+    }  # fmt: skip
+    shift = (y if bias is None else bias).contiguous()
+    arguments = (
+        rows, weight.contiguous(), words, shift, offsets.contiguous(), y, n, k, bits.shape[0],
+        rows.shape[0] // samples, words.stride(0), n if bias is not None and bias.dim() == 2 else 0,
+    )  # fmt: skip
+    with _tables.device_guard(x.device):
+        if tiles.group:
+            grid = (triton.cdiv(n, tiles.block_n), triton.cdiv(bits.shape[0], tiles.group))
+            bank_linear_few_fwd_kernel[grid](*arguments, GROUP=tiles.group, **constants, **OPTIONS)
+        else:
+            row_tiles = triton.cdiv(rows.shape[0], tiles.block_m) + min(bits.shape[0], samples) - 1
+            grid = (triton.cdiv(n, tiles.block_n), row_tiles)
+            bank_linear_many_fwd_kernel[grid](*arguments, **constants, **OPTIONS)
+    return y.view(*x.shape[:-1], n)
+
+
+def bank_conv2d(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """The operation of the same name, as a linear map of unfolded windows; grouped ones go to the reference."""
+    if groups != 1 or not x.numel():
+        return bank_conv2d_reference(x, weight, bits, bias, offsets, samples, stride, padding, dilation, groups)
+    out, _, height, width = weight.shape
+    sizes = [
+        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
+    ]
+    windows = F.unfold(x, (height, width), list(dilation), list(padding), list(stride)).transpose(1, 2)
+    y = bank_linear(windows, weight.reshape(out, -1), bits, bias, offsets, samples)
+    y = y.view(x.shape[0], *sizes, out).permute(0, 3, 1, 2)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y if last else y.contiguous()
+
+
+def _words(bits: Tensor) -> Tensor:
+    """Bits (D, nbytes) as int32 (D, nbytes / 4), copied only where rows are not whole aligned words."""
+    whole = bits.stride(1) == 1 and bits.stride(0) % 4 == 0 and bits.storage_offset() % 4 == 0
+    return (bits if whole else bits.contiguous()).view(torch.int32)
+
+
+def _precision(x: Tensor) -> str:
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
