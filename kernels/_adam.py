@@ -13,9 +13,7 @@ from dwm_fast.kernels._math import narrow
 @triton.jit
 def double(parts, index: tl.constexpr):
     """fp64 number `index` of a tuple in which each takes three fp32 parts; exact, see `split`."""
-    high = tl.to_tensor(parts[3 * index]).to(tl.float64)
-    middle = tl.to_tensor(parts[3 * index + 1]).to(tl.float64)
-    return high + middle + tl.to_tensor(parts[3 * index + 2]).to(tl.float64)
+    return tl.full([], 0.0, tl.float64) + parts[3 * index] + parts[3 * index + 1] + parts[3 * index + 2]
 
 
 @triton.jit

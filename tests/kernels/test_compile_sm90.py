@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.parametrize(
     ("target", "match"),
-    [(90, ""), (80, "hard fp32"), (80, "bits"), (100, "hard fp32"), (100, "bits")],
+    [(90, ""), (80, "hard fp32,bf16"), (100, "hard fp32,bf16")],
 )
 @pytest.mark.timeout(900)
 def test_no_configuration_spills(target, match):
@@ -17,7 +17,7 @@ def test_no_configuration_spills(target, match):
     command = [sys.executable, "-m", "dwm_fast.kernels._compile", "--target", str(target), "--match", match]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count(f"sm_{target} ") >= 5
+    assert result.stdout.count(f"sm_{target} ") >= 3
 
 
 def test_the_interpreter_has_nothing_to_compile():
