@@ -101,7 +101,9 @@ def pacs(
     inits: Annotated[str | None, typer.Option(help="Some of S_start,S_end,random.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated.")] = None,
     backbone: Annotated[str | None, typer.Option(help="'small' or any torchvision classifier.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Checkpoint, .safetensors or .pth, may be partial; or 'torchvision'.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Checkpoint, .safetensors or .pth, may be partial; or 'torchvision'.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, pixels.")] = None,
     train_size: Annotated[int | None, typer.Option(help="Side of the crops trained on, pixels.")] = None,
     crop_scale: Annotated[float | None, typer.Option(help="Smallest fraction of the area a crop covers.")] = None,
