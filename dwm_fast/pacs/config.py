@@ -128,10 +128,10 @@ def real_defaults() -> StudyConfig:
         binary=LearnedMask(epochs=6, lr=0.05),
         edit=LearnedMask(epochs=6, lr=0.05),
         tune={
-            "none": (TrainOptions(epochs=2, lr=3e-4, batch_norm="shared"),),
-            "naive": (TrainOptions(epochs=2, lr=3e-4, batch_norm="shared"),),
-            "edit": (TrainOptions(epochs=2, lr=3e-4, batch_norm="frozen"),),
-            "binary": (TrainOptions(epochs=2, lr=3e-4, batch_norm="frozen"),),
+            "none": (TrainOptions(epochs=3, lr=3e-4, batch_norm="shared"),),
+            "naive": (TrainOptions(epochs=3, lr=3e-4, batch_norm="shared"),),
+            "edit": (TrainOptions(epochs=3, lr=2e-3, batch_norm="frozen"),),
+            "binary": (TrainOptions(epochs=3, lr=2e-3, batch_norm="frozen"),),
         },
     )
 
