@@ -73,7 +73,7 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def append(values, value):
     """The tuple `values` with `value` behind it."""
-    return values + (value,)
+    return values + (value,)  # noqa: RUF005 - Triton knows no unpacking
 
 
 @triton.jit
@@ -162,7 +162,10 @@ class Tiles:
     num_warps: int
 
 
-FEW = Tiles(group=8, block_n=32, block_k=64, block_m=16, num_warps=4)
+FEW = Tiles(group=4, block_n=64, block_k=64, block_m=16, num_warps=8)
+"""Few rows, two-byte values, whole words of bits."""
+FEW_WIDE = Tiles(group=1, block_n=32, block_k=32, block_m=16, num_warps=4)
+"""Few rows otherwise; larger tiles or groups spill."""
 MANY = Tiles(group=0, block_n=64, block_k=64, block_m=64, num_warps=4)
 _MAX_K = 1 << 23
 """Offsets inside a tile are int32: at most 128 rows of this many columns."""
@@ -173,9 +176,10 @@ _SMALL = 32
 _tiles: Tiles | None = None
 
 
-def tiles_for(rows: int, domains: int) -> Tiles:
-    """The launch parameters for `rows` rows of `domains` domains."""
-    return _tiles or (FEW if rows <= _SMALL * domains else MANY)
+def tiles_for(rows: int, domains: int, k: int, dtype: torch.dtype) -> Tiles:
+    """The launch parameters for `rows` rows of `domains` domains and k columns."""
+    few = FEW if k % 32 == 0 and dtype.itemsize == 2 else FEW_WIDE
+    return _tiles or (few if rows <= _SMALL * domains else MANY)
 
 
 @contextlib.contextmanager
@@ -189,9 +193,7 @@ def override_tiles(tiles: Tiles):
         _tiles = before
 
 
-def bank_linear(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int
-) -> Tensor:
+def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:
     """The operation of the same name; fp64 and mixed dtypes that the kernels do not know go to the reference."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype not in TL_DTYPES:
         return bank_linear_reference(x, weight, bits, bias, offsets, samples)
@@ -203,7 +205,7 @@ def bank_linear(
     if not y.numel():
         return y.view(*x.shape[:-1], n)
     words = _words(bits)
-    tiles = tiles_for(rows.shape[0], bits.shape[0])
+    tiles = tiles_for(rows.shape[0], bits.shape[0], k, torch.promote_types(x.dtype, weight.dtype))
     constants = {
         "HAS_BIAS": bias is not None, "ALIGNED": k % 32 == 0, "PRECISION": _precision(x),
         "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "BLOCK_M": tiles.block_m, "num_warps": tiles.num_warps,
