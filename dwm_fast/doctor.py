@@ -8,6 +8,7 @@ import platform
 import torch
 
 import dwm_fast
+from dwm_fast.errors import BackendUnavailable
 from dwm_fast.ops import _backends
 
 _OPTIONAL = {
@@ -31,15 +32,37 @@ def diagnose() -> list[str]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         lines.append(f"operations on {device}:")
-        lines += [f"  {op}: {_backends.chosen(op, device)}" for op in _SHOWN]
-    reasons = {b: r for op in _SHOWN for b, r in _backends.availability(op).items() if r != "ready"}
-    lines += [f"backend {backend} is not used: {reason}" for backend, reason in reasons.items()]
+        lines += [f"  {op}: {_chosen(op, device)}" for op in _SHOWN]
+    lines += _unused_backends()
     for package, use in _OPTIONAL.items():
         try:
             lines.append(f"{package} {importlib.metadata.version(package)}: present")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{package}: not installed; {use}")
     return lines
+
+
+def _chosen(op: str, device: str) -> str:
+    try:
+        return _backends.chosen(op, device)
+    except BackendUnavailable as error:
+        return f"cannot run: {error}"
+
+
+def _unused_backends() -> list[str]:
+    """A line for each reason why a backend computes none, or not all, of the operations that it could."""
+    failing: dict[tuple[str, str], list[str]] = {}
+    ready = set()
+    for op in _SHOWN:
+        for backend, reason in _backends.availability(op).items():
+            if reason == "ready":
+                ready.add(backend)
+            else:
+                failing.setdefault((backend, reason), []).append(op)
+    return [
+        f"backend {backend} is not used{' for ' + ', '.join(ops) if backend in ready else ''}: {reason}"
+        for (backend, reason), ops in failing.items()
+    ]
 
 
 def _gpu_line() -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -77,7 +76,7 @@ def build_backbone(name: str, classes: int) -> nn.Module:
             f"backbone '{name}' is unknown; expected '{SMALL}' or a torchvision classifier"
             + (f" such as {', '.join(near[:6])}" if near else " such as resnet18, resnet50, vgg16_bn")
         )
-    extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
     return network
 
@@ -102,14 +101,15 @@ class LoadReport:
         """One line: how many tensors were given, and which parts of the network start fresh."""
         parts: dict[str, list[bool]] = {}
         for name, given in self._named():
-            if not name.endswith("num_batches_tracked"):
-                parts.setdefault(name.partition(".")[0], []).append(given)
+            parts.setdefault(name.partition(".")[0], []).append(given)
         fresh = [part if not any(g) else f"{part} (in part)" for part, g in parts.items() if not all(g)]
-        total = len(self.loaded) + len(self.fresh)
-        return f"{len(self.loaded)} of {total} tensors; fresh: {', '.join(fresh) or 'nothing'}"
+        given = [g for _, g in self._named()]
+        return f"{sum(given)} of {len(given)} tensors; fresh: {', '.join(fresh) or 'nothing'}"
 
     def _named(self) -> list[tuple[str, bool]]:
-        return [(name, True) for name in self.loaded] + [(name, False) for name in self.fresh]
+        """(name, whether it was given); batch norm's step counters, which many checkpoints lack, say nothing."""
+        named = [(name, True) for name in self.loaded] + [(name, False) for name in self.fresh]
+        return [(name, given) for name, given in named if not name.endswith("num_batches_tracked")]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -131,8 +131,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"weights: {path} is no file of tensors alone, and nothing else is unpickled; save one with "
             "torch.save(model.state_dict(), ...)"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # bytes that are no pickle fail in as many ways as the unpickler has lines
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise DataError(f"weights: {path} cannot be read as a file of tensors: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

@@ -1,0 +1,94 @@
+"""A whole study small enough for a test: a narrow network, a few procedural images of 16 pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dwm_fast.methods import LearnedMask, TrainOptions
+from dwm_fast.pacs import backbones, study
+from dwm_fast.pacs.backbones import SmallResNet
+from dwm_fast.pacs.config import METHODS, StudyConfig, from_dict
+from dwm_fast.pacs.data import PacsData
+from dwm_fast.pacs.procedural import procedural
+
+# With fewer channels torch 2.15 corrupts memory in the backward of strided 1x1 convolutions, channels_last.
+NarrowNet = functools.partial(SmallResNet, width=8)
+MASK = LearnedMask(epochs=1, lr=0.5, source_budget=0.3)
+CONFIG = StudyConfig(
+    image_size=16,
+    train_size=16,
+    sources=("photo", "sketch"),
+    targets=("photo", "sketch"),
+    inits=("S_start",),
+    source=TrainOptions(epochs=2, lr=1e-2),
+    binary=MASK,
+    edit=MASK,
+    tune={method: (TrainOptions(epochs=1, lr=1e-2, batch_norm="per-domain"),) for method in METHODS},
+    batch_size=16,
+    device="cpu",
+)
+
+
+@functools.cache
+def tiny_data() -> PacsData:
+    return procedural(image_size=16, train_per_class=5, test_per_class=2)
+
+
+def config(**changes: Any) -> StudyConfig:
+    """CONFIG with entries changed, as a file would."""
+    return from_dict(changes, CONFIG)
+
+
+def tiny(monkeypatch: Any) -> None:
+    """Make "small" the narrow network, load the tiny data, and leave the settings of the process alone."""
+    monkeypatch.setattr(backbones, "SmallResNet", NarrowNet)
+    monkeypatch.setattr(study, "procedural", lambda image_size: tiny_data())
+    monkeypatch.setattr(study, "prepare_machine", lambda device: None)
+
+
+def stages(folder: Path) -> list[str]:
+    """Names of the finished stages."""
+    return sorted(file.stem for file in (folder / "stages").glob("*.safetensors"))
+
+
+def without_seconds(results: Any) -> Any:
+    """Results with every measured time taken out."""
+    if isinstance(results, dict):
+        return {key: without_seconds(value) for key, value in results.items() if key != "seconds"}
+    return [without_seconds(value) for value in results] if isinstance(results, list) else results
+
+
+def serve() -> None:
+    """For each folder named on stdin: run the study in a forked process, print its pid and then its exit status.
+
+    Training steps are slowed down, so that a killer comes in time, and no figures are drawn.
+    """
+    import torch._dynamo  # torch's optimisers import it; once for all children
+
+    def draw_nothing(results: Any, folder: Path) -> list[Any]:
+        time.sleep(0.3)
+        return []
+
+    backbones.SmallResNet = NarrowNet
+    study.figures.draw_all = draw_nothing
+    slow = 0.02
+    data = tiny_data()
+    one_pair = dataclasses.replace(CONFIG, sources=("photo",), targets=("sketch",), methods=("none", "binary"))
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)
+            study.Study(one_pair, line.strip(), data).run(report_step=lambda _: time.sleep(slow))
+            os._exit(0)
+        print(pid, flush=True)
+        print(os.waitpid(pid, 0)[1], flush=True)
+
+
+if __name__ == "__main__":
+    serve()

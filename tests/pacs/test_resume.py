@@ -1,0 +1,171 @@
+"""A study that is killed and started again ends as one that was never killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dwm_fast.errors import InputError
+from dwm_fast.pacs.lab import Lab
+from dwm_fast.pacs.study import Study
+
+from . import study_for_tests
+from .study_for_tests import CONFIG, config, stages, tiny, tiny_data, without_seconds
+
+Run = Callable[[Path, Callable[[], bool] | None], int]
+SOURCE, MASK = "source-photo-seed0", "mask-binary-photo-seed0"
+PLAIN = "tune-photo-sketch-none---per-domain-lr0.01-seed0"
+TUNED = "tune-photo-sketch-binary-S_start-per-domain-lr0.01-seed0"
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs the study in a folder in a process of its own; kills it when a condition holds; returns its status."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, study_for_tests.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert server.stdin
+    assert server.stdout
+
+    def once(folder: Path, kill_when: Callable[[], bool] | None = None) -> int:
+        print(folder, file=server.stdin, flush=True)
+        pid = int(server.stdout.readline())
+        if kill_when is not None:
+            until = time.monotonic() + 120
+            while not kill_when() and time.monotonic() < until:
+                time.sleep(0.001)
+            os.kill(pid, signal.SIGKILL)
+        return int(server.stdout.readline())
+
+    yield once
+    server.stdin.close()
+    server.wait(timeout=60)
+
+
+def test_killed_in_every_kind_of_stage_it_ends_with_the_same_results(run: Run, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(whole, None) == 0
+    kills = [
+        (lambda: (killed / "config.json").exists(), []),
+        (lambda: stages(killed) == [SOURCE], [SOURCE]),
+        (lambda: MASK in stages(killed), [MASK, SOURCE]),
+        (lambda: PLAIN in stages(killed), [MASK, SOURCE, PLAIN]),
+        (lambda: (killed / "results.json").exists(), [MASK, SOURCE, TUNED, PLAIN]),
+    ]
+    for condition, done in kills:
+        assert run(killed, condition) == signal.SIGKILL
+        assert stages(killed) == sorted(done)
+    assert not (killed / "report.html").exists()
+    assert run(killed, None) == 0
+
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, killed)]
+    assert without_seconds(results[0]) == without_seconds(results[1])
+    for name in ("table.csv", "table.md", "config.json", f"masks/{MASK.removeprefix('mask-')}.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    files = [sorted(str(f.relative_to(d)) for d_ in [d] for f in d_.rglob("*") if f.is_file()) for d in (whole, killed)]
+    assert [f for f in files[1] if not f.endswith(".part")] == files[0]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    tiny(monkeypatch)
+    return make_lab(tmp_path)
+
+
+def make_lab(folder: Path, **changes: Any) -> Lab:
+    return Lab(config(**changes), tiny_data(), folder, torch.device("cpu"))
+
+
+def broken(content: bytes) -> dict[str, bytes]:
+    header = int.from_bytes(content[:8], "little")
+    return {
+        "empty": b"",
+        "half": content[: len(content) // 2],
+        "header cut": content[:20],
+        "one byte short": content[:-1],
+        "no safetensors": b"\xff" * 200,
+        "no figures": content[:8] + content[8 : 8 + header].replace(b'"figures"', b'"fogures"') + content[8 + header :],
+        "figures no JSON": content[:8] + content[8 : 8 + header].replace(b'"figures":"{', b'"figures":"!')
+        + content[8 + header :],
+    }  # fmt: skip
+
+
+def test_a_broken_stage_file_is_done_again(lab: Lab, tmp_path: Path) -> None:
+    first = lab.mask("photo", "naive", 0)
+    path = lab.stages.path("mask-naive-photo-seed0")
+    good = path.read_bytes()
+    for kind, content in broken(good).items():
+        path.write_bytes(content)
+        again = make_lab(tmp_path).mask("photo", "naive", 0)
+        assert without_seconds(again.figures) == without_seconds(first.figures), kind
+        assert len(path.read_bytes()) == pytest.approx(len(good), abs=10), kind
+
+
+def test_a_finished_stage_is_read_and_not_done_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = lab.source("photo", 0)
+    monkeypatch.setattr("dwm_fast.pacs.lab.train", None)
+    again = make_lab(tmp_path).source("photo", 0)
+    assert again.figures == first.figures
+    assert all(torch.equal(value, first.end[name]) for name, value in again.end.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 8}, "batch_size: 16 there, 8 now"),
+        ({"source": {"lr": 0.02}}, "training.lr: 0.01 there, 0.02 now"),
+        ({"crop_scale": 0.6}, "crop_scale: 0.7 there, 0.6 now"),
+    ],
+)
+def test_other_settings_are_refused_before_anything_is_done_or_written(
+    lab: Lab, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    Study(CONFIG, tmp_path, tiny_data())
+    lab.source("sketch", 0)
+    before = (tmp_path / "config.json").read_bytes()
+    expected = f"source-sketch-seed0.* was made with other settings .{named}.*--out"
+    with pytest.raises(InputError, match=expected) as caught:
+        Study(config(**changes), tmp_path, tiny_data())
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert stages(tmp_path) == ["source-sketch-seed0"]
+
+
+def test_other_mask_and_tuning_settings_name_their_stage(lab: Lab, tmp_path: Path) -> None:
+    lab.rows("photo", "sketch", "naive", "S_start", 0)
+    with pytest.raises(InputError, match=r"mask-naive-photo.*naive.deviations: 1.0 there, 2.0 now"):
+        Study(config(deviations=2.0), tmp_path, tiny_data())
+    with pytest.raises(InputError, match=r"tune-photo-sketch-naive.*fine-tuning.epochs: 1 there, 3 now"):
+        Study(config(tune={"naive": {"epochs": 3}}), tmp_path, tiny_data())
+    Study(config(tune={"naive": {"lr": 0.5}}, edit={"lr": 0.9}, tau=2.0), tmp_path, tiny_data())  # of other stages
+
+
+def test_other_images_are_refused(lab: Lab, tmp_path: Path) -> None:
+    from dwm_fast.pacs.procedural import procedural
+
+    lab.source("photo", 0)
+    with pytest.raises(InputError, match="source_data"):
+        Study(CONFIG, tmp_path, procedural(16, 5, 2, seed=1))
+
+
+def test_a_larger_grid_uses_the_stages_that_are_there(lab: Lab, tmp_path: Path) -> None:
+    lab.rows("photo", "sketch", "naive", "S_start", 0)
+    times = {name: lab.stages.path(name).stat().st_mtime_ns for name in stages(tmp_path)}
+    assert len(times) == 3
+    larger = make_lab(tmp_path, inits=["S_start", "random"], targets=["sketch", "art"], seeds=[0, 1])
+    larger.rows("photo", "sketch", "naive", "random", 0)
+    larger.rows("photo", "art", "none", "-", 0)
+    assert {name: lab.stages.path(name).stat().st_mtime_ns for name in times} == times
+    assert len(stages(tmp_path)) == 5
