@@ -15,7 +15,7 @@ left() { echo $((limit - SECONDS)); }
 say() { printf '\n== %s (%ss of %ss)\n' "$1" "$SECONDS" "$limit"; }
 
 say "machine"
-"$python" - <<'PY'
+"$python" - 2>&1 <<'PY' | tail -n 2
 import platform, torch, triton
 print(f"python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}")
 print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).multi_processor_count, "multiprocessors")
