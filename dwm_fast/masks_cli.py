@@ -56,7 +56,7 @@ class Measure(StrEnum):
 def _print(*things: Any) -> None:
     console = Console()
     for thing in things:
-        console.print(thing)
+        console.print(thing, soft_wrap=isinstance(thing, Text))
 
 
 def _percent(part: int, whole: int) -> str:
