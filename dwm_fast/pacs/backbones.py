@@ -103,8 +103,8 @@ class LoadReport:
         for name, given in self._named():
             parts.setdefault(name.partition(".")[0], []).append(given)
         fresh = [part if not any(g) else f"{part} (in part)" for part, g in parts.items() if not all(g)]
-        given = [g for _, g in self._named()]
-        return f"{sum(given)} of {len(given)} tensors; fresh: {', '.join(fresh) or 'nothing'}"
+        flags = [g for _, g in self._named()]
+        return f"{sum(flags)} of {len(flags)} tensors; fresh: {', '.join(fresh) or 'nothing'}"
 
     def _named(self) -> list[tuple[str, bool]]:
         """(name, whether it was given); batch norm's step counters, which many checkpoints lack, say nothing."""
