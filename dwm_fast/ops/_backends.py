@@ -46,9 +46,8 @@ def _probe(target: str) -> Callable[..., Any] | str:
     module, _, name = target.partition(":")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (
-        Exception
-    ) as error:  # whatever keeps a backend from loading is a reason, never a failure of dwm_fast
+    except Exception as error:
+        # Whatever keeps a backend from loading is a reason to take the next, never a failure of dwm_fast.
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return function
 

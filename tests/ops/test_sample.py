@@ -380,6 +380,7 @@ def test_wrong_arguments_are_named():
 @pytest.mark.parametrize("mode", list(Mode))
 def test_sample_and_its_backward_are_well_formed_operations(mode):
     logits, weights = _network((5, 3), (2, 3, 2, 2))
+    logits[1] = logits[1].to(memory_format=torch.channels_last)
     logits = [x.requires_grad_(True) for x in logits]
     rule = ([0, 1], [0.1, 0.2], int(mode), 1)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
