@@ -15,6 +15,8 @@ from dwm_fast.doctor import diagnose
 from dwm_fast.errors import DwmError, InputError
 from dwm_fast.masks_cli import masks_app
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     help="Learn, store and serve one-bit weight masks over a shared backbone.",
     no_args_is_help=True,
@@ -121,8 +123,8 @@ def pacs(
         float | None, typer.Option(help="Allowed rise of the source cross-entropy under a mask, nats.")
     ] = None,
     coefficient: Annotated[float | None, typer.Option(help="Fixed coefficient of the regulariser instead.")] = None,
-    amp: Annotated[str | None, typer.Option(help="auto (bf16 on a GPU), bf16 or off.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    amp: Annotated[str | None, typer.Option(help="Precision: auto (bf16 on a GPU), bf16 or off.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Run the PACS study: source training, masks, re-initialisation, fine-tuning, evaluation, report.
 
@@ -155,7 +157,11 @@ def pacs(
         "amp": amp, "device": device, "tune": tunes or None,
         **{k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()},
     }  # fmt: skip
-    run_with_progress(from_dict({k: v for k, v in given.items() if v is not None}, base), out)
+    study = from_dict({k: v for k, v in given.items() if v is not None}, base)
+    try:
+        run_with_progress(study, out)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on where it was", 130)
 
 
 @app.command()
@@ -200,7 +206,7 @@ def main() -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except typer.Abort:
-        _fail("stopped; the same command goes on where it was", 130)
+        _fail("stopped; the same command goes on where it was", _INTERRUPTED)
     except _UsageError as error:
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
         context = getattr(error, "ctx", None)
@@ -214,6 +220,8 @@ def main() -> None:
         if not isinstance(error, DwmError):
             text = f"{type(error).__name__}: {error}" + ("" if debug else " (--debug shows where)")
         _fail(text, 2 if isinstance(error, DwmError) else 1)
+    if code == _INTERRUPTED:  # as newer releases of typer tell it
+        _fail("stopped; the same command goes on where it was", _INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
