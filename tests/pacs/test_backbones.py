@@ -147,7 +147,7 @@ class Bomb:
 def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DWM_FAST_BOMB", str(tmp_path / "exploded"))
     torch.save({"state_dict": small().state_dict(), "extra": Bomb()}, tmp_path / "bomb.pth")
-    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb(), protocol=2))
     torch.save(small(), tmp_path / "module.pth")
     for name in ("bomb.pth", "bare.pth", "module.pth"):
         with pytest.raises(DataError, match=f"{name} is no file of tensors alone, and nothing else is unpickled") as e:

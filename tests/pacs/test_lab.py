@@ -101,6 +101,6 @@ def test_any_torchvision_classifier_runs_through_every_stage(tmp_path: Path) -> 
     other = Lab(config(**changes), tiny_data(), tmp_path, torch.device("cpu"))
     (row,) = other.rows("photo", "sketch", "none", "-", 0)
     assert 0 <= row["target_after"] <= 1
-    shared, masked = other.rows("photo", "sketch", "naive", "random", 0)
+    _, masked = other.rows("photo", "sketch", "naive", "random", 0)
     assert masked["source_after"] == other.mask("photo", "naive", 0).figures["masked_accuracy"]
     assert other.mask("photo", "naive", 0).figures["total"] > 0
