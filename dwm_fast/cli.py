@@ -157,11 +157,7 @@ def pacs(
         "amp": amp, "device": device, "tune": tunes or None,
         **{k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()},
     }  # fmt: skip
-    study = from_dict({k: v for k, v in given.items() if v is not None}, base)
-    try:
-        run_with_progress(study, out)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on where it was", 130)
+    run_with_progress(from_dict({k: v for k, v in given.items() if v is not None}, base), out)
 
 
 @app.command()
@@ -204,7 +200,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv[1:])
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="dwm-fast", standalone_mode=False)
     except typer.Abort:
         _fail("stopped; the same command goes on where it was", _INTERRUPTED)
     except _UsageError as error:
