@@ -41,23 +41,24 @@ std::vector<Piece> pieces_of(const List& tensors) {
   return pieces;
 }
 
-// body(index) for every index in [0, count).
+// body(index) for every index in [0, count), on at most `most` threads.
 template <typename Body>
-void parallel(int64_t count, const Body& body) {
+void parallel(int64_t count, int64_t most, const Body& body) {
   if (count <= 0) return;
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  const int64_t threads = std::min({count, most, static_cast<int64_t>(torch::stable::get_num_threads())});
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) body(i);
   };
-  if (threads == 1) return work(0, 1);
+  if (threads <= 1) return work(0, 1);
   torch::stable::parallel_for(0, threads, 1, work);
 }
 
 template <typename List, typename Body>
 void for_pieces(const List& tensors, const Body& body) {
   const std::vector<Piece> pieces = pieces_of(tensors);
-  parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  parallel(count, count, [&](int64_t i) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
     body(i, tensors[static_cast<size_t>(piece.tensor)], piece.begin, piece.end);
   });
@@ -140,7 +141,8 @@ void sample(Tensors masked, Tensor bits, Tensor penalty, Tensors logits, Tensors
   const std::vector<Piece> pieces = pieces_of(tensors);
   // One sum a chunk, added in order: the same penalty on any number of threads.
   std::vector<double> sums(pieces.size());
-  parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+  const int64_t chunks = static_cast<int64_t>(pieces.size());
+  parallel(chunks, chunks, [&](int64_t i) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
     sums[static_cast<size_t>(i)] =
         kernels().sample(rule, tensors[static_cast<size_t>(piece.tensor)], piece.begin, piece.end);
@@ -239,8 +241,10 @@ void apply(Tensor bits, Tensors weights, Tensors masked) {
   });
 }
 
-// Bytes of one piece of a set operation.
+// Bytes of one piece of a set operation, and bytes that make a second thread worth waking: below, it costs more than
+// the work, and on a busy machine a hundred times more.
 constexpr int64_t kByteChunk = 1 << 16;
+constexpr int64_t kBytesPerThread = 1 << 21;
 
 struct BytePiece {
   int64_t tensor, begin, nbytes;
@@ -263,7 +267,7 @@ void count(Tensor bits, Integers numels, Tensor out) {
   int64_t* ones = counts_of(out, numels.size());
   std::fill(ones, ones + numels.size(), 0);
   std::vector<int64_t> parts(pieces.size());
-  parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+  parallel(static_cast<int64_t>(pieces.size()), bits.numel() / kBytesPerThread, [&](int64_t i) {
     const BytePiece& piece = pieces[static_cast<size_t>(i)];
     parts[static_cast<size_t>(i)] = kernels().count(bytes(bits) + piece.begin, piece.nbytes);
   });
@@ -277,7 +281,7 @@ void overlap(Tensor a, Tensor b, Integers numels, Tensor out) {
   int64_t* sizes = counts_of(out, 2 * numels.size());
   std::fill(sizes, sizes + 2 * numels.size(), 0);
   std::vector<int64_t> both(pieces.size()), either(pieces.size());
-  parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+  parallel(static_cast<int64_t>(pieces.size()), a.numel() / kBytesPerThread, [&](int64_t i) {
     const size_t j = static_cast<size_t>(i);
     kernels().overlap(bytes(a) + pieces[j].begin, bytes(b) + pieces[j].begin, pieces[j].nbytes, &both[j], &either[j]);
   });
@@ -294,7 +298,7 @@ void combine(Tensor a, Tensor b, int64_t op, Tensor out) {
   }
   STD_TORCH_CHECK(op >= kAnd && op <= kAndNot, "dwm_fast: unknown set operation");
   const std::vector<BytePiece> pieces = byte_pieces({0}, a.numel());
-  parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+  parallel(static_cast<int64_t>(pieces.size()), a.numel() / kBytesPerThread, [&](int64_t i) {
     const BytePiece& piece = pieces[static_cast<size_t>(i)];
     kernels().combine(static_cast<int>(op), bytes(a) + piece.begin, bytes(b) + piece.begin, bytes(out) + piece.begin,
                       piece.nbytes);
@@ -426,8 +430,8 @@ void linear_packed(Tensor x, Tensor weight, Tensor bits, std::optional<Tensor> b
   const LinearPacked job{floats(x), floats(weight), bytes(bits), bias ? floats(*bias) : nullptr,
                               floats(out), m, n, k};
   const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, k));
-  parallel((n + rows - 1) / rows,
-           [&](int64_t i) { kernels().linear_packed(job, i * rows, std::min(n, (i + 1) * rows)); });
+  const int64_t jobs = (n + rows - 1) / rows;
+  parallel(jobs, jobs, [&](int64_t i) { kernels().linear_packed(job, i * rows, std::min(n, (i + 1) * rows)); });
 }
 
 std::string instruction_set() { return kernels().name; }
