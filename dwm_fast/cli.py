@@ -82,6 +82,18 @@ def _tunes(
     return tunes
 
 
+def _refuse_flags_of_pairs(is_sequence: bool, task_epochs: int | None, given: dict[str, Any]) -> None:
+    """Raise InputError for a flag that the kind of study does not read."""
+    if not is_sequence and task_epochs is not None:
+        raise InputError("--task-epochs needs --sequence; the epochs of pairs are --mask-epochs and --tune-epochs")
+    useless = [flag for flag, value in given.items() if value is not None] if is_sequence else []
+    if useless:
+        raise InputError(
+            f"{useless[0]} is of the study of pairs and a sequence does not read it; leave it or --sequence out (a "
+            "method's options in a sequence: section 'sequential' of --config)"
+        )
+
+
 @app.command()
 def pacs(
     data: Annotated[
@@ -99,8 +111,16 @@ def pacs(
     config: Annotated[Path | None, typer.Option(help="TOML, YAML or JSON file of settings; flags win over it.")] = None,
     sources: Annotated[str | None, typer.Option(help="Source domains, comma-separated.")] = None,
     targets: Annotated[str | None, typer.Option(help="Target domains, comma-separated.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Some of none,naive,edit,binary.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of none,naive,edit,binary; with --sequence some of none,piggyback,ksm,spg,packnet,binary."
+        ),
+    ] = None,
     inits: Annotated[str | None, typer.Option(help="Some of S_start,S_end,random.")] = None,
+    sequence: Annotated[
+        str | None, typer.Option(help="Domains to learn one after the other, instead of pairs; at least two.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated.")] = None,
     backbone: Annotated[str | None, typer.Option(help="'small' or any torchvision classifier.")] = None,
     weights: Annotated[
@@ -113,6 +133,9 @@ def pacs(
     source_epochs: Annotated[int | None, typer.Option(help="Epochs of source training.")] = None,
     mask_epochs: Annotated[int | None, typer.Option(help="Epochs of mask learning.")] = None,
     tune_epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning on the target.")] = None,
+    task_epochs: Annotated[
+        int | None, typer.Option(help="With --sequence: epochs of every later domain, for every method.")
+    ] = None,
     source_lr: Annotated[float | None, typer.Option(help="Rate of source training.")] = None,
     mask_lr: Annotated[float | None, typer.Option(help="Rate of mask learning.")] = None,
     tune_lr: Annotated[list[str] | None, typer.Option(help="METHOD=RATE[,RATE]; repeatable.")] = None,
@@ -128,7 +151,8 @@ def pacs(
 ) -> None:
     """Run the PACS study: source training, masks, re-initialisation, fine-tuning, evaluation, report.
 
-    The run folder holds results.json and .csv, the table (S gain, T drop), figures, the masks and report.html.
+    The run folder holds results.json and .csv, the table (S gain, T drop), figures, the masks and report.html. With
+    --sequence every method learns the domains one after the other, and the table says what it keeps of the earlier.
     """
     from dwm_fast.pacs.config import builtin_defaults, from_dict, load_config, real_defaults
     from dwm_fast.pacs.data import download_pacs
@@ -141,6 +165,12 @@ def pacs(
     base = real_defaults() if data is not None else builtin_defaults()
     if config is not None:
         base = load_config(config, real_defaults() if data is not None else None)
+    _refuse_flags_of_pairs(
+        base.sequence is not None or sequence is not None, task_epochs,
+        {"--sources": sources, "--targets": targets, "--inits": inits, "--mask-epochs": mask_epochs,
+         "--mask-lr": mask_lr, "--source-budget": source_budget, "--coefficient": coefficient,
+         "--tune-epochs": tune_epochs, "--tune-lr": tune_lr, "--batch-norm": batch_norm},
+    )  # fmt: skip
     policies = _per_method("--batch-norm", "binary=frozen", batch_norm)
     tunes = _tunes(base.tune, tune_epochs, policies, _per_method("--tune-lr", "binary=0.0003", tune_lr))
     learned = {"epochs": mask_epochs, "lr": mask_lr, "source_budget": source_budget, "coefficient": coefficient}
@@ -150,14 +180,18 @@ def pacs(
         "edit": learned,
     }
     given: dict[str, Any] = {
-        "data": data, "splits": splits, "sources": _comma(sources), "targets": _comma(targets),
+        "data": data, "splits": splits, "sequence": _comma(sequence), "sources": _comma(sources),
+        "targets": _comma(targets),
         "methods": _comma(methods), "inits": _comma(inits), "seeds": _comma(seeds), "backbone": backbone,
         "weights": weights, "image_size": image_size, "train_size": train_size, "crop_scale": crop_scale,
         "batch_size": batch_size,
         "amp": amp, "device": device, "tune": tunes or None,
         **{k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()},
     }  # fmt: skip
-    run_with_progress(from_dict({k: v for k, v in given.items() if v is not None}, base), out)
+    study = from_dict({k: v for k, v in given.items() if v is not None}, base)
+    if task_epochs is not None:
+        study = study.with_task_epochs(task_epochs)
+    run_with_progress(study, out)
 
 
 @app.command()

@@ -13,11 +13,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dwm_fast import methods as all_methods
 from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS, LearnedMask, TrainOptions
+from dwm_fast.methods.sequence import SequentialMethod
 from dwm_fast.pacs.data import DOMAINS, canonical_domain
 
 METHODS = ("none", "naive", "edit", "binary")
+SEQUENTIAL = ("none", "piggyback", "ksm", "spg", "packnet", "binary")
+"""What a sequence runs by default; a registry may offer more, such as published presets."""
+_OF_PAIRS = ("sources", "targets", "inits", "edit", "binary", "tune")
+"""Entries that only the study of pairs reads."""
+_OF_SEQUENCES = ("sequence", "sequential")
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class StudyConfig:
         deviations: threshold of `naive`; edit_threshold: threshold of `edit`; both in standard deviations.
         logit_init, tau: start logit and temperature of `binary`.
         tune: method -> the ways it is fine-tuned on the target; the first of "none" is the baseline.
+        sequence: domains to learn one after the other with one backbone, instead of the grid of pairs; None for that.
+        sequential: method -> options that differ from its own defaults, for a sequence.
         batch_size: images a step.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         amp: "auto" (bf16 on a GPU), "bf16" or "off".
@@ -67,12 +76,16 @@ class StudyConfig:
             method: (TrainOptions(epochs=5, lr=1e-2, batch_norm="per-domain"),) for method in METHODS
         }
     )
+    sequence: tuple[str, ...] | None = None
+    sequential: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     batch_size: int = 32
     device: str = "auto"
     amp: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, values, allowed in (("methods", self.methods, METHODS), ("inits", self.inits, INITS)):
+        self._check_sequence()
+        offered = METHODS if self.sequence is None else tuple(all_methods.sequential_methods())
+        for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
             unknown = [v for v in values if v not in allowed]
             if unknown or not values:
                 raise InputError(f"{name}: given {', '.join(values) or 'none'}; expected some of {', '.join(allowed)}")
@@ -102,14 +115,56 @@ class StudyConfig:
                     "and lr, by which results name them"
                 )
 
+    def _check_sequence(self) -> None:
+        if self.sequence is None:
+            return
+        if len(self.sequence) < 2:
+            raise InputError(
+                f"sequence: given {', '.join(self.sequence) or 'none'}; expected at least two domains, such as photo,art"
+            )
+        repeated = [domain for domain in self.sequence if self.sequence.count(domain) > 1]
+        if repeated:
+            raise InputError(f"sequence: {repeated[0]} is in it more than once; expected every domain once")
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        clash = [name for name in ("sources", "targets", "inits") if getattr(self, name) != default[name]]
+        if clash:
+            raise InputError(_clash(clash[0]))
+
     def pairs(self) -> list[tuple[str, str]]:
         """Ordered pairs of source and target."""
         return [(s, t) for s in self.sources for t in self.targets if s != t]
 
+    def domains(self) -> tuple[str, ...]:
+        """Every domain that is trained on or evaluated, by name."""
+        return self.sequence or tuple(sorted({*self.sources, *self.targets}))
+
+    def sequential_method(self, name: str) -> SequentialMethod:
+        """A method of sequences by name, with the configuration's options."""
+        method: SequentialMethod = _replace(
+            f"sequential.{name}", self.sequential.get(name, {}), _sequential(name)
+        )
+        return method
+
+    def with_task_epochs(self, epochs: int) -> StudyConfig:
+        """The same sequence with so many epochs of each later domain, for every method that counts them.
+
+        That is the method's own entry `epochs`, or the one of its section `options` or `training`.
+        """
+        sequential: dict[str, Any] = {}
+        for name in self.methods:
+            method = self.sequential_method(name)
+            section = next((s for s in ("options", "training") if hasattr(getattr(method, s, None), "epochs")), None)
+            if hasattr(method, "epochs"):
+                sequential[name] = {"epochs": epochs}
+            elif section is not None:
+                sequential[name] = {section: {"epochs": epochs}}
+        return from_dict({"sequential": sequential}, self)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` reads back."""
+        """Plain data that `from_dict` reads back: the entries that this kind of study reads."""
+        others = _OF_SEQUENCES if self.sequence is None else _OF_PAIRS
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return plain
+        return {key: value for key, value in plain.items() if key not in others}
 
 
 def builtin_defaults() -> StudyConfig:
@@ -144,6 +199,12 @@ def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
         if key not in hints:
             raise InputError(f"config: unknown entry '{key}'; expected some of {', '.join(hints)}")
         changes[key] = _read(key, value, getattr(base, key), hints[key])
+    if changes.get("sequence", base.sequence) is not None:
+        clash = [key for key in _OF_PAIRS if key in data]
+        if clash:
+            raise InputError(_clash(clash[0]))
+        if "methods" not in data and base.sequence is None and base.methods == METHODS:
+            changes["methods"] = SEQUENTIAL
     return dataclasses.replace(base, **changes)
 
 
@@ -169,6 +230,10 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
+    if key == "sequence":
+        return None if value is None else tuple(canonical_domain(str(v)) for v in _sequence(value))
+    if key == "sequential":
+        return {**old, **_read_sequential(value, old)}
     if key in ("sources", "targets"):
         return tuple(dict.fromkeys(canonical_domain(str(v)) for v in _sequence(value)))
     if key in ("methods", "inits"):
@@ -191,14 +256,56 @@ def _read_tunes(method: str, value: Any, old: Mapping[str, tuple[TrainOptions, .
     return tuple(_replace(f"tune.{method}", entry, old[method][0]) for entry in entries)
 
 
+def _read_sequential(value: Any, old: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Options by method, as `StudyConfig.sequential` holds them: typed, and only those that are given."""
+    if not isinstance(value, Mapping):
+        raise InputError("config: sequential: expected a section for each method, such as 'piggyback: {epochs: 3}'")
+    read = {}
+    for name, given in value.items():
+        method = _replace(f"sequential.{name}", given, _sequential(name))
+        read[name] = _merged(old.get(name, {}), _given(dataclasses.asdict(method), given))
+    return read
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options with those of `new` in place of the old."""
+    deeper = {k: _merged(old[k], v) for k, v in new.items() if isinstance(v, Mapping) and k in old}
+    return {**old, **new, **deeper}
+
+
+def _sequential(name: str) -> Any:
+    offered = all_methods.sequential_methods()
+    if name not in offered:
+        raise InputError(f"config: sequential: unknown method '{name}'; expected some of {', '.join(offered)}")
+    return offered[name]
+
+
+def _given(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of nested `options` that `given` names."""
+    return {
+        name: _given(options[name], value) if isinstance(options[name], dict) else options[name]
+        for name, value in given.items()
+    }
+
+
+def _clash(entry: str) -> str:
+    return f"sequence and {entry} exclude each other: a sequence has no pairs; leave out one of them"
+
+
 def _replace(key: str, value: Any, old: Any) -> Any:
-    hints = get_type_hints(type(old))
+    types = get_type_hints(type(old))
+    hints = {field.name: types[field.name] for field in dataclasses.fields(old)}
     if not isinstance(value, Mapping):
         raise InputError(f"config: {key} is {value!r}; expected a section with some of {', '.join(hints)}")
     for name in value:
         if name not in hints:
             raise InputError(f"config: {key}: unknown entry '{name}'; expected some of {', '.join(hints)}")
-    changes = {name: _typed(f"{key}.{name}", given, hints[name]) for name, given in value.items()}
+    changes = {
+        name: _replace(f"{key}.{name}", given, getattr(old, name))
+        if dataclasses.is_dataclass(getattr(old, name))
+        else _typed(f"{key}.{name}", given, hints[name])
+        for name, given in value.items()
+    }
     try:
         return dataclasses.replace(old, **changes)
     except InputError as error:
@@ -210,6 +317,12 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     kinds = set(get_args(hint)) or {hint}
     if value is None and type(None) in kinds:
         return None
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"config: {name} is {value!r}; expected a list")
+        return tuple(_typed(name, element, get_args(hint)[0]) for element in value)
+    if bool in kinds and not isinstance(value, bool):
+        raise InputError(f"config: {name} is {value!r}; expected true or false")
     if int in kinds or float in kinds:
         return _number(name, value, whole=int in kinds)
     if str in kinds and get_origin(hint) is not Sequence and not isinstance(value, str):

@@ -89,9 +89,9 @@ class Lab:
         self.report: Report = lambda _: None
         self._fingerprints = {name: fingerprint({name: domain}) for name, domain in data.domains.items()}
 
-    def network(self, state: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """The backbone on the device in channels_last, with `state` loaded where given."""
-        model = build_backbone(self.config.backbone, len(self.data.classes))
+    def network(self, state: Mapping[str, Tensor] | None = None, classes: int | None = None) -> nn.Module:
+        """The backbone on the device in channels_last, with `state` loaded where given; `classes` the data's if None."""
+        model = build_backbone(self.config.backbone, len(self.data.classes) if classes is None else classes)
         if state is not None:
             model.load_state_dict(dict(state))
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
@@ -134,6 +134,13 @@ class Lab:
             right += (output.argmax(1) == labels).sum()
             loss += F.cross_entropy(output.float(), labels, reduction="sum")
         return int(right) / len(chosen), float(loss) / len(chosen)
+
+    def sampled_loss(self, domain: str, key: int) -> Callable[[nn.Module], float]:
+        """Network -> mean cross-entropy on a sample of a domain's training images, which `key` draws."""
+        images = self.data.domains[domain]
+        order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(key))
+        sample = images.train[order[:_LOSS_IMAGES].to(images.train.device)]
+        return lambda network: self.evaluate(network, domain, sample)[1]
 
     def source(self, source: str, seed: int) -> Source:
         """Train the source network, or read it."""
@@ -210,13 +217,10 @@ class Lab:
         key = stage_seed(name)
         torch.manual_seed(key)
         model = self.network(end)
-        images = self.data.domains[source]
-        order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(key))
-        sample = images.train[order[:_LOSS_IMAGES].to(images.train.device)]
         task = SourceTask(
             batches=self.batches(source, key),
             steps_per_epoch=self.steps(source),
-            loss=lambda network: self.evaluate(network, source, sample)[1],
+            loss=self.sampled_loss(source, key),
             seed=key,
             progress=self.report,
             autocast=self.autocast,

@@ -46,6 +46,21 @@ class StageFolder:
             )
         return True
 
+    def figures(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The figures of a finished stage, as `read` gives them, without reading its tensors."""
+        header = self._header(name) if self.check(name, settings) else None
+        return None if header is None else header["figures"]
+
+    def thin(self, name: str) -> None:
+        """Leave only figures and settings of a finished stage, if it is there and has tensors: `read` then gives none."""
+        header = self._header(name)
+        if header is None:
+            return
+        with safe_open(self.path(name), framework="pt") as file:
+            if not file.keys():
+                return
+        write_atomic(self.path(name), save({}, metadata={key: json.dumps(part) for key, part in header.items()}))
+
     def read(self, name: str, settings: Mapping[str, Any]) -> Finished | None:
         """Tensors and figures of a finished stage; None where it is not done or its file is broken.
 

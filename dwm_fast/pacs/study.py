@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,8 +59,7 @@ def load_data(config: StudyConfig) -> PacsData:
     """The images a configuration asks for: real PACS from `config.data`, or the built-in procedural ones."""
     if config.data is None:
         return procedural(image_size=config.image_size)
-    wanted = {*config.sources, *config.targets}
-    return load_pacs(config.data, config.splits, config.image_size, sorted(wanted))
+    return load_pacs(config.data, config.splits, config.image_size, config.domains())
 
 
 def prepare_machine(device: torch.device) -> None:
@@ -89,6 +88,8 @@ class Study:
         data: the images; loaded from the configuration by default.
     """
 
+    lab_type: ClassVar[type[Lab]] = Lab
+
     def __init__(self, config: StudyConfig, folder: Path | str, data: PacsData | None = None) -> None:
         self.config = config
         self.folder = Path(folder)
@@ -96,7 +97,7 @@ class Study:
         prepare_machine(self.device)
         data = load_data(config) if data is None else data
         self.data = data.to(self.device) if self._fits(data) else data
-        self.lab = Lab(config, self.data, self.folder, self.device)
+        self.lab = self.lab_type(config, self.data, self.folder, self.device)
         self._refuse_other_settings()
         write_atomic(self.folder / "config.json", json.dumps(config.to_dict(), indent=1))
 
@@ -187,15 +188,7 @@ class Study:
         ]
         return {
             "format": 1,
-            "data": {
-                "name": self.data.name,
-                "real": self.data.real,
-                "domains": list(self.data.domains),
-                "classes": list(self.data.classes),
-                "image_size": self.data.image_size,
-                "fingerprint": self.data.fingerprint,
-                "counts": {n: {"train": len(d.train), "test": len(d.test)} for n, d in self.data.domains.items()},
-            },
+            "data": self.described(),
             "config": config.to_dict(),
             "versions": versions(self.device),
             "sources": trained,
@@ -206,6 +199,19 @@ class Study:
                 for k, m in itertools.product(config.seeds, methods)
                 for a, b in itertools.combinations(sources, 2)
             ],
+        }
+
+    def described(self) -> dict[str, Any]:
+        """The images, as results tell of them."""
+        data = self.data
+        return {
+            "name": data.name,
+            "real": data.real,
+            "domains": list(data.domains),
+            "classes": list(data.classes),
+            "image_size": data.image_size,
+            "fingerprint": data.fingerprint,
+            "counts": {n: {"train": len(d.train), "test": len(d.test)} for n, d in data.domains.items()},
         }
 
     def write(self, results: dict[str, Any]) -> None:

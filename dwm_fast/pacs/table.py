@@ -227,7 +227,8 @@ def _accuracies(one: Cell | None) -> str:
     return f"{number(one.source_before)} → {number(one.source_after)} / {number(one.target_after)}"
 
 
-def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
     lines = [header, ["---"] * len(header), *body]
     escaped = ([field.replace("|", "\\|") for field in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
@@ -252,11 +253,11 @@ def to_markdown(rows: Sequence[TableRow]) -> str:
         [
             f"**S gain / T drop by source domain, on {data}** (differences of accuracy to plain fine-tuning)",
             "",
-            _markdown([*names, "rate", "kept", *header], gains),
+            markdown([*names, "rate", "kept", *header], gains),
             "",
             f"**Source accuracy before → after / target accuracy after, by source domain, on {data}**",
             "",
-            _markdown([*names, *header], absolute),
+            markdown([*names, *header], absolute),
             "",
             coverage_note(rows),
             "",

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dwm_fast.pacs import table
+from dwm_fast.pacs import sequence_table, table
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.finding import finding
+from dwm_fast.pacs.sequence import SequenceStudy
 from dwm_fast.pacs.study import Stage, Study
 
 _SECONDS_BETWEEN_FIGURES = 0.5
@@ -23,7 +24,7 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
     console = Console()
     images = f"real PACS from {config.data}" if config.data else "procedural stand-in (not PACS)"
     _line(console, f"images: {images}")
-    study = Study(config, folder)
+    study = Study(config, folder) if config.sequence is None else SequenceStudy(config, folder)
     weights = study.weights_report()
     if weights is not None:
         _line(console, f"weights: from {config.weights}, {weights.summary()}")
@@ -42,8 +43,12 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
                 _line(bar.console, f"[{done}/{total}] {stage.label}: {says}")
 
         results = study.run(progress, shown)
-    console.print(table.to_rich(table.paper_table(results)))
-    for sentence in finding(results):
+    if config.sequence is None:
+        shown_table, sentences = table.to_rich(table.paper_table(results)), finding(results)
+    else:
+        shown_table, sentences = sequence_table.to_rich(sequence_table.sequence_table(results)), []
+    console.print(shown_table)
+    for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)
     _line(console, f"{time.perf_counter() - begun:.0f} s; report: {folder / 'report.html'}")
 
