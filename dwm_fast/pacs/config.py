@@ -119,9 +119,8 @@ class StudyConfig:
         if self.sequence is None:
             return
         if len(self.sequence) < 2:
-            raise InputError(
-                f"sequence: given {', '.join(self.sequence) or 'none'}; expected at least two domains, such as photo,art"
-            )
+            given = ", ".join(self.sequence) or "none"
+            raise InputError(f"sequence: given {given}; expected at least two domains, such as photo,art")
         repeated = [domain for domain in self.sequence if self.sequence.count(domain) > 1]
         if repeated:
             raise InputError(f"sequence: {repeated[0]} is in it more than once; expected every domain once")

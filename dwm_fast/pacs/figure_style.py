@@ -1,10 +1,14 @@
-"""What the study's figures share: colours, markers, and a canvas that names the data set."""
+"""What the study's figures share: colours, markers, a canvas that names the data set, and how files are written."""
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dwm_fast._files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart under every common colour blindness, and dark enough on white.
 COLOURS = {
     "none": "#4d4d4d", "naive": "#d98200", "edit": "#009e73", "binary": "#0072b2",
-    "piggyback": "#cc5f9f", "ksm": "#a63d00", "spg": "#3aa0d8",
+    "piggyback": "#cc5f9f", "ksm": "#a63d00", "spg": "#3aa0d8", "packnet": "#7b3fa0",
 }  # fmt: skip
 MARKERS = {"-": "*", "S_start": "o", "S_end": "s", "random": "^"}
 INK, DASHES = "#222222", (0, (4, 3))
@@ -30,8 +34,30 @@ NARROWEST = 0.1  # accuracy range of an axis: a narrower one would make noise lo
 
 
 def colour(method: str) -> str:
-    """The method's colour in every figure; grey for a method without one."""
-    return COLOURS.get(method, "#888888")
+    """The method's colour in every figure, a preset's that of its method; grey for a method without one."""
+    return COLOURS.get(method, COLOURS.get(method.partition("-")[0], "#888888"))
+
+
+def save_drawings(drawings: Iterable[tuple[str, Callable[[], Figure]]], folder: Path | str) -> list[Path]:
+    """Draw and write `name.png` and `name.svg` of each; returns the files, PNG before SVG.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    from matplotlib import rc_context
+
+    files: list[Path] = []
+    with rc_context(STYLE):
+        for name, draw in drawings:
+            figure = draw()
+            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                stream = io.BytesIO()
+                figure.savefig(
+                    stream, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.15, metadata=metadata
+                )
+                files.append(Path(folder) / f"{name}.{kind}")
+                write_atomic(files[-1], stream.getvalue())
+    return files
 
 
 def canvas(

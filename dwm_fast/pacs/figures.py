@@ -5,24 +5,22 @@ Files are PNG and SVG beside each other; matplotlib is imported when a figure is
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dwm_fast._files import write_atomic
 from dwm_fast.pacs.figure_style import (
     ACCURACY,
     DASHES,
     INK,
     MARKERS,
     NARROWEST,
-    STYLE,
     canvas,
     colour,
     legend,
     mark,
+    save_drawings,
     seeds_note,
 )
 from dwm_fast.pacs.mask_figures import overlap_maps, sparsity
@@ -64,8 +62,6 @@ def draw_all(
     Raises:
         DataError: a file cannot be written.
     """
-    from matplotlib import rc_context
-
     drawings: list[tuple[str, bool, Callable[[], Figure]]] = [
         ("accuracy", bool(results["rows"]), lambda: _accuracy(results)),
         ("retention", bool(results["rows"]), lambda: _retention(results)),
@@ -73,20 +69,7 @@ def draw_all(
         ("overlap", bool(results["overlap"]), lambda: overlap_maps(results)),
         ("training", bool(history), lambda: _training(results, history or ())),
     ]
-    files: list[Path] = []
-    with rc_context(STYLE):
-        for name, drawable, draw in drawings:
-            if not drawable:
-                continue
-            figure = draw()
-            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-                stream = io.BytesIO()
-                figure.savefig(
-                    stream, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.15, metadata=metadata
-                )
-                files.append(Path(folder) / f"{name}.{kind}")
-                write_atomic(files[-1], stream.getvalue())
-    return files
+    return save_drawings([(name, draw) for name, drawable, draw in drawings if drawable], folder)
 
 
 def _by_config(rows: Iterable[Mapping[str, Any]], view: str) -> dict[Config, Runs]:

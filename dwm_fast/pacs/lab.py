@@ -90,7 +90,7 @@ class Lab:
         self._fingerprints = {name: fingerprint({name: domain}) for name, domain in data.domains.items()}
 
     def network(self, state: Mapping[str, Tensor] | None = None, classes: int | None = None) -> nn.Module:
-        """The backbone on the device in channels_last, with `state` loaded where given; `classes` the data's if None."""
+        """The backbone on the device in channels_last, with `state` where given; `classes` are the data's if None."""
         model = build_backbone(self.config.backbone, len(self.data.classes) if classes is None else classes)
         if state is not None:
             model.load_state_dict(dict(state))

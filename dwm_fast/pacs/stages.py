@@ -52,7 +52,7 @@ class StageFolder:
         return None if header is None else header["figures"]
 
     def thin(self, name: str) -> None:
-        """Leave only figures and settings of a finished stage, if it is there and has tensors: `read` then gives none."""
+        """Leave a finished stage, where it is there, its figures and settings alone: `read` then gives no tensors."""
         header = self._header(name)
         if header is None:
             return

@@ -126,8 +126,8 @@ class Unhurried:
 def toys() -> dict[str, Any]:
     """A registry as `dwm_fast.methods.sequential_methods`; every default of a sequence is in it."""
     return {
-        "none": Toy(), "piggyback": Toy(frozen=True), "ksm": Toy(frozen=True), "spg": Toy(lr=0.01), "packnet": Unhurried(),
-        "binary": Toy(lr=0.05), "piggyback-paper": Toy(epochs=2, frozen=True),
+        "none": Toy(), "piggyback": Toy(frozen=True), "ksm": Toy(frozen=True), "spg": Toy(lr=0.01),
+        "packnet": Unhurried(), "binary": Toy(lr=0.05), "piggyback-paper": Toy(epochs=2, frozen=True),
     }  # fmt: skip
 
 

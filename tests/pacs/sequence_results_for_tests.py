@@ -46,7 +46,7 @@ def results(real: bool = False) -> dict[str, Any]:
         "versions": {"dwm_fast": "0.1.0", "torch": "2.11", "device": "cpu"},
         "sequence": SEQUENCE,
         "methods": {"none": {"epochs": 3}, "binary": {"lr": 0.05}},
-        "sources": [{"source": "photo", "seed": seed, "accuracy": 0.92, "loss": 0.1, "seconds": 7.0} for seed in (0, 1)],
+        "sources": [{"source": "photo", "seed": k, "accuracy": 0.92, "loss": 0.1, "seconds": 7.0} for k in (0, 1)],
         "tasks": tasks,
         "rows": rows,
         "measures": measures(SEQUENCE, rows, tasks),

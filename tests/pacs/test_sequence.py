@@ -260,5 +260,5 @@ def test_other_settings_are_refused_before_anything_is_done(tmp_path: Path, toys
 
 def test_a_network_that_does_not_end_in_a_linear_layer_is_named() -> None:
     assert last_linear(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(1, 1))) == "2"
-    with pytest.raises(InputError, match="Sequential does not end in a Linear layer.*choose another --backbone"):
+    with pytest.raises(InputError, match=r"Sequential does not end in a Linear layer.*choose another --backbone"):
         last_linear(nn.Sequential(nn.Linear(1, 1), nn.Conv2d(1, 1, 1)))
