@@ -3,10 +3,18 @@
 from dwm_fast.methods.base import FoundMask, Method, SourceTask
 from dwm_fast.methods.binary import Binary
 from dwm_fast.methods.budget import SourceBudget
+from dwm_fast.methods.dwm_sequence import BinarySequence
 from dwm_fast.methods.edit import EditMask
+from dwm_fast.methods.fine_tuning import FineTuning
+from dwm_fast.methods.ksm import KSM
 from dwm_fast.methods.learned import LearnedMask
 from dwm_fast.methods.naive import Naive
 from dwm_fast.methods.none import NoMask
+from dwm_fast.methods.packnet import PackNet
+from dwm_fast.methods.piggyback import Piggyback
+from dwm_fast.methods.registry import presets, sequential_methods
+from dwm_fast.methods.sequence import Learner, SequentialMethod, Task
+from dwm_fast.methods.spg import SPG
 from dwm_fast.methods.transfer import (
     BATCH_NORM_POLICIES,
     INITS,
@@ -20,18 +28,29 @@ from dwm_fast.methods.transfer import (
 __all__ = [
     "BATCH_NORM_POLICIES",
     "INITS",
+    "KSM",
+    "SPG",
     "Binary",
+    "BinarySequence",
     "EditMask",
+    "FineTuning",
     "FoundMask",
     "LearnedMask",
+    "Learner",
     "Method",
     "Naive",
     "NoMask",
+    "PackNet",
+    "Piggyback",
+    "SequentialMethod",
     "SourceBudget",
     "SourceTask",
+    "Task",
     "TrainOptions",
     "masked_view",
+    "presets",
     "reinitialise",
+    "sequential_methods",
     "source_view",
     "train",
 ]

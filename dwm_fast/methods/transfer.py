@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class TrainOptions:
         lr: peak rate.
         optimizer: "adamw" or "sgd" (momentum 0.9).
         weight_decay: decoupled for AdamW, coupled for SGD as in torch.
-        schedule: "one-cycle" (warm-up over the first fifth, then cosine to 0) or "constant".
+        schedule: "one-cycle" (warm-up over the first fifth, then cosine to 0), "constant", or "step" (x0.1 after every
+            ten epochs).
         batch_norm: "frozen": statistics and affine parameters stay the source's; "shared": they follow the target
             and the source is evaluated with them; "per-domain": they follow the target, and the source keeps its own.
         label_smoothing: in [0, 1).
@@ -51,7 +52,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("optimizer", self.optimizer, ("adamw", "sgd")),
-            ("schedule", self.schedule, ("one-cycle", "constant")),
+            ("schedule", self.schedule, ("one-cycle", "constant", "step")),
             ("batch_norm", self.batch_norm, BATCH_NORM_POLICIES),
         ):
             if value not in allowed:
@@ -72,7 +73,8 @@ def norm_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items() if k.rpartition(".")[0] in names}
 
 
-def _freeze_norms(model: nn.Module) -> None:
+def freeze_norms(model: nn.Module) -> None:
+    """Norm layers in eval mode, their parameters not trained."""
     for module in model.modules():
         if isinstance(module, NORM_LAYERS):
             module.eval()
@@ -144,6 +146,8 @@ def make_schedule(
     """Learning-rate schedule over `steps` steps."""
     if options.schedule == "constant" or steps < 2:
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if options.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(optimizer, max(1, 10 * steps // options.epochs), gamma=0.1)
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
     )
@@ -156,6 +160,7 @@ def train(
     options: TrainOptions,
     *,
     keep: Mapping[str, Tensor] | None = None,
+    fixed: Collection[str] = (),
     progress: Callable[[Mapping[str, Tensor]], None] = lambda _: None,
     autocast: Callable[[], Any] | None = None,
 ) -> nn.Module:
@@ -167,14 +172,15 @@ def train(
         steps_per_epoch: batches an epoch.
         options: rate, schedule, batch-norm policy.
         keep: layer name -> bool mask, or None to train every weight.
+        fixed: names of parameters that are not trained at all.
         progress: called after every step with the loss (0-dim tensor, on the device; read it before the next step).
         autocast: context-manager factory for the forward pass.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in fixed)
     model.train()
     if options.batch_norm == "frozen":
-        _freeze_norms(model)
+        freeze_norms(model)
     optimizer = make_optimizer(model, options, keep)
     schedule = make_schedule(optimizer, options, steps_per_epoch * options.epochs)
 

@@ -1,7 +1,7 @@
 """Masked layers, mask kinds, and networks made of them."""
 
 from dwm_fast.nn.io import load_masked, save_masked
-from dwm_fast.nn.kinds import Edit, GumbelSigmoid, MaskKind, TauSchedule, Threshold, kind_from_dict
+from dwm_fast.nn.kinds import Edit, GumbelSigmoid, KernelSoft, MaskKind, TauSchedule, Threshold, kind_from_dict
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.merge import merge
 from dwm_fast.nn.model import MaskedModel, mask_model
@@ -10,6 +10,7 @@ from dwm_fast.nn.select import maskable_layers
 __all__ = [
     "Edit",
     "GumbelSigmoid",
+    "KernelSoft",
     "MaskKind",
     "MaskedConv2d",
     "MaskedLayer",

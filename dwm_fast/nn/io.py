@@ -17,6 +17,7 @@ from dwm_fast._files import write_atomic
 from dwm_fast.errors import InputError, MaskFileError
 from dwm_fast.nn.kinds import kind_from_dict
 from dwm_fast.nn.model import MaskedModel, mask_model
+from dwm_fast.nn.select import literal
 
 _FORMAT = "dwm-fast masked model 1"
 
@@ -90,7 +91,7 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
             f"{path}: was saved from another network: it masks '{next(iter(missing), '')}', and the given "
             "model has no Linear or Conv2d of that name; give the architecture it was saved from"
         )
-    include = [_literal(name) for name in layers]
+    include = [literal(name) for name in layers]
     try:
         return mask_model(model, kind, include=include, mask_samples=samples, batch_norm=batch_norm, seed=0)
     except InputError as error:
@@ -118,8 +119,3 @@ def _compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: 
         raise MaskFileError(
             f"{path}: was saved from another network: '{name}' {place}; give the architecture it was saved from"
         )
-
-
-def _literal(name: str) -> str:
-    """A shell pattern that fits `name` alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
+from dwm_fast.ops.kernel_soft import kernel_shape
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class MaskKind:
     @property
     def training_mode(self) -> Mode:
         """Rule in train()."""
-        raise AssertionError("MaskKind is a base class; use GumbelSigmoid, Threshold or Edit")
+        raise AssertionError("MaskKind is a base class; use GumbelSigmoid, Threshold, Edit or KernelSoft")
 
     @property
     def eval_mode(self) -> Mode:
@@ -66,6 +68,10 @@ class MaskKind:
     def unit(self, weight: Tensor) -> float:
         """The layer's threshold number for `dwm_fast.ops.sample`."""
         return 0.0
+
+    def mask_shape(self, weight: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the learned tensor for a weight's shape."""
+        return tuple(weight)
 
     def temperature(self, forwards: Tensor) -> Tensor | None:
         """Temperature after `forwards` training forwards; None where it never changes."""
@@ -194,7 +200,47 @@ class Edit(MaskKind):
         return logits.abs() <= 1
 
 
-_KINDS: dict[str, type[MaskKind]] = {k.name: k for k in (GumbelSigmoid, Threshold, Edit)}
+@dataclass(frozen=True)
+class KernelSoft(MaskKind):
+    """KSM's kernel-wise soft mask: one real number r a kernel; kept where r >= threshold, else scaled into [0, 1/2].
+
+    The rule, with its min-max over each layer, is `dwm_fast.ops.kernel_soft`; the learned tensor has shape
+    (C_out, C_in, 1, 1), of a Linear (out, in).
+
+    Args:
+        threshold: a kernel is kept where r >= threshold (authors' code: 5e-3).
+        init: start value of every r (authors' code: 1e-2).
+        noisy: add logistic noise in train() (authors' code: an option, off).
+    """
+
+    threshold: float = 5e-3
+    init: float = 1e-2
+    noisy: bool = False
+    name: ClassVar[str] = "kernel-soft"
+
+    @property
+    def training_mode(self) -> Mode:
+        """The rule that the regulariser knows it by: none."""
+        return Mode.THRESHOLD
+
+    @property
+    def start_value(self) -> float:
+        return self.init
+
+    def initial(self, weight: Tensor) -> Tensor:
+        return torch.full(self.mask_shape(weight.shape), self.init, dtype=torch.float32, device=weight.device)
+
+    def mask_shape(self, weight: Sequence[int]) -> tuple[int, ...]:
+        return kernel_shape(weight)
+
+    def unit(self, weight: Tensor) -> float:
+        return self.threshold
+
+    def keep(self, logits: Tensor) -> Tensor:
+        return logits >= self.threshold
+
+
+_KINDS: dict[str, type[MaskKind]] = {k.name: k for k in (GumbelSigmoid, Threshold, Edit, KernelSoft)}
 
 
 def kind_from_dict(data: dict[str, Any]) -> MaskKind:

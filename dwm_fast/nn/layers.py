@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind
+from dwm_fast.nn.kinds import GumbelSigmoid, KernelSoft, MaskKind
 from dwm_fast.ops._library import autocast_dtype
 
 
@@ -47,7 +47,7 @@ class MaskedLayer(nn.Module):
             masked weight of the moment, so that code that reads a layer's weight without calling it sees the
             mask too.
         mask_logits: the learned tensor, fp32 Parameter of the weight's shape: logits (GumbelSigmoid), real
-            mask weights (Threshold) or edits (Edit).
+            mask weights (Threshold) or edits (Edit); one number a kernel for KernelSoft.
         kind: the mask kind.
         layer_index: the noise contract's layer number.
         rng_state: seed and step, int64 (2,); None when a MaskedModel draws for this layer.
@@ -87,13 +87,8 @@ class MaskedLayer(nn.Module):
         assert weight is not None
         return weight
 
-    @property
-    def mode(self) -> ops.Mode:
-        """The rule in force: the kind's training rule in train(), its deterministic one in eval()."""
-        return self.kind.training_mode if self.training else self.kind.eval_mode
-
     def keep_mask(self) -> Tensor:
-        """Deterministic keep mask, bool, of the weight's shape: True = keep."""
+        """Deterministic keep mask, bool, of the learned tensor's shape: True = keep."""
         return self.kind.keep(self.mask_logits.detach())
 
     def masked_weight(self) -> Tensor:
@@ -106,16 +101,8 @@ class MaskedLayer(nn.Module):
                 "the layer its own noise with `layer.stand_alone()`"
             )
         state = ops.advance(self.rng_state) if self.training else self.rng_state.clone()
-        masked, _, _ = ops.sample(
-            [self.mask_logits],
-            [self.weight],
-            state,
-            current_tau(self.kind, self.tau, state),
-            mode=self.mode,
-            layers=[self.layer_index],
-            thresholds=[self.unit],
-            dtype=autocast_dtype(self.weight),
-        )
+        tau = current_tau(self.kind, self.tau, state)
+        masked, _, _ = draw([self], state, tau, training=self.training, dtype=autocast_dtype(self.weight))
         return masked[0]
 
     def stand_alone(self, seed: int | None = None) -> None:
@@ -137,6 +124,39 @@ class MaskedLayer(nn.Module):
     def _mask_repr(self) -> str:
         fields = ", ".join(f"{k}={v}" for k, v in self.kind.to_dict().items())
         return f"mask=({fields})"
+
+
+def draw(
+    layers: Sequence[MaskedLayer],
+    state: Tensor,
+    tau: Tensor,
+    *,
+    training: bool,
+    step_offset: int = 0,
+    dtype: torch.dtype | None = None,
+    sample: Callable[..., tuple[list[Tensor], Tensor, Tensor]] | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """What `dwm_fast.ops.sample` gives for layers of one kind: masked weights, no bits, and the penalty.
+
+    Args:
+        layers: masked layers.
+        state, tau, step_offset, dtype: as in `dwm_fast.ops.sample`.
+        training: whether the kind's training rule is in force, or its deterministic one.
+        sample: what is called in the place of `dwm_fast.ops.sample`.
+    """
+    kind = layers[0].kind
+    learned, weights = [layer.mask_logits for layer in layers], [layer.weight for layer in layers]
+    indices = [layer.layer_index for layer in layers]
+    if isinstance(kind, KernelSoft):
+        masked = ops.kernel_soft(
+            learned, weights, state, threshold=kind.threshold, noisy=kind.noisy and training, layers=indices,
+            step_offset=step_offset, dtype=dtype,
+        )  # fmt: skip
+        return masked, state.new_empty(0, dtype=torch.uint8), torch.zeros((), device=state.device)
+    return (sample or ops.sample)(
+        learned, weights, state, tau, mode=kind.training_mode if training else kind.eval_mode, layers=indices,
+        thresholds=[layer.unit for layer in layers], step_offset=step_offset, dtype=dtype,
+    )  # fmt: skip
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):

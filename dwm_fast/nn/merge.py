@@ -7,9 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, recast
+from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw, recast
 from dwm_fast.nn.model import MaskedModel, replace_module
 
 
@@ -33,14 +32,7 @@ def merge(masked: MaskedModel) -> nn.Module:
     """
     layers = list(masked.mask_layers().values())
     with torch.no_grad():
-        baked, _, _ = ops.sample(
-            [layer.mask_logits for layer in layers],
-            [layer.weight for layer in layers],
-            masked.rng_state,
-            masked.tau,
-            mode=masked.kind.eval_mode,
-            thresholds=[layer.unit for layer in layers],
-        )
+        baked, _, _ = draw(layers, masked.rng_state, masked.tau, training=False)
     plain = copy.deepcopy(masked.model)
     for name, weight in zip(masked.mask_layers(), baked, strict=True):
         module = _plain_layer(plain.get_submodule(name), weight)

@@ -17,6 +17,7 @@ from dwm_fast.nn.layers import (
     MaskedLayer,
     MaskedLinear,
     current_tau,
+    draw,
     keep_dtype,
     new_rng_state,
     new_tau,
@@ -102,7 +103,7 @@ class MaskedModel(nn.Module):
         return (layer.mask_logits for layer in self._layers.values())
 
     def keep_masks(self) -> dict[str, Tensor]:
-        """Deterministic keep mask of every layer: name -> bool tensor of the weight's shape, True = keep."""
+        """Deterministic keep mask of every layer: name -> bool tensor of the learned tensor's shape, True = keep."""
         return {name: layer.keep_mask() for name, layer in self._layers.items()}
 
     def fraction_kept(self) -> float:
@@ -115,8 +116,8 @@ class MaskedModel(nn.Module):
         """Mean expected keep value over all masked weights, in [0, 1], 0-dim fp32, differentiable.
 
         Divided by the number of weights, so a coefficient means the same for every network size. Between a
-        call in train() and its backward it costs nothing: the draw computed it. Threshold has no published
-        regulariser: 0.
+        call in train() and its backward it costs nothing: the draw computed it. Threshold and KernelSoft have no
+        published regulariser: 0.
         """
         drawn, self._penalty = self._penalty, None
         if drawn is not None and (torch.compiler.is_compiling() or _backward_possible(drawn)):
@@ -127,29 +128,17 @@ class MaskedModel(nn.Module):
         """Draw for training by `recorder.sample`, not `dwm_fast.ops.sample`, from now on; None: as before."""
         self._recorder = recorder
 
-    def _sample(
-        self, mode: ops.Mode, state: Tensor, tau: Tensor, step_offset: int
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        layers = list(self._layers.values())
-        draw = ops.sample if self._recorder is None or not self.training else self._recorder.sample
-        return draw(
-            [layer.mask_logits for layer in layers],
-            [layer.weight for layer in layers],
-            state,
-            tau,
-            mode=mode,
-            layers=[layer.layer_index for layer in layers],
-            thresholds=[layer.unit for layer in layers],
-            step_offset=step_offset,
-            dtype=autocast_dtype(layers[0].weight) if _one_dtype(layers) else None,
-        )
-
     def _draw(self, state: Tensor, step_offset: int) -> list[Tensor]:
         """Masked weights of every layer for one mask sample; leaves the penalty behind in train()."""
-        if not self.training:
-            return self._sample(self.kind.eval_mode, state, self.tau, 0)[0]
-        tau = current_tau(self.kind, self.tau, state, self.mask_samples)
-        masked, _, self._penalty = self._sample(self.kind.training_mode, state, tau, step_offset)
+        layers = list(self._layers.values())
+        tau = current_tau(self.kind, self.tau, state, self.mask_samples) if self.training else self.tau
+        masked, _, drawn = draw(
+            layers, state, tau, training=self.training, step_offset=step_offset,
+            dtype=autocast_dtype(layers[0].weight) if _one_dtype(layers) else None,
+            sample=self._recorder.sample if self._recorder is not None and self.training else None,
+        )  # fmt: skip
+        if self.training:
+            self._penalty = drawn
         return masked
 
     def _run(self, state: Tensor, step_offset: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -248,7 +237,7 @@ def mask_model(
 
     Args:
         model: any nn.Module.
-        kind: GumbelSigmoid(...), Threshold(...) or Edit(...).
+        kind: GumbelSigmoid(...), Threshold(...), Edit(...) or KernelSoft(...).
         include, exclude: shell patterns of layer names, e.g. include=["layer*"], exclude=["fc"].
         mask_samples, batch_norm, seed: see `MaskedModel`.
 

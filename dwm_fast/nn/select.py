@@ -12,6 +12,11 @@ from dwm_fast.errors import InputError
 from dwm_fast.nn.layers import MaskedLayer
 
 
+def literal(name: str) -> str:
+    """A shell pattern that fits `name` alone."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 def maskable_layers(
     model: nn.Module, include: str | Iterable[str] = ("*",), exclude: str | Iterable[str] = ()
 ) -> dict[str, nn.Linear | nn.Conv2d]:

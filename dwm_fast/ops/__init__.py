@@ -14,6 +14,7 @@ from dwm_fast.ops.bits import (
     unpack,
 )
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed
+from dwm_fast.ops.kernel_soft import kernel_soft
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.philox import advance, random_words, uniform
 from dwm_fast.ops.sample import penalty, sample
@@ -31,6 +32,7 @@ __all__ = [
     "frozen_adamw",
     "frozen_sgd",
     "jaccard",
+    "kernel_soft",
     "linear",
     "linear_packed",
     "mask_adam",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwm_fast.methods import SourceTask
+from dwm_fast.methods import SourceTask, Task
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
@@ -100,3 +100,33 @@ def under_mask(model: nn.Module, keep: dict[str, Tensor]) -> nn.Module:
     for name, mask in keep.items():
         masked.get_submodule(name).weight.data[~mask] = 0.0
     return masked.eval()
+
+
+def conv_maker(classes: int) -> nn.Module:
+    """A fresh ConvNet with another number of classes."""
+    net = ConvNet()
+    net.fc = nn.Linear(8, classes)
+    return net
+
+
+def image_task(name: str, classes: int = 4, seed: int = 0, steps: int = 3) -> Task:
+    """Noise with random labels, of its own for every name."""
+    shift = sum(map(ord, name)) % 97
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1000 * shift + epoch)
+        for _ in range(steps):
+            images = torch.randn(8, 3, 6, 6, generator=generator) + shift / 97
+            yield images, torch.randint(classes, (8,), generator=generator)
+
+    @torch.no_grad()
+    def loss(network: nn.Module) -> float:
+        images, labels = next(batches(99))
+        return float(F.cross_entropy(network.eval()(images), labels))
+
+    return Task(name, classes, batches, steps, loss, seed)
+
+
+def images_for_tests() -> Tensor:
+    """A batch that ConvNets take."""
+    return torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(5))

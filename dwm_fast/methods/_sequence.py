@@ -1,0 +1,185 @@
+"""What the learners of every sequential method share: tensors of the backbone, tensors of each task, and the state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dwm_fast import ops
+from dwm_fast.errors import InputError
+from dwm_fast.methods.base import SourceTask
+from dwm_fast.methods.sequence import Task
+from dwm_fast.methods.transfer import NORM_LAYERS
+from dwm_fast.nn import maskable_layers
+from dwm_fast.nn.select import literal
+
+Tensors = dict[str, Tensor]
+
+
+class SequenceLearner:
+    """A backbone, what each task has for itself, and a network made of both.
+
+    A subclass learns; it fills `_shared` (tensors by state dict name, the heads' left out), `_own` (for each task the
+    tensors that replace shared ones, its head among them) and `_masks`, and says in `_network_tensors` what a task's
+    network holds.
+
+    Args:
+        network: number of classes -> a fresh network on its device.
+        head: name of the network's last Linear, of which every task has its own.
+    """
+
+    views: tuple[str, ...] = ("shared",)
+    MASKS: ClassVar[tuple[str, ...]] = ("keep",)
+    """Names of the bool masks that a task has, each a mapping from layer name to mask."""
+
+    def __init__(self, network: Callable[[int], nn.Module], head: str) -> None:
+        self._make = network
+        self._head = head
+        self._classes: dict[str, int] = {}
+        self._shared: Tensors = {}
+        self._own: dict[str, Tensors] = {}
+        self._masks: dict[str, dict[str, Tensors]] = {}
+
+    def network(self, name: str, view: str = "shared") -> nn.Module:
+        """The network of a task seen so far, in eval mode, with the task's own head."""
+        if view not in self.views:
+            raise InputError(f"view is '{view}'; expected one of {', '.join(self.views)}")
+        if name not in self._classes:
+            raise InputError(f"task '{name}' was not learned; learned so far: {', '.join(self._classes) or 'none'}")
+        network = self._empty(self._classes[name])
+        network.load_state_dict(self._network_tensors(name, view))
+        return network.eval()
+
+    def bits(self, name: str) -> int:
+        """Bits of the task's masks and of its own tensors, the head left out."""
+        own = sum(8 * t.element_size() * t.numel() for key, t in self._own[name].items() if not self._of_head(key))
+        masks = self._masks.get(name, {}).values()
+        return own + sum(mask.numel() for layers in masks for mask in layers.values())
+
+    def state(self) -> Tensors:
+        """Everything, as named tensors on the CPU; bool masks packed to one bit a weight."""
+        found: Tensors = {f"shared/{key}": tensor for key, tensor in self._shared.items()}
+        for i, (name, classes) in enumerate(self._classes.items()):
+            found[f"task/{i}/{name}"] = torch.tensor(classes)
+            found |= {f"own/{i}/{key}": tensor for key, tensor in self._own[name].items()}
+            for kind, layers in self._masks.get(name, {}).items():
+                found |= {f"{kind}/{i}/{layer}": ops.pack([mask]) for layer, mask in layers.items()}
+        return {key: tensor.detach().cpu().clone() for key, tensor in found.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave; the network of every task is then bit-identical."""
+        tasks = sorted((k.split("/", 2)[1:] for k in state if k.startswith("task/")), key=lambda entry: int(entry[0]))
+        if not tasks:
+            raise InputError("the state holds no task; expected what state() of the same method gave")
+        self._classes = {name: int(state[f"task/{i}/{name}"]) for i, name in tasks}
+        example = self._empty(next(iter(self._classes.values())))
+        device = next(example.parameters()).device
+        self._shared = part(state, "shared/", device)
+        self._own = {name: part(state, f"own/{i}/", device) for i, name in tasks}
+        shapes = {name: layer.weight.shape for name, layer in self._maskable(example).items()}
+        self._masks = {}
+        for i, name in tasks:
+            packed = {kind: part(state, f"{kind}/{i}/", device) for kind in self.MASKS}
+            self._masks[name] = {
+                kind: {layer: self._unpack(bits, layer, shapes[layer]) for layer, bits in layers.items()}
+                for kind, layers in packed.items()
+                if layers
+            }
+
+    def _unpack(self, bits: Tensor, layer: str, weight: torch.Size) -> Tensor:
+        shape = self._mask_shape(weight)
+        return ops.unpack(bits, [shape.numel()])[0].view(shape)
+
+    def _mask_shape(self, weight: torch.Size) -> torch.Size:
+        """Shape of the mask of a weight."""
+        return weight
+
+    def _network_tensors(self, name: str, view: str) -> Tensors:
+        """The whole state dict of a task's network."""
+        return {**self._shared, **self._own[name]}
+
+    def _start(self, task: Task, network: nn.Module) -> None:
+        """Take the trained network's tensors as the backbone, its head as the first task's."""
+        if self._classes:
+            raise InputError(f"begin was called after {', '.join(self._classes)}; begin a learner once, then learn")
+        head = dict(network.named_modules()).get(self._head)
+        if not isinstance(head, nn.Linear):
+            linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+            raise InputError(f"head '{self._head}' is no Linear of the network; expected one of {', '.join(linears)}")
+        self._set_shared(network)
+        self._add_task(task, network)
+
+    def _add_task(self, task: Task, network: nn.Module, own: Callable[[str], bool] = lambda _: False) -> None:
+        """Write down a task with its head and the network's tensors whose names `own` picks."""
+        if task.name in self._classes:
+            raise InputError(f"task '{task.name}' was learned before; give every task of a sequence a name of its own")
+        self._classes[task.name] = task.classes
+        picked = {k: v for k, v in network.state_dict().items() if self._of_head(k) or own(k)}
+        self._own[task.name] = cloned(picked)
+
+    def _set_shared(self, network: nn.Module) -> None:
+        self._shared = cloned({k: v for k, v in network.state_dict().items() if not self._of_head(k)})
+
+    def _fresh(self, task: Task) -> nn.Module:
+        """A network with the shared tensors and a fresh head, drawn on the CPU: a seed means the same anywhere."""
+        if not self._classes:
+            raise InputError(f"task '{task.name}': learn was called before begin; begin with the first task's network")
+        network = self._empty(task.classes)
+        network.load_state_dict(self._shared, strict=False)
+        head = network.get_submodule(self._head)
+        assert isinstance(head, nn.Linear)
+        drawn = nn.Linear(head.in_features, head.out_features, head.bias is not None)
+        head.load_state_dict(drawn.state_dict())
+        return network
+
+    def _empty(self, classes: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            return self._make(classes)
+
+    def _of_head(self, key: str) -> bool:
+        return key.startswith(f"{self._head}.")
+
+    def _maskable(self, network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+        """Every layer that can have a mask, the head left out."""
+        return maskable_layers(network, exclude=literal(self._head))
+
+
+@contextlib.contextmanager
+def seeded(task: Task) -> Iterator[None]:
+    """torch's generators seeded by the task inside, and afterwards as they were."""
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(task.seed)
+        yield
+
+
+def cloned(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Detached copies."""
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def part(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> Tensors:
+    """The entries whose name begins with `prefix`, by the rest of their name, copied to `device`."""
+    return {k.removeprefix(prefix): v.to(device, copy=True) for k, v in state.items() if k.startswith(prefix)}
+
+
+def norm_names(network: nn.Module) -> Callable[[str], bool]:
+    """Whether a state dict name belongs to a norm layer and matters in eval mode."""
+    norms = {name for name, module in network.named_modules() if isinstance(module, NORM_LAYERS)}
+    return lambda key: key.rpartition(".")[0] in norms and not key.endswith("num_batches_tracked")
+
+
+def as_source(task: Task, epochs_before: int = 0) -> SourceTask:
+    """The task as a method of the two-domain study sees it, its first `epochs_before` epochs left out."""
+
+    def batches(epoch: int) -> Any:
+        return task.batches(epoch + epochs_before)
+
+    return SourceTask(
+        batches=batches, steps_per_epoch=task.steps_per_epoch, loss=task.loss, seed=task.seed, progress=task.progress,
+        autocast=task.autocast,
+    )  # fmt: skip

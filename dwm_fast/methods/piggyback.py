@@ -1,0 +1,84 @@
+"""Piggyback (Mallya, Davis, Lazebnik 2018): one frozen backbone, and for each domain a learned bit per weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dwm_fast.methods._real_masks import RealMaskOptions, learn_real_masks
+from dwm_fast.methods._sequence import SequenceLearner, Tensors, norm_names, seeded
+from dwm_fast.methods.sequence import Task
+from dwm_fast.nn import Threshold
+
+
+@dataclass(frozen=True)
+class Piggyback:
+    """A bit for every weight outside the head, m = 1[r > threshold], learned with the backbone frozen.
+
+    Args:
+        kind: start values, threshold, ternary or not.
+        options: how r and the head are trained. Ours: Adam 1e-3 over three epochs, where the paper's 1e-4 needs thirty.
+
+    The backbone is the network trained on the first task, whose own network it stays, without a mask. Conv and linear
+    biases are the backbone's.
+    """
+
+    kind: Threshold = field(default_factory=Threshold)
+    options: RealMaskOptions = field(default_factory=RealMaskOptions)
+    name: ClassVar[str] = "piggyback"
+
+    def learner(self, network: Callable[[int], nn.Module], head: str) -> PiggybackLearner:
+        """A learner that has seen nothing."""
+        return PiggybackLearner(network, head, self)
+
+
+PIGGYBACK_PAPER = Piggyback(
+    options=RealMaskOptions(epochs=30, lr=1e-4, head_lr=1e-4, eps=1e-8, schedule="step", batch_norm="frozen")
+)
+"""piggyback-paper: Adam 1e-4 for masks and head, x0.1 after 15 epochs, 30 epochs; batches of 32 are the caller's."""
+
+
+class PiggybackLearner(SequenceLearner):
+    """`Piggyback` over a sequence. The backbone never changes, so earlier tasks' predictions stay to the last bit."""
+
+    MASKS = ("keep", "minus")
+
+    def __init__(self, network: Callable[[int], nn.Module], head: str, method: Piggyback) -> None:
+        super().__init__(network, head)
+        self._method = method
+
+    def begin(self, task: Task, network: nn.Module) -> dict[str, Any]:
+        """Take the network as the backbone."""
+        self._start(task, network)
+        return {}
+
+    def learn(self, task: Task) -> dict[str, Any]:
+        """Learn bits, head and, by policy, batch norm."""
+        method = self._method
+        with seeded(task):
+            masked = learn_real_masks(self._fresh(task), method.kind, self._head, method.options, task)
+        own = norm_names(masked.model) if method.options.batch_norm == "per-domain" else lambda _: False
+        self._add_task(task, masked.model, own)
+        self._masks[task.name] = {"keep": masked.keep_masks()}
+        if method.kind.ternary:
+            layers = masked.mask_layers().items()
+            self._masks[task.name]["minus"] = {layer: module.mask_logits.detach() < 0 for layer, module in layers}
+        return {"fraction_kept": masked.fraction_kept()}
+
+    def masks(self, name: str) -> dict[str, Tensors]:
+        """The task's bool masks by layer name: "keep", and for ternary values "minus"; none for the first task."""
+        return self._masks.get(name, {})
+
+    def _network_tensors(self, name: str, view: str) -> Tensors:
+        masks = self.masks(name)
+        weights = {f"{layer}.weight": self._under(layer, keep, masks) for layer, keep in masks.get("keep", {}).items()}
+        return {**super()._network_tensors(name, view), **weights}
+
+    def _under(self, layer: str, keep: Tensor, masks: dict[str, Tensors]) -> Tensor:
+        weight = self._shared[f"{layer}.weight"]
+        signed = torch.where(masks["minus"][layer], -weight, weight) if "minus" in masks else weight
+        return torch.where(keep, signed, torch.zeros((), dtype=weight.dtype, device=weight.device))
