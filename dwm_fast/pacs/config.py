@@ -21,7 +21,7 @@ from dwm_fast.pacs.data import DOMAINS, canonical_domain
 
 METHODS = ("none", "naive", "edit", "binary")
 SEQUENTIAL = ("none", "piggyback", "ksm", "spg", "packnet", "binary")
-"""What a sequence runs by default; a registry may offer more, such as published presets."""
+"""What a sequence runs by default; presets such as "piggyback-paper" are offered beside them."""
 _OF_PAIRS = ("sources", "targets", "inits", "edit", "binary", "tune")
 """Entries that only the study of pairs reads."""
 _OF_SEQUENCES = ("sequence", "sequential")
@@ -84,7 +84,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         self._check_sequence()
-        offered = METHODS if self.sequence is None else tuple(all_methods.sequential_methods())
+        offered = METHODS if self.sequence is None else tuple(_offered())
         for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
             unknown = [v for v in values if v not in allowed]
             if unknown or not values:
@@ -272,8 +272,12 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {**old, **new, **deeper}
 
 
+def _offered() -> dict[str, SequentialMethod]:
+    return {**all_methods.sequential_methods(), **all_methods.presets()}
+
+
 def _sequential(name: str) -> Any:
-    offered = all_methods.sequential_methods()
+    offered = _offered()
     if name not in offered:
         raise InputError(f"config: sequential: unknown method '{name}'; expected some of {', '.join(offered)}")
     return offered[name]

@@ -118,7 +118,7 @@ def data_section(data: Mapping[str, Any]) -> str:
 def reproduce(results: Mapping[str, Any], command: str) -> str:
     """The command, versions and every option."""
     versions = definitions(((name, as_text(value)) for name, value in results["versions"].items()), "settings")
-    config = definitions(((name, as_text(value)) for name, value in _flat(results["config"])), "settings")
+    config = definitions(((name, as_text(value)) for name, value in flat(results["config"])), "settings")
     return (
         f"<pre>{escape(command)}</pre>"
         "<p>Same seeds, versions and device give the same numbers; <code>results.json</code> has them.</p>"
@@ -132,11 +132,12 @@ def definitions(pairs: Iterable[tuple[str, str]], kind: str) -> str:
     return f'<dl class="{kind}">{lines}</dl>'
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested options as (dotted name, value)."""
     pairs: list[tuple[str, Any]] = []
     for name, value in config.items():
         nested = isinstance(value, Mapping)
-        pairs += _flat(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]
+        pairs += flat(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]
     return pairs
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from dwm_fast._files import write_atomic
-from dwm_fast.pacs import sequence_table
+from dwm_fast.pacs import sequence_figures, sequence_report, sequence_table
 from dwm_fast.pacs.lab import Lab
 from dwm_fast.pacs.sequence_lab import SequenceLab
 from dwm_fast.pacs.study import Stage, Study, versions
@@ -79,12 +79,14 @@ class SequenceStudy(Study):
         }
 
     def write(self, results: dict[str, Any]) -> None:
-        """Write results and tables into the folder."""
+        """Write results, tables, figures and report into the folder."""
         write_atomic(self.folder / "results.json", json.dumps(results, indent=1))
         sequence_table.write_rows_csv(results, self.folder / "results.csv")
         rows = sequence_table.sequence_table(results)
         sequence_table.to_csv(rows, self.folder / "table.csv")
         write_atomic(self.folder / "table.md", sequence_table.to_markdown(rows))
+        drawn = sequence_figures.draw_all(results, self.folder / "figures")
+        sequence_report.write_report(results, self.folder, drawn, command=self.command())
 
 
 def _task(one: Mapping[str, Any], learned: list[dict[str, Any]]) -> dict[str, Any]:

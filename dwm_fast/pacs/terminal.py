@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dwm_fast.pacs import sequence_table, table
+from dwm_fast.pacs import sequence_finding, sequence_table, table
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.finding import finding
 from dwm_fast.pacs.sequence import SequenceStudy
@@ -46,7 +46,8 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
     if config.sequence is None:
         shown_table, sentences = table.to_rich(table.paper_table(results)), finding(results)
     else:
-        shown_table, sentences = sequence_table.to_rich(sequence_table.sequence_table(results)), []
+        rows = sequence_table.sequence_table(results)
+        shown_table, sentences = sequence_table.to_rich(rows), sequence_finding.finding(results)
     console.print(shown_table)
     for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)

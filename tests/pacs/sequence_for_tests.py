@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch._dynamo  # torch's optimisers import it; once for all children
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -127,13 +128,19 @@ def toys() -> dict[str, Any]:
     """A registry as `dwm_fast.methods.sequential_methods`; every default of a sequence is in it."""
     return {
         "none": Toy(), "piggyback": Toy(frozen=True), "ksm": Toy(frozen=True), "spg": Toy(lr=0.01),
-        "packnet": Unhurried(), "binary": Toy(lr=0.05), "piggyback-paper": Toy(epochs=2, frozen=True),
+        "packnet": Unhurried(), "binary": Toy(lr=0.05),
     }  # fmt: skip
+
+
+def toy_presets() -> dict[str, Any]:
+    """As `dwm_fast.methods.presets`."""
+    return {"piggyback-paper": Toy(epochs=2, frozen=True)}
 
 
 def offer_toys(monkeypatch: Any) -> None:
     """Make the toys the methods that there are."""
-    monkeypatch.setattr("dwm_fast.methods.sequential_methods", toys, raising=False)
+    monkeypatch.setattr("dwm_fast.methods.sequential_methods", toys)
+    monkeypatch.setattr("dwm_fast.methods.presets", toy_presets)
 
 
 def sequence_config(**changes: Any) -> StudyConfig:
@@ -141,15 +148,26 @@ def sequence_config(**changes: Any) -> StudyConfig:
     return from_dict({"sequence": SEQUENCE, "methods": ["none", "piggyback"], **changes}, BASE)
 
 
-def run_slowly(folder: Path) -> None:
-    """Run the sequence in this process, slowly enough for a killer, and say so when the images are there."""
+def draw_nothing(monkeypatch: Any) -> None:
+    """Leave the figures out: they take longer than such a sequence."""
+    monkeypatch.setattr("dwm_fast.pacs.sequence_figures.draw_all", lambda results, folder: [])
+
+
+def serve() -> None:
+    """For each folder named on stdin: run the sequence in a forked process, slowed down for a killer; print its pid."""
     backbones.SmallResNet = NarrowNet
     all_methods.sequential_methods = toys
-    torch.set_num_threads(1)
-    study = SequenceStudy(sequence_config(), folder, tiny_data())
-    print("ready", flush=True)
-    study.run(report_step=lambda _: time.sleep(0.05))
+    all_methods.presets = toy_presets
+    data = tiny_data()
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)
+            SequenceStudy(sequence_config(), line.strip(), data).run(report_step=lambda _: time.sleep(0.05))
+            os._exit(0)
+        print(pid, flush=True)
+        print(os.waitpid(pid, 0)[1], flush=True)
 
 
 if __name__ == "__main__":
-    run_slowly(Path(sys.argv[1]))
+    serve()

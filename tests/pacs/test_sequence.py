@@ -21,7 +21,7 @@ from dwm_fast.pacs.config import from_dict
 from dwm_fast.pacs.sequence import SequenceStudy
 from dwm_fast.pacs.sequence_lab import SequenceLab, last_linear
 
-from .sequence_for_tests import BASE, SEQUENCE, offer_toys, sequence_config
+from .sequence_for_tests import BASE, SEQUENCE, draw_nothing, offer_toys, sequence_config
 from .study_for_tests import stages, tiny, tiny_data, without_seconds
 
 SOURCE = "source-photo-seed0"
@@ -32,6 +32,7 @@ TASKS = ["sequence-none-photo-seed0", "sequence-none-photo-sketch-seed0", "seque
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(monkeypatch)
     offer_toys(monkeypatch)
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_bits_are_those_stored_when_the_sequence_has_ended(finished: Any) -> Non
     assert {(m["bits_added"], m["bits_total"]) for m in results["measures"]} == {(300, 600)}
 
 
-def test_folder_holds_tables_with_a_line_a_row(finished: Any) -> None:
+def test_folder_holds_tables_with_a_line_a_row_figures_and_report(finished: Any) -> None:
     folder, results, _ = finished
     with (folder / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -117,6 +118,8 @@ def test_folder_holds_tables_with_a_line_a_row(finished: Any) -> None:
         ("none", "shared"), ("none", "masked"), ("piggyback", "shared"),
     ]  # fmt: skip
     assert "procedural stand-in (not PACS)" in (folder / "table.md").read_text()
+    assert len(list((folder / "figures").iterdir())) == 6
+    assert "Domain after domain" in (folder / "report.html").read_text()
 
 
 def test_progress_counts_up_to_the_number_of_stages(finished: Any) -> None:
@@ -161,23 +164,23 @@ def test_stopped_after_every_stage_it_ends_with_the_same_results(
 
 
 def test_killed_within_a_stage_it_ends_with_the_same_results(finished: Any, tmp_path: Path, toys: None) -> None:
-    def killed(when: str) -> None:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tests.pacs.sequence_for_tests", str(tmp_path)], stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert child.stdout
-        assert child.stdout.readline() == b"ready\n"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.pacs.sequence_for_tests"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert server.stdin
+    assert server.stdout
+    for done in ([SOURCE], [SOURCE, TASKS[0]], [SOURCE, *TASKS[:2]]):
+        print(tmp_path, file=server.stdin, flush=True)
+        pid = int(server.stdout.readline())
         until = time.monotonic() + 60
-        while when not in stages(tmp_path) and time.monotonic() < until:
+        while done[-1] not in stages(tmp_path) and time.monotonic() < until:
             time.sleep(0.001)
-        os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-
-    killed(TASKS[0])
-    assert stages(tmp_path) == sorted([SOURCE, TASKS[0]])
-    killed(TASKS[1])
-    assert stages(tmp_path) == sorted([SOURCE, *TASKS[:2]])
+        os.kill(pid, signal.SIGKILL)
+        assert int(server.stdout.readline()) == signal.SIGKILL
+        assert set(stages(tmp_path)) - {TASKS[0]} == set(done) - {TASKS[0]}
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
     results = SequenceStudy(sequence_config(), tmp_path).run()
     first = [without_seconds(r) for r in finished[1]["rows"] if r["seed"] == 0]
     assert without_seconds(results["rows"]) == first

@@ -15,7 +15,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS
 from dwm_fast.pacs.config import DOMAINS, METHODS, SEQUENTIAL, StudyConfig, builtin_defaults, from_dict, load_config
 
-from .sequence_for_tests import BASE, SEQUENCE, Toy, offer_toys, sequence_config
+from .sequence_for_tests import BASE, SEQUENCE, Toy, draw_nothing, offer_toys, sequence_config
 from .study_for_tests import CONFIG, tiny
 
 Ask = Callable[..., tuple[int, str, str]]
@@ -53,6 +53,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
 
 def test_a_sequence_runs_to_its_table(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(monkeypatch)
+    draw_nothing(monkeypatch)
     monkeypatch.setattr("dwm_fast.pacs.config.builtin_defaults", lambda: BASE)
     asked = ("pacs", "--sequence", "P,sketch", "--methods", "none,piggyback", "--task-epochs", 2, "--out", "here")
     code, out, err = ask(*asked)
