@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-import yaml
-
-from dwm_fast import methods as all_methods
 from dwm_fast.errors import InputError
-from dwm_fast.methods import INITS, LearnedMask, TrainOptions
-from dwm_fast.methods.sequence import SequentialMethod
+from dwm_fast.methods import INITS, LearnedMask, SequentialMethod, TrainOptions
+from dwm_fast.pacs import sequence_options
+from dwm_fast.pacs.config_values import read_file, replace, sequence, typed
 from dwm_fast.pacs.data import DOMAINS, canonical_domain
 
 METHODS = ("none", "naive", "edit", "binary")
-SEQUENTIAL = ("none", "piggyback", "ksm", "spg", "packnet", "binary")
-"""What a sequence runs by default; presets such as "piggyback-paper" are offered beside them."""
 _OF_PAIRS = ("sources", "targets", "inits", "edit", "binary", "tune")
 """Entries that only the study of pairs reads."""
 _OF_SEQUENCES = ("sequence", "sequential")
@@ -46,7 +40,7 @@ class StudyConfig:
         logit_init, tau: start logit and temperature of `binary`.
         tune: method -> the ways it is fine-tuned on the target; the first of "none" is the baseline.
         sequence: domains to learn one after the other with one backbone, instead of the grid of pairs; None for that.
-        sequential: method -> options that differ from its own defaults, for a sequence.
+        sequential: method -> options in place of its own defaults, for a sequence.
         batch_size: images a step.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         amp: "auto" (bf16 on a GPU), "bf16" or "off".
@@ -84,7 +78,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         self._check_sequence()
-        offered = METHODS if self.sequence is None else tuple(_offered())
+        offered = METHODS if self.sequence is None else tuple(sequence_options.offered())
         for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
             unknown = [v for v in values if v not in allowed]
             if unknown or not values:
@@ -139,25 +133,11 @@ class StudyConfig:
 
     def sequential_method(self, name: str) -> SequentialMethod:
         """A method of sequences by name, with the configuration's options."""
-        method: SequentialMethod = _replace(
-            f"sequential.{name}", self.sequential.get(name, {}), _sequential(name)
-        )
-        return method
+        return sequence_options.with_options(name, self.sequential, builtin=self.data is None)
 
     def with_task_epochs(self, epochs: int) -> StudyConfig:
-        """The same sequence with so many epochs of each later domain, for every method that counts them.
-
-        That is the method's own entry `epochs`, or the one of its section `options` or `training`.
-        """
-        sequential: dict[str, Any] = {}
-        for name in self.methods:
-            method = self.sequential_method(name)
-            section = next((s for s in ("options", "training") if hasattr(getattr(method, s, None), "epochs")), None)
-            if hasattr(method, "epochs"):
-                sequential[name] = {"epochs": epochs}
-            elif section is not None:
-                sequential[name] = {section: {"epochs": epochs}}
-        return from_dict({"sequential": sequential}, self)
+        """The same sequence with so many epochs of each later domain, for every method that counts them."""
+        return from_dict({"sequential": sequence_options.epochs_of(self.methods, epochs)}, self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back: the entries that this kind of study reads."""
@@ -203,149 +183,46 @@ def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
         if clash:
             raise InputError(_clash(clash[0]))
         if "methods" not in data and base.sequence is None and base.methods == METHODS:
-            changes["methods"] = SEQUENTIAL
+            changes["methods"] = sequence_options.SEQUENTIAL
     return dataclasses.replace(base, **changes)
 
 
 def load_config(path: str | Path, base: StudyConfig | None = None) -> StudyConfig:
     """Read a .toml, .yaml or .json file of entries over `base`; without it, over the defaults for its `data`."""
-    entries = _read_file(Path(path))
+    entries = read_file(Path(path))
     if base is None:
         base = builtin_defaults() if entries.get("data") is None else real_defaults()
     return from_dict(entries, base)
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
-    readers = {".toml": tomllib.loads, ".json": json.loads}
-    try:
-        data = readers.get(path.suffix, yaml.safe_load)(path.read_text())
-    except OSError as error:
-        raise InputError(f"config: cannot read {path}: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"config: {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(data, Mapping):
-        raise InputError(f"config: {path} holds {type(data).__name__}; expected entries such as 'seeds: [0, 1, 2]'")
-    return data
-
-
 def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
     if key == "sequence":
-        return None if value is None else tuple(canonical_domain(str(v)) for v in _sequence(value))
+        return None if value is None else tuple(canonical_domain(str(v)) for v in sequence(value))
     if key == "sequential":
-        return {**old, **_read_sequential(value, old)}
+        return sequence_options.read_options(value, old)
     if key in ("sources", "targets"):
-        return tuple(dict.fromkeys(canonical_domain(str(v)) for v in _sequence(value)))
+        return tuple(dict.fromkeys(canonical_domain(str(v)) for v in sequence(value)))
     if key in ("methods", "inits"):
-        return tuple(dict.fromkeys(str(v) for v in _sequence(value)))
+        return tuple(dict.fromkeys(str(v) for v in sequence(value)))
     if key == "seeds":
-        return tuple(dict.fromkeys(_typed("seeds", v, int) for v in _sequence(value)))
+        return tuple(dict.fromkeys(typed("seeds", v, int) for v in sequence(value)))
     if key == "tune":
         if not isinstance(value, Mapping):
             raise InputError("config: tune: expected a section for each method, such as 'binary: {lr: 0.0003}'")
         return {**old, **{m: _read_tunes(m, v, old) for m, v in value.items()}}
     if isinstance(old, (TrainOptions, LearnedMask)):
-        return _replace(key, value, old)
-    return _typed(key, value, hint)
+        return replace(key, value, old)
+    return typed(key, value, hint)
 
 
 def _read_tunes(method: str, value: Any, old: Mapping[str, tuple[TrainOptions, ...]]) -> tuple[TrainOptions, ...]:
     if method not in METHODS:
         raise InputError(f"config: tune: unknown method '{method}'; expected some of {', '.join(METHODS)}")
     entries = value if isinstance(value, list) else [value]
-    return tuple(_replace(f"tune.{method}", entry, old[method][0]) for entry in entries)
-
-
-def _read_sequential(value: Any, old: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Options by method, as `StudyConfig.sequential` holds them: typed, and only those that are given."""
-    if not isinstance(value, Mapping):
-        raise InputError("config: sequential: expected a section for each method, such as 'piggyback: {epochs: 3}'")
-    read = {}
-    for name, given in value.items():
-        method = _replace(f"sequential.{name}", given, _sequential(name))
-        read[name] = _merged(old.get(name, {}), _given(dataclasses.asdict(method), given))
-    return read
-
-
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options with those of `new` in place of the old."""
-    deeper = {k: _merged(old[k], v) for k, v in new.items() if isinstance(v, Mapping) and k in old}
-    return {**old, **new, **deeper}
-
-
-def _offered() -> dict[str, SequentialMethod]:
-    return {**all_methods.sequential_methods(), **all_methods.presets()}
-
-
-def _sequential(name: str) -> Any:
-    offered = _offered()
-    if name not in offered:
-        raise InputError(f"config: sequential: unknown method '{name}'; expected some of {', '.join(offered)}")
-    return offered[name]
-
-
-def _given(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of nested `options` that `given` names."""
-    return {
-        name: _given(options[name], value) if isinstance(options[name], dict) else options[name]
-        for name, value in given.items()
-    }
+    return tuple(replace(f"tune.{method}", entry, old[method][0]) for entry in entries)
 
 
 def _clash(entry: str) -> str:
     return f"sequence and {entry} exclude each other: a sequence has no pairs; leave out one of them"
 
 
-def _replace(key: str, value: Any, old: Any) -> Any:
-    types = get_type_hints(type(old))
-    hints = {field.name: types[field.name] for field in dataclasses.fields(old)}
-    if not isinstance(value, Mapping):
-        raise InputError(f"config: {key} is {value!r}; expected a section with some of {', '.join(hints)}")
-    for name in value:
-        if name not in hints:
-            raise InputError(f"config: {key}: unknown entry '{name}'; expected some of {', '.join(hints)}")
-    changes = {
-        name: _replace(f"{key}.{name}", given, getattr(old, name))
-        if dataclasses.is_dataclass(getattr(old, name))
-        else _typed(f"{key}.{name}", given, hints[name])
-        for name, given in value.items()
-    }
-    try:
-        return dataclasses.replace(old, **changes)
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from None
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type an option has. Numbers may come as text: YAML reads 3e-4 as text."""
-    kinds = set(get_args(hint)) or {hint}
-    if value is None and type(None) in kinds:
-        return None
-    if get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InputError(f"config: {name} is {value!r}; expected a list")
-        return tuple(_typed(name, element, get_args(hint)[0]) for element in value)
-    if bool in kinds and not isinstance(value, bool):
-        raise InputError(f"config: {name} is {value!r}; expected true or false")
-    if int in kinds or float in kinds:
-        return _number(name, value, whole=int in kinds)
-    if str in kinds and get_origin(hint) is not Sequence and not isinstance(value, str):
-        raise InputError(f"config: {name} is {value!r}; expected text")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _number(name: str, value: Any, whole: bool) -> float | int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if whole else float(value)
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number) or (whole and not number.is_integer()):
-        raise InputError(f"config: {name} is {value!r}; expected a {'whole ' if whole else ''}number")
-    return int(number) if whole else number
-
-
-def _sequence(value: Any) -> Sequence[Any]:
-    if isinstance(value, str):
-        return [v.strip() for v in value.split(",") if v.strip()]
-    return value if isinstance(value, (list, tuple)) else [value]

@@ -212,7 +212,7 @@ def to_rich(rows: Sequence[SequenceRow]) -> Table:
     table.caption = note(rows) if rows else None
     table.add_column("method\nview", no_wrap=True)
     domains = list(rows[0].final) if rows else []
-    for column in (*domains, "average", "backward\ntransfer", "forgets", "added per\ndomain"):
+    for column in (*domains, "average", "backward\ntransfer", "forgets", "added"):
         table.add_column(column, justify="right", no_wrap=True)
 
     def lines(value: Stat, signed: bool = False) -> str:

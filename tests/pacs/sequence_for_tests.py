@@ -20,7 +20,7 @@ from dwm_fast import methods as all_methods
 from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS, TrainOptions
 from dwm_fast.methods.sequence import Task
-from dwm_fast.pacs import backbones
+from dwm_fast.pacs import backbones, sequence_options
 from dwm_fast.pacs.config import DOMAINS, StudyConfig, from_dict
 from dwm_fast.pacs.sequence import SequenceStudy
 
@@ -141,6 +141,7 @@ def offer_toys(monkeypatch: Any) -> None:
     """Make the toys the methods that there are."""
     monkeypatch.setattr("dwm_fast.methods.sequential_methods", toys)
     monkeypatch.setattr("dwm_fast.methods.presets", toy_presets)
+    monkeypatch.setattr("dwm_fast.pacs.sequence_options.BUILTIN", {})
 
 
 def sequence_config(**changes: Any) -> StudyConfig:
@@ -158,6 +159,7 @@ def serve() -> None:
     backbones.SmallResNet = NarrowNet
     all_methods.sequential_methods = toys
     all_methods.presets = toy_presets
+    sequence_options.BUILTIN = {}
     data = tiny_data()
     for line in sys.stdin:
         pid = os.fork()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import pytest
 
 from dwm_fast.cli import main
 from dwm_fast.errors import InputError
-from dwm_fast.methods import INITS
-from dwm_fast.pacs.config import DOMAINS, METHODS, SEQUENTIAL, StudyConfig, builtin_defaults, from_dict, load_config
+from dwm_fast.methods import INITS, TrainOptions
+from dwm_fast.pacs import sequence_options
+from dwm_fast.pacs.config import DOMAINS, METHODS, StudyConfig, builtin_defaults, from_dict, load_config, real_defaults
+from dwm_fast.pacs.sequence_options import SEQUENTIAL
 
 from .sequence_for_tests import BASE, SEQUENCE, Toy, draw_nothing, offer_toys, sequence_config
 from .study_for_tests import CONFIG, tiny
@@ -172,8 +175,35 @@ def test_wrong_entries_are_named_in_one_line(entries: dict[str, Any], message: s
     assert "\n" not in str(caught.value)
 
 
+def test_built_in_images_have_options_of_their_own_under_those_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence_options, "BUILTIN", {"none": {"epochs": 4, "training": {"lr": 0.5}}})
+    entries = {"sequence": "photo,art", "sequential": {"none": {"training": {"epochs": 2}}}}
+    expected = Toy(epochs=4, training=TrainOptions(epochs=2, lr=0.5))
+    assert from_dict(entries, builtin_defaults()).sequential_method("none") == expected
+    real = from_dict({**entries, "data": "PACS"}, real_defaults())
+    assert real.sequential_method("none") == Toy(training=TrainOptions(epochs=2))
+    assert from_dict({"data": "PACS"}, from_dict(entries, real_defaults())).sequential == real.sequential
+
+
 def test_a_configuration_built_in_python_is_held_to_the_same() -> None:
     assert sequence_config().domains() == SEQUENCE
     assert CONFIG.domains() == ("photo", "sketch")
     with pytest.raises(InputError, match="sequence and sources exclude each other"):
         StudyConfig(sequence=("photo", "art"), methods=("none",), sources=("photo", "sketch"))
+
+
+@pytest.fixture
+def real_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The methods and options there are, not the toys."""
+    monkeypatch.undo()
+
+
+def test_every_default_method_takes_its_options_for_built_in_images_and_epochs(real_methods: None) -> None:
+    config = from_dict({"sequence": "photo,art"}, builtin_defaults())
+    assert config.methods == SEQUENTIAL
+    for name in SEQUENTIAL:
+        method, nine = config.sequential_method(name), config.with_task_epochs(9).sequential_method(name)
+        assert method != from_dict({"data": "x", "sequence": "photo,art"}, real_defaults()).sequential_method(name)
+        assert "'epochs': 9" in str(dataclasses.asdict(nine)), name  # type: ignore[call-overload]
+    paper = from_dict({"sequence": "photo,art", "methods": "piggyback-paper"}, builtin_defaults())
+    assert dataclasses.asdict(paper.sequential_method("piggyback-paper"))["options"]["lr"] == 1e-4  # type: ignore[call-overload]
