@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dwm_fast.bank.record import pack_signs
 from dwm_fast.errors import InputError
+from dwm_fast.ops.kernel_soft import soft_values
 
 _UNUSED_IN_EVAL = "num_batches_tracked"
 
@@ -73,7 +74,13 @@ def adopt(masked: Any, tensors: Mapping[str, Tensor]) -> Adopted:
 
 
 def _read_kind(masked: Any, result: Adopted) -> None:
-    """Edits and signs: what a mask of such a kind holds beside its bits."""
+    """Edits, signs and scales: what a mask of such a kind holds beside its bits."""
+    if result.options.get("kind") == "kernel-soft":
+        result.form = "soft"
+        for name, layer in zip(result.masks, masked.mask_layers().values(), strict=True):
+            keep = result.masks[name]
+            result.values[name] = soft_values(layer.mask_logits.detach(), keep)[~keep].half()
+        return
     edits, ternary = result.options.get("kind") == "edit", bool(result.options.get("ternary"))
     if not edits and not ternary:
         return

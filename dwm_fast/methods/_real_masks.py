@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,11 +65,17 @@ class RealMaskOptions:
 
 
 def learn_real_masks(
-    network: nn.Module, kind: MaskKind, head: str, options: RealMaskOptions, task: Task
+    network: nn.Module,
+    kind: MaskKind,
+    head: str,
+    options: RealMaskOptions,
+    task: Task,
+    divisors: Mapping[str, Tensor] | None = None,
 ) -> MaskedModel:
     """Learn masks over all weights of `network` but its head's, and the head; the masked model, in eval mode.
 
-    The weights under the masks are `network`'s own storage and are never written.
+    The weights under the masks are `network`'s own storage and are never written. `divisors` by layer name divide the
+    gradients of the masks.
     """
     per_domain = options.batch_norm == "per-domain"
     masked = mask_model(
@@ -80,6 +87,7 @@ def learn_real_masks(
             if isinstance(module, NORM_LAYERS):
                 module.requires_grad_(True)
     masks = list(masked.mask_parameters())
+    dividers = [divisors[layer] for layer in masked.mask_layers()] if divisors else []
     of_head = list(masked.model.get_submodule(head).parameters())
     known = {id(p) for p in (*masks, *of_head)}
     norms = [p for p in masked.parameters() if p.requires_grad and id(p) not in known]
@@ -99,6 +107,9 @@ def learn_real_masks(
         loss = F.cross_entropy(output.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        for mask, divider in zip(masks, dividers, strict=bool(dividers)):
+            if mask.grad is not None:
+                mask.grad.div_(divider)
         optimizer.step()
         return loss.detach()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dwm_fast import ops
+from dwm_fast.bank import MaskBank
 from dwm_fast.errors import InputError
 from dwm_fast.methods.base import SourceTask
 from dwm_fast.methods.sequence import Task
@@ -59,6 +60,30 @@ class SequenceLearner:
         own = sum(8 * t.element_size() * t.numel() for key, t in self._own[name].items() if not self._of_head(key))
         masks = self._masks.get(name, {}).values()
         return own + sum(mask.numel() for layers in masks for mask in layers.values())
+
+    def bank(self) -> MaskBank:
+        """The tasks as domains of a mask bank over a copy of the shared weights: what is stored, and nothing else.
+
+        Where there is a view "masked", the domains are that view.
+        """
+        first = next(iter(self._classes))
+        backbone = self._empty(self._classes[first])
+        backbone.load_state_dict({**self._shared, **self._own[first]})
+        bank = MaskBank(backbone.eval())
+        for name in self._classes:
+            form, values = self._form(name)
+            masks = {f"{layer}.weight": mask for layer, mask in self._keep_masks(name).items()}
+            values = {f"{layer}.weight": value for layer, value in values.items()}
+            bank.add(name, masks, state=self._own[name], values=values, form=form, method=type(self).__name__)
+        return bank
+
+    def _keep_masks(self, name: str) -> Tensors:
+        """layer name -> the task's bool mask."""
+        return self._masks.get(name, {}).get("keep", {})
+
+    def _form(self, name: str) -> tuple[str, Tensors]:
+        """Form and values of the task's domain in a bank, values by layer name."""
+        return "binary", {}
 
     def state(self) -> Tensors:
         """Everything, as named tensors on the CPU; bool masks packed to one bit a weight."""

@@ -74,7 +74,7 @@ class KSMLearner(SequenceLearner):
 
     def masks(self, name: str) -> Tensors:
         """layer name -> bool mask of shape (C_out, C_in, 1, 1), True = the kernel is kept; none for the first task."""
-        return self._masks.get(name, {}).get("keep", {})
+        return self._keep_masks(name)
 
     def scales(self, name: str) -> Tensors:
         """layer name -> scale of each dropped kernel in order, float16, in [0, 1/2]; none for the first task."""
@@ -98,6 +98,10 @@ class KSMLearner(SequenceLearner):
         device = next(iter(self._shared.values())).device
         found = {name: part(state, f"scale/{i}/", device) for i, name in enumerate(self._classes)}
         self._scales = {name: layers for name, layers in found.items() if layers}
+
+    def _form(self, name: str) -> tuple[str, Tensors]:
+        scales = self.scales(name)
+        return ("soft", dict(scales)) if scales else ("binary", {})
 
     def _mask_shape(self, weight: torch.Size) -> torch.Size:
         return torch.Size(kernel_shape(weight))

@@ -147,6 +147,9 @@ class PackNetLearner(SequenceLearner):
         number = list(self._classes).index(name) + 1
         return {layer: (owner > 0) & (owner <= number) for layer, owner in self._owner.items()}
 
+    def _keep_masks(self, name: str) -> Tensors:
+        return self.masks(name)
+
     def bits(self, name: str) -> int:
         """One bit a weight, the task's inference mask; whose weights they are is in the shared ownership map."""
         return super().bits(name) + sum(owner.numel() for owner in self._owner.values())

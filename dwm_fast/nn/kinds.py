@@ -15,6 +15,9 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
 from dwm_fast.ops.kernel_soft import kernel_shape
 
+INIT_SCHEMES = ("1s", "uniform", "weight_based_1s")
+"""How `Threshold` starts (names of Piggyback's code)."""
+
 
 @dataclass(frozen=True)
 class TauSchedule:
@@ -136,14 +139,30 @@ class Threshold(MaskKind):
 
     Args:
         threshold: strict threshold (authors' code: 5e-3).
-        init: start value of every r (authors' code: 1e-2).
+        init: start value of every r, or what `scheme` makes of it (authors' code: 1e-2).
         ternary: m = -1 where r < 0, +1 where r > threshold, 0 between.
+        scheme: start values (authors' names): "1s": all r = init; "uniform": drawn from (-init, init) by torch's
+            generator; "weight_based_1s": the mean of abs(W) over the layer, init unused.
     """
 
     threshold: float = 5e-3
     init: float = 1e-2
     ternary: bool = False
+    scheme: str = "1s"
     name: ClassVar[str] = "threshold"
+
+    def __post_init__(self) -> None:
+        if self.scheme not in INIT_SCHEMES:
+            raise InputError(f"Threshold got scheme='{self.scheme}'; expected one of {', '.join(INIT_SCHEMES)}")
+
+    def initial(self, weight: Tensor) -> Tensor:
+        start = super().initial(weight)
+        if self.scheme == "uniform":
+            # Drawn on the CPU, so that a seed means the same anywhere.
+            return start.copy_((2.0 * torch.rand(weight.shape) - 1.0) * self.init)
+        if self.scheme == "weight_based_1s" and weight.numel():
+            return start.copy_(weight.float().abs().mean().expand_as(weight))
+        return start
 
     @property
     def training_mode(self) -> Mode:

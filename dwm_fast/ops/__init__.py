@@ -18,6 +18,7 @@ from dwm_fast.ops.kernel_soft import kernel_soft
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.philox import advance, random_words, uniform
 from dwm_fast.ops.sample import penalty, sample
+from dwm_fast.ops.soft_mask import raise_importance, soft_masked_sgd
 from dwm_fast.ops.update import frozen_adamw, frozen_sgd, mask_adam
 
 __all__ = [
@@ -41,8 +42,10 @@ __all__ = [
     "packed_nbytes",
     "packed_offsets",
     "penalty",
+    "raise_importance",
     "random_words",
     "sample",
+    "soft_masked_sgd",
     "uniform",
     "unpack",
     "use_backend",
