@@ -152,15 +152,19 @@ def builtin_defaults() -> StudyConfig:
 
 
 def real_defaults() -> StudyConfig:
-    """The study on real PACS at 128 pixels with ResNet-18: under an hour a pair on two CPU cores."""
+    """The study on real PACS with ResNet-18: under an hour a pair on two CPU cores.
+
+    Crops of 96 pixels that cover 0.7 to 1 of the area show objects at about the size they have in test images of 112.
+    """
     return StudyConfig(
         backbone="resnet18",
-        image_size=128,
+        image_size=112,
         train_size=96,
-        crop_scale=0.5,
+        crop_scale=0.7,
         source=TrainOptions(epochs=5, lr=5e-4),
-        binary=LearnedMask(epochs=6, lr=0.05),
-        edit=LearnedMask(epochs=6, lr=0.05),
+        binary=LearnedMask(epochs=6, lr=0.05, source_budget=0.03),
+        edit=LearnedMask(epochs=6, lr=0.05, source_budget=0.03),
+        edit_threshold=0.25,
         tune={
             "none": (TrainOptions(epochs=3, lr=3e-4, batch_norm="shared"),),
             "naive": (TrainOptions(epochs=3, lr=3e-4, batch_norm="shared"),),
