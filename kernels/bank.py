@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
-from dwm_fast.kernels._math import INTERPRETED
+from dwm_fast.kernels._product_launch import matmul_tf32
+from dwm_fast.kernels._products import product
 from dwm_fast.kernels._tables import TL_DTYPES
 from dwm_fast.ops.bank import bank_conv2d_reference, bank_linear_reference
 
@@ -59,15 +60,6 @@ def row_tile(x, start, stop, k0, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
     rest = tl.minimum(stop - start, BLOCK_M).to(tl.int32)
     inside = (k < K)[:, None] & (row < rest)[None, :]
     return tl.load(x + start * K + (row[None, :] * K + k[:, None]), mask=inside, other=0.0)
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32; the interpreter, whose bfloat16 are integers, multiplies them as fp32, which is exact."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -251,5 +243,4 @@ def _words(bits: Tensor) -> Tensor:
 
 
 def _precision(x: Tensor) -> str:
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if x.dtype == torch.float32 and matmul_tf32() else "ieee"

@@ -60,11 +60,15 @@ def _warn_once(backend: str, reason: str) -> None:
 SAMPLE_OPS = ("sample", "sample_backward")
 BIT_OPS = ("pack", "unpack", "apply", "count", "combine", "overlap")
 UPDATE_OPS = ("mask_adam", "frozen_adamw", "frozen_sgd")
+LINEAR_OPS = ("linear", "linear_packed", "linear_input_grad", "linear_packed_input_grad")
+LINEAR_GRAD_OPS = ("linear_mask_grad", "linear_packed_weight_grad")
 _EXTENSION = "dwm_fast.ops._extension"
 
 register_table("dwm_fast.kernels.sample", "triton", SAMPLE_OPS)
 register_table("dwm_fast.kernels.bits", "triton", BIT_OPS)
 register_table("dwm_fast.kernels.update", "triton", UPDATE_OPS)
+register_table("dwm_fast.kernels.linear", "triton", LINEAR_OPS)
+register_table("dwm_fast.kernels.linear_grad", "triton", LINEAR_GRAD_OPS)
 register_table(_EXTENSION, "cpp", (*SAMPLE_OPS, *BIT_OPS, *UPDATE_OPS, "linear_packed"))
 register_table("dwm_fast.ops._extension_cuda", "cuda", BIT_OPS)
 

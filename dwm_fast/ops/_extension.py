@@ -17,8 +17,10 @@ from dwm_fast.ops import _build
 
 _build.load("cpu")
 
+from dwm_fast.ops._dispatch import Problem, one_pass  # noqa: E402
 from dwm_fast.ops._layout import COMBINATIONS, FLOATS, PACKABLE, in_order, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402 - only where the extension loads
+from dwm_fast.ops.linear import ACTIVATIONS  # noqa: E402
 from dwm_fast.ops.sample import sample_backward_reference, sample_reference  # noqa: E402
 from dwm_fast.ops.update import (  # noqa: E402
     frozen_adamw_reference,
@@ -29,8 +31,6 @@ from dwm_fast.ops.update import (  # noqa: E402
 TensorList = Sequence[Tensor]
 
 _OPS = torch.ops.dwm_fast_cpu
-_FEW_ROWS = 8
-"""Rows of x up to which linear_packed reads bits itself; beyond, unpacking once and the vendor's product win."""
 
 
 def _uniform(tensors: TensorList, dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -202,15 +202,17 @@ def mask_adam(
     )  # fmt: skip
 
 
-def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     rows = x.numel() // max(1, weight.shape[1])
-    if not (0 < rows <= _FEW_ROWS and x.dtype == weight.dtype == torch.float32):
-        return F.linear(x, apply(bits, [weight])[0].to(x.dtype), bias)
+    dtype = weight.dtype if x.dtype == torch.float32 else x.dtype
+    problem = Problem("linear_packed", "cpu", dtype, rows, *weight.shape)
+    if not (rows and one_pass(problem)):
+        return ACTIVATIONS[activation](F.linear(x, apply(bits, [weight])[0].to(x.dtype), bias))
     out = torch.empty((rows, weight.shape[0]), dtype=torch.float32)
     flat = x.reshape(rows, weight.shape[1]).contiguous()
     start = None if bias is None else bias.float().contiguous()
     _OPS.linear_packed.default(flat, weight.contiguous(), bits.contiguous(), start, out)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return ACTIVATIONS[activation](out.view(*x.shape[:-1], weight.shape[0]))
 
 
 def conv2d_packed(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwm_fast.errors import InputError
 from dwm_fast.ops import _backends
 
 _LIBRARY = torch.library.Library("dwm_fast", "DEF")  # type: ignore[no-untyped-call]
@@ -62,3 +63,16 @@ def define(
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dwm_fast::{name}", shapes, lib=_LIBRARY)
     return f"dwm_fast::{name}"
+
+
+def refuse_double_backward(name: str) -> None:
+    """Give the operation `name`, a backward pass, a gradient that is one clear error."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise InputError(
+            f"torch.ops.dwm_fast.{name} is a backward pass and has no gradient of its own: masked products are "
+            "differentiable once; leave out create_graph=True, or differentiate a plain layer over "
+            "ops.sample's masked weight"
+        )
+
+    torch.library.register_autograd(f"dwm_fast::{name}", refuse)

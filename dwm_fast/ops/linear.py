@@ -1,59 +1,163 @@
-"""linear: y = x (W * m)^T + b with the mask sampled (`linear`) or read from packed bits (`linear_packed`)."""
+"""linear: y = x (W * m)^T + b with the mask sampled (`linear`) or read from packed bits (`linear_packed`).
+
+The backward passes are operations of their own, so that each direction may be computed in one pass or staged
+(`_dispatch`). They are differentiable no further.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwm_fast.errors import InputError
 from dwm_fast.ops import _backends
-from dwm_fast.ops._library import autocast_operands, define
+from dwm_fast.ops._library import autocast_operands, define, refuse_double_backward
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import check_length
 from dwm_fast.ops.sample import check_noise
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+"""What `linear_packed` may apply to its result, by name."""
+
+
+def _masked(
+    weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float, mode: int,
+    step_offset: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    masked, _, _ = torch.ops.dwm_fast.sample(
+        [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, dtype, False
+    )
+    result: Tensor = masked[0]
+    return result
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., K) as a matrix (rows, K), whatever is empty."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear_reference(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor,
     layer: int, threshold: float, mode: int, step_offset: int,
 ) -> Tensor:  # fmt: skip
-    masked, _, _ = torch.ops.dwm_fast.sample(
-        [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, x.dtype, False
+    masked = _masked(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, x.dtype)
+    return F.linear(x, masked, bias)
+
+
+def linear_input_grad_reference(
+    grad: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
+    mode: int, step_offset: int,
+) -> Tensor:  # fmt: skip
+    return grad @ _masked(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, grad.dtype)
+
+
+def linear_mask_grad_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
+    threshold: float, mode: int, step_offset: int, need_logits: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dense = _rows(grad).t() @ _rows(x)
+    return chain_rule(
+        dense, weight, logits, rng_state, tau, layer, threshold, mode, step_offset, need_logits, need_weight
     )
-    return F.linear(x, masked[0], bias)
 
 
-def linear_packed_reference(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, apply_bits(bits, [weight])[0].to(x.dtype), bias)
+def chain_rule(
+    dense: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
+    mode: int, step_offset: int, need_logits: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of one layer's logits and weight from that of its masked weight; empty where not needed."""
+    zero = torch.zeros((), device=dense.device)
+    dlogits, dweights = torch.ops.dwm_fast.sample_backward(
+        [dense], zero, [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, need_logits,
+        need_weight,
+    )  # fmt: skip
+    return (
+        dlogits[0] if need_logits else logits.new_empty(0),
+        dweights[0] if need_weight else weight.new_empty(0),
+    )
 
 
-_backends.register("linear", "reference", f"{__name__}:linear_reference")
-_backends.register("linear_packed", "reference", f"{__name__}:linear_packed_reference")
+def linear_packed_reference(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(x, apply_bits(bits, [weight])[0].to(x.dtype), bias))
+
+
+def linear_packed_input_grad_reference(grad: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    return grad @ apply_bits(bits, [weight])[0].to(grad.dtype)
+
+
+def linear_packed_weight_grad_reference(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    dense = torch.empty_like(weight).copy_(_rows(grad).t() @ _rows(x))
+    return apply_bits(bits, [dense])[0]
+
+
+_NAMES = ("linear", "linear_input_grad", "linear_mask_grad")
+_PACKED_NAMES = ("linear_packed", "linear_packed_input_grad", "linear_packed_weight_grad")
+for _name in (*_NAMES, *_PACKED_NAMES):
+    _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
 
 
 def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _input_grad_fake(grad: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+def mask_grad_fake(grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Shapes of a gradient of logits and weight, of linear maps and convolutions alike."""
+    need_logits, need_weight = (flag for flag in rest if isinstance(flag, bool))
+    return (
+        torch.empty_like(logits) if need_logits else logits.new_empty(0),
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+    )
+
+
+_RULE = "Tensor rng_state, Tensor tau, int layer, float threshold, int mode, int step_offset"
+
 define(
-    "linear(Tensor x, Tensor weight, Tensor logits, Tensor? bias, Tensor rng_state, Tensor tau, int layer, "
-    "float threshold, int mode, int step_offset) -> Tensor",
+    f"linear(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_RULE}) -> Tensor",
     fake=_linear_fake,
     device_of=lambda a: a[0],
 )
 define(
-    "linear_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias) -> Tensor",
+    f"linear_input_grad(Tensor grad, Tensor weight, Tensor logits, {_RULE}) -> Tensor",
+    fake=_input_grad_fake,
+    device_of=lambda a: a[0],
+)
+define(
+    f"linear_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, bool need_logits, "
+    "bool need_weight) -> (Tensor, Tensor)",
+    fake=mask_grad_fake,
+    device_of=lambda a: a[0],
+)
+define(
+    "linear_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, str activation) -> Tensor",
     fake=_linear_fake,
     device_of=lambda a: a[0],
 )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x (..., K) as a matrix (rows, K), whatever is empty."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+define(
+    "linear_packed_input_grad(Tensor grad, Tensor weight, Tensor bits) -> Tensor",
+    fake=_input_grad_fake,
+    device_of=lambda a: a[0],
+)
+define(
+    "linear_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits) -> Tensor",
+    fake=lambda grad, x, weight, bits: torch.empty_like(weight),
+    device_of=lambda a: a[0],
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,50 +168,42 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, logits, rng_state, tau = ctx.saved_tensors
-    layer, threshold, mode, step_offset = ctx.arguments
     need_x, need_weight, need_logits, need_bias, *_ = ctx.needs_input_grad
-    rows = _rows(grad)
+    rule = (rng_state, tau, *ctx.arguments)
     dx = dw = dl = None
     if need_x:
-        masked, _, _ = torch.ops.dwm_fast.sample(
-            [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, grad.dtype, False
-        )
-        dx = grad @ masked[0]
+        dx = torch.ops.dwm_fast.linear_input_grad(grad, weight, logits, *rule)
     if need_weight or need_logits:
-        dense = rows.t() @ _rows(x)
-        zero = torch.zeros((), device=grad.device)
-        dlogits, dweights = torch.ops.dwm_fast.sample_backward(
-            [dense], zero, [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset,
-            need_logits, need_weight,
-        )  # fmt: skip
-        dl = dlogits[0] if need_logits else None
-        dw = dweights[0] if need_weight else None
-    db = rows.sum(0) if ctx.has_bias and need_bias else None
-    return dx, dw, dl, db, *([None] * 6)
+        dl, dw = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, *rule, need_logits, need_weight)
+    db = _rows(grad).sum(0) if ctx.has_bias and need_bias else None
+    return dx, dw if need_weight else None, dl if need_logits else None, db, *([None] * 6)
 
 
 def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bits, bias = inputs
+    x, weight, bits, bias, ctx.activation = inputs
     ctx.save_for_backward(weight, bits, *([x] if weight.requires_grad else []))
     ctx.has_bias = bias is not None
 
 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if ctx.activation != "none":
+        raise InputError(
+            f"torch.ops.dwm_fast.linear_packed has no gradient with activation='{ctx.activation}'; call "
+            "dwm_fast.ops.linear_packed, which applies it apart where a gradient is wanted"
+        )
     weight, bits, *saved = ctx.saved_tensors
-    need_x, need_weight, _, need_bias = ctx.needs_input_grad
-    rows = _rows(grad)
-    dx = grad @ apply_bits(bits, [weight])[0].to(grad.dtype) if need_x else None
-    dw = None
-    if need_weight:
-        dense = rows.t() @ _rows(saved[0])
-        dw = apply_bits(bits, [dense.to(weight.dtype)])[0]
-    return dx, dw, None, rows.sum(0) if ctx.has_bias and need_bias else None
+    need_x, need_weight, _, need_bias, _ = ctx.needs_input_grad
+    dx = torch.ops.dwm_fast.linear_packed_input_grad(grad, weight, bits) if need_x else None
+    dw = torch.ops.dwm_fast.linear_packed_weight_grad(grad, saved[0], weight, bits) if need_weight else None
+    return dx, dw, None, _rows(grad).sum(0) if ctx.has_bias and need_bias else None, None
 
 
 torch.library.register_autograd("dwm_fast::linear", _backward, setup_context=_setup_context)
 torch.library.register_autograd(
     "dwm_fast::linear_packed", _packed_backward, setup_context=_packed_setup_context
 )
+for _name in (*_NAMES[1:], *_PACKED_NAMES[1:]):
+    refuse_double_backward(_name)
 
 
 def linear(
@@ -132,9 +228,29 @@ def linear(
     return result
 
 
-def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear map under a packed mask: x (..., K), weight (N, K), bits (packed_nbytes(N * K),) -> (..., N)."""
+def linear_packed(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
+    """Linear map under a packed mask, and an activation behind it.
+
+    Args:
+        x: (..., K); its dtype is the compute dtype (autocast's, where that is on).
+        weight: (N, K); bias: (N,) or None.
+        bits: uint8 (packed_nbytes(N * K),), LSB first, in the weight's logical order.
+        activation: "none", "relu", "gelu" (by the error function) or "silu".
+
+    Returns:
+        (..., N) in the compute dtype; differentiable once in x, weight and bias.
+
+    Raises:
+        InputError: bits of another length or dtype, or an unknown activation.
+    """
     check_length(bits, [weight.numel()])
+    if activation not in ACTIVATIONS:
+        raise InputError(f"linear_packed got activation='{activation}'; expected one of {', '.join(ACTIVATIONS)}")
     x, bias = autocast_operands(x, bias)
-    result: Tensor = torch.ops.dwm_fast.linear_packed(x, weight, bits, bias)
+    needed = (x, weight) if bias is None else (x, weight, bias)
+    if activation != "none" and torch.is_grad_enabled() and any(t.requires_grad for t in needed):
+        return ACTIVATIONS[activation](torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, "none"))
+    result: Tensor = torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, activation)
     return result

@@ -129,4 +129,50 @@ def test_linear_is_a_well_formed_operation(mode):
 
 def test_linear_packed_is_a_well_formed_operation():
     x, w, scores, b = _inputs(3)
-    torch.library.opcheck(torch.ops.dwm_fast.linear_packed.default, (x, w, ops.pack([scores > 0]), b))
+    torch.library.opcheck(torch.ops.dwm_fast.linear_packed.default, (x, w, ops.pack([scores > 0]), b, "none"))
+
+
+@pytest.mark.parametrize(("need_logits", "need_weight"), [(True, True), (True, False), (False, True)])
+def test_the_backward_passes_are_well_formed_operations(need_logits, need_weight):
+    x, w, scores, _ = (t.detach() for t in _inputs(3))
+    rule = (_state(), torch.tensor(1.0), 0, 0.1, int(Mode.GUMBEL_HARD), 0)
+    grad, bits = torch.ones(3, 6), ops.pack([scores > 0])
+    ops_and_arguments = [
+        ("linear_input_grad", (grad, w, scores, *rule)),
+        ("linear_mask_grad", (grad, x, w, scores, *rule, need_logits, need_weight)),
+        ("linear_packed_input_grad", (grad, w, bits)),
+        ("linear_packed_weight_grad", (grad, x, w, bits)),
+    ]
+    for name, arguments in ops_and_arguments:
+        torch.library.opcheck(getattr(torch.ops.dwm_fast, name).default, arguments)
+
+
+@pytest.mark.parametrize("wanted", [0, 2])
+def test_a_double_backward_is_refused_in_words(wanted):
+    x, w, scores, b = _inputs(4)
+    y = ops.linear(x, w, scores, b, _state(), torch.tensor(1.0))
+    (first,) = torch.autograd.grad(y.square().sum(), [(x, w, scores)[wanted]], create_graph=True)
+    with pytest.raises(InputError, match="differentiable once"):
+        first.sum().backward()
+    y = ops.linear_packed(x, w, ops.pack([scores > 0]), b)
+    (first,) = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+    with pytest.raises(InputError, match="differentiable once"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_an_activation_behind_the_product_has_its_gradient(activation):
+    x, w, scores, b = _inputs(4)
+    bits, function = ops.pack([scores > 0]), getattr(F, activation)
+    got = ops.linear_packed(x, w, bits, b, activation=activation)
+    expected = function(F.linear(x, w * (scores > 0), b))
+    assert torch.equal(got, expected)
+    for a, e in zip(*(torch.autograd.grad(t.sum(), [x, w, b]) for t in (got, expected)), strict=True):
+        torch.testing.assert_close(a, e)
+    with torch.no_grad():
+        assert torch.equal(ops.linear_packed(x, w, bits, b, activation=activation), expected)
+    raw = torch.ops.dwm_fast.linear_packed(x, w, bits, b, activation)
+    with pytest.raises(InputError, match="no gradient with activation"):
+        raw.sum().backward()
+    with pytest.raises(InputError, match="expected one of none, relu, gelu, silu"):
+        ops.linear_packed(x, w, bits, b, activation="tanh")

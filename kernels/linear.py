@@ -1,0 +1,239 @@
+"""linear and its input gradient in Triton, one pass: a weight is masked where it is multiplied.
+
+The masked weight is the LEFT operand (y^T = W x^T): it stays in registers, and sixteen rows of x or fewer are enough
+for a matrix instruction. A single row takes no matrix instruction at all. Where few rows leave multiprocessors idle
+the sum is split over programs, whose parts a second launch adds in a fixed order: the same result at every run.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwm_fast.kernels import _tables
+from dwm_fast.kernels._launch import OPTIONS
+from dwm_fast.kernels._math import narrow
+from dwm_fast.kernels._product_launch import (
+    index_dtype,
+    matmul_tf32,
+    packed_words,
+    precision,
+    problem_of,
+    product_tiles,
+    run_of,
+)
+from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, activated, load_tile, masked_tile, product
+from dwm_fast.kernels.philox import seed_and_step
+from dwm_fast.ops._dispatch import Problem, one_pass
+from dwm_fast.ops.linear import (
+    ACTIVATIONS,
+    linear_input_grad_reference,
+    linear_packed_input_grad_reference,
+    linear_packed_reference,
+    linear_reference,
+)
+
+
+@triton.jit(do_not_specialize=["layer", "step_offset"])
+def masked_product_kernel(
+    x, weight, source, bias, y, rng_state, tau, M, N, K, words, x_m, x_c, w_n, w_k, s_n, s_k, y_split, y_m, y_r,
+    layer, threshold, step_offset,
+    MODE: tl.constexpr, BACK: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
+    EDGE: tl.constexpr, TAIL: tl.constexpr, RUN: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = sum over k of Wm[n, k] x[m, k]; BACK: y[m, k] = sum over n of Wm[n, k] x[m, n].
+
+    r counts outputs, c what is summed over. Grid (tiles of r and, fastest, of m; splits of c). With SPLITS > 1, y holds
+    fp32 parts and the bias and activation are left to `parts_kernel`.
+    """
+    if MODE == PACKED:
+        seed, step, inverse_tau = 0, 0, 1.0
+    else:
+        seed, step = seed_and_step(rng_state, step_offset)
+        inverse_tau = 1.0 / tl.load(tau)
+    layer = layer.to(tl.uint32)
+    R, C = N, K
+    BLOCK_N: tl.constexpr = BLOCK_C if BACK else BLOCK_R
+    BLOCK_K: tl.constexpr = BLOCK_R if BACK else BLOCK_C
+    if BACK:
+        R, C = K, N
+    tiles = tl.cdiv(M, BLOCK_M)
+    m0 = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M
+    r0 = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R
+    full = C // BLOCK_C
+    first = tl.program_id(1) * tl.cdiv(full, SPLITS)
+    last = tl.minimum(first + tl.cdiv(full, SPLITS), full)
+    zero = tl.zeros([], tl.int64)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if BLOCK_M == 1 else tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+    for block in tl.range(first, last, num_stages=STAGES):
+        acc = product_step(
+            acc, x, weight, source, words, seed, step, layer, threshold, inverse_tau, m0, r0, zero + block * BLOCK_C,
+            M, N, K, x_m, x_c, w_n, w_k, s_n, s_k, MODE, BACK, WHOLE, EDGE, FULL, RUN, INDEX, PRECISION,
+            BLOCK_N, BLOCK_K, BLOCK_M,
+        )  # fmt: skip
+    if TAIL and tl.program_id(1) == SPLITS - 1:
+        acc = product_step(
+            acc, x, weight, source, words, seed, step, layer, threshold, inverse_tau, m0, r0, zero + full * BLOCK_C,
+            M, N, K, x_m, x_c, w_n, w_k, s_n, s_k, MODE, BACK, WHOLE, EDGE, ZERO, RUN, INDEX, PRECISION,
+            BLOCK_N, BLOCK_K, BLOCK_M,
+        )  # fmt: skip
+    sums = tl.sum(acc, axis=0 if BACK else 1)[:, None] if BLOCK_M == 1 else acc
+    r, m = r0 + tl.arange(0, BLOCK_R), m0 + tl.arange(0, BLOCK_M)
+    if SPLITS == 1:
+        if HAS_BIAS:
+            sums += tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
+        sums = activated(sums, ACTIVATION)
+    target = y + tl.program_id(1).to(tl.int64) * y_split + r[:, None] * y_r + m[None, :] * y_m
+    tl.store(target, narrow(sums, y.dtype.element_ty), mask=(r < R)[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def product_step(
+    acc, x, weight, source, words, seed, step, layer, threshold, inverse_tau, m0, r0, c0, M, N, K,
+    x_m, x_c, w_n, w_k, s_n, s_k, MODE: tl.constexpr, BACK: tl.constexpr, WHOLE: tl.constexpr, EDGE_R: tl.constexpr,
+    EDGE_C: tl.constexpr, RUN: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """acc and one block of the sum, from c0."""
+    if BACK:
+        n0, k0, C = c0, r0, N
+    else:
+        n0, k0, C = r0, c0, K
+    EDGE_N: tl.constexpr = EDGE_C if BACK else EDGE_R
+    EDGE_K: tl.constexpr = EDGE_R if BACK else EDGE_C
+    BLOCK_C: tl.constexpr = BLOCK_N if BACK else BLOCK_K
+    masked = masked_tile(
+        weight, source, words, seed, step, layer, threshold, inverse_tau, n0, k0, N, K, w_n, w_k, s_n, s_k,
+        x.dtype.element_ty, BLOCK_N, BLOCK_K, MODE, WHOLE, EDGE_N, EDGE_K, RUN, INDEX,
+    )  # fmt: skip
+    columns = load_tile(x, c0, m0, C, M, x_c, x_m, BLOCK_C, BLOCK_M, EDGE_C, CLAMP, 1, 1, INDEX)
+    if BLOCK_M > 1:
+        left = tl.trans(masked) if BACK else masked
+        return product(left, columns, acc, PRECISION)
+    else:
+        row = columns if BACK else tl.trans(columns)
+        return acc + masked.to(tl.float32) * row.to(tl.float32)
+
+
+@triton.jit
+def parts_kernel(
+    parts, bias, y, M, R, y_m, y_r, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y (M, R) from fp32 parts (SPLITS, M, R), added in order; then bias and activation."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = M * R + tl.zeros([], tl.int64)
+    inside = index < total
+    sums = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        sums += tl.load(parts + split * total + index, mask=inside, other=0.0)
+    m, r = index // R, index % R
+    if HAS_BIAS:
+        sums += tl.load(bias + r, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + m * y_m + r * y_r, narrow(activated(sums, ACTIVATION), y.dtype.element_ty), mask=inside)
+
+
+_PARTS_BLOCK = 1024
+
+
+def _multiply(
+    problem: Problem, x: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None, noise: tuple[Tensor, Tensor],
+    rule: tuple[int, float, int, int], back: bool, activation: int = 0,
+) -> Tensor:  # fmt: skip
+    """x (M, C) times the masked weight -> (M, R); rule: layer, threshold, mode, step offset."""
+    (n, k), m = weight.shape, problem.m
+    outputs, summed = (k, n) if back else (n, k)
+    y = _tables.empty((m, outputs), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    layer, threshold, mode, step_offset = rule
+    tiles = product_tiles(problem, back)
+    block_r, block_c = (tiles.block_k, tiles.block_n) if back else (tiles.block_n, tiles.block_k)
+    strides = (*weight.stride(), *(source.stride() if source.dim() == 2 else (0, 0)))
+    index = index_dtype(
+        (block_c, tiles.block_m, x.stride(1), x.stride(0)), (tiles.block_n, tiles.block_k, *strides[:2]),
+        (tiles.block_n, tiles.block_k, *strides[2:]), (tiles.block_n, tiles.block_k, k, 1),
+    )  # fmt: skip
+    words = source.numel() if mode == PACKED.value else 0
+    parts, start = y, y if bias is None else bias.contiguous()
+    if tiles.splits > 1:
+        parts = _tables.empty((tiles.splits, m, outputs), dtype=torch.float32, device=x.device)
+    shared = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SPLITS": tiles.splits, **OPTIONS}
+    grid = (triton.cdiv(outputs, block_r) * triton.cdiv(m, tiles.block_m), tiles.splits)
+    with _tables.device_guard(x.device):
+        masked_product_kernel[grid](
+            x, weight, source, start, parts, *noise, m, n, k, words, *x.stride(), *strides,
+            m * outputs, *parts.stride()[-2:], layer, threshold, step_offset, MODE=mode, BACK=back,
+            WHOLE=k % (32 if mode == PACKED.value else 4) == 0,
+            EDGE=FULL.value if outputs % block_r == 0 else CLAMP.value, TAIL=summed % block_c != 0,
+            RUN=run_of(k) if back else 1, INDEX=index, PRECISION=precision(problem), BLOCK_R=block_r,
+            BLOCK_C=block_c, BLOCK_M=tiles.block_m, STAGES=tiles.stages, num_warps=tiles.num_warps, **shared,
+        )  # fmt: skip
+        if tiles.splits > 1:
+            parts_kernel[(triton.cdiv(y.numel(), _PARTS_BLOCK),)](
+                parts, start, y, m, outputs, *y.stride(), BLOCK=_PARTS_BLOCK, **shared
+            )
+    return y
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., K) as a matrix, whatever is empty."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def linear_problem(op: str, x: Tensor, weight: Tensor) -> Problem:
+    """What the rule of ways decides about."""
+    return problem_of(op, x, weight, math.prod(x.shape[:-1]), *weight.shape, matmul_tf32())
+
+
+def _from_bits(x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, float, int, int]]:
+    """Noise, never read, and rule of a product from packed bits."""
+    return (x, x), (0, 0.0, PACKED.value, 0)
+
+
+def linear(
+    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor, layer: int,
+    threshold: float, mode: int, step_offset: int,
+) -> Tensor:  # fmt: skip
+    """The operation of the same name, in the way that the rule chooses."""
+    problem = linear_problem("linear", x, weight)
+    if logits.dtype != torch.float32 or not one_pass(problem):
+        return linear_reference(x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset)
+    rule = (layer, threshold, mode, step_offset)
+    y = _multiply(problem, rows_of(x), weight, logits, bias, (rng_state, tau), rule, False)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The operation of the same name, in the way that the rule chooses."""
+    problem = linear_problem("linear_packed", x, weight)
+    if not one_pass(problem):
+        return linear_packed_reference(x, weight, bits, bias, activation)
+    which = list(ACTIVATIONS).index(activation)
+    y = _multiply(problem, rows_of(x), weight, packed_words(bits), bias, *_from_bits(x), False, which)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_input_grad(
+    grad: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
+    mode: int, step_offset: int,
+) -> Tensor:  # fmt: skip
+    """The operation of the same name, in the way that the rule chooses."""
+    problem = linear_problem("linear_input_grad", grad, weight)
+    if logits.dtype != torch.float32 or not one_pass(problem):
+        return linear_input_grad_reference(grad, weight, logits, rng_state, tau, layer, threshold, mode, step_offset)
+    rule = (layer, threshold, mode, step_offset)
+    dx = _multiply(problem, rows_of(grad), weight, logits, None, (rng_state, tau), rule, True)
+    return dx.view(*grad.shape[:-1], weight.shape[1])
+
+
+def linear_packed_input_grad(grad: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    """The operation of the same name, in the way that the rule chooses."""
+    problem = linear_problem("linear_packed_input_grad", grad, weight)
+    if not one_pass(problem):
+        return linear_packed_input_grad_reference(grad, weight, bits)
+    dx = _multiply(problem, rows_of(grad), weight, packed_words(bits), None, *_from_bits(grad), True)
+    return dx.view(*grad.shape[:-1], weight.shape[1])

@@ -1,0 +1,130 @@
+"""Gradients of logits and weight of a masked linear map in Triton: the chain rule in the epilogue of the product.
+
+The dense gradient G = grad^T x of a tile stays in registers, where the mask is drawn or read again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwm_fast.kernels import _tables
+from dwm_fast.kernels._launch import OPTIONS
+from dwm_fast.kernels._masks import logit_gradient, weight_gradient
+from dwm_fast.kernels._math import narrow
+from dwm_fast.kernels._product_launch import gradient_tiles, index_dtype, packed_words, precision, run_of
+from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, kept_tile, load_tile, noise_tile, product
+from dwm_fast.kernels.linear import linear_problem, rows_of
+from dwm_fast.kernels.philox import seed_and_step
+from dwm_fast.ops._dispatch import Problem, one_pass
+from dwm_fast.ops.linear import linear_mask_grad_reference, linear_packed_weight_grad_reference
+
+
+@triton.jit(do_not_specialize=["layer", "step_offset"])
+def mask_gradient_kernel(
+    grad, x, weight, source, dsource, dweight, rng_state, tau, M, N, K, words, g_m, g_n, x_m, x_k, w_n, w_k, s_n, s_k,
+    ds_n, ds_k, dw_n, dw_k, layer, threshold, step_offset,
+    MODE: tl.constexpr, NEED_LOGITS: tl.constexpr, NEED_WEIGHT: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr,
+    RUN_N: tl.constexpr, RUN_K: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """G = grad^T x (N, K) in registers, and from it the gradients of logits and weight; G is never stored.
+
+    Grid (tiles of K, fastest, and of N).
+    """
+    tiles = tl.cdiv(K, BLOCK_K)
+    n0 = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N
+    k0 = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_K
+    zero = tl.zeros([], tl.int64)
+    full = M // BLOCK_M
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for block in tl.range(0, full, num_stages=STAGES):
+        m0 = zero + block * BLOCK_M
+        g = load_tile(grad, n0, m0, N, M, g_n, g_m, BLOCK_N, BLOCK_M, CLAMP, FULL, RUN_N, 1, INDEX)
+        rows = load_tile(x, m0, k0, M, K, x_m, x_k, BLOCK_M, BLOCK_K, FULL, CLAMP, 1, RUN_K, INDEX)
+        acc = product(g, rows, acc, PRECISION)
+    if TAIL:
+        m0 = zero + full * BLOCK_M
+        g = load_tile(grad, n0, m0, N, M, g_n, g_m, BLOCK_N, BLOCK_M, CLAMP, ZERO, RUN_N, 1, INDEX)
+        rows = load_tile(x, m0, k0, M, K, x_m, x_k, BLOCK_M, BLOCK_K, ZERO, CLAMP, 1, RUN_K, INDEX)
+        acc = product(g, rows, acc, PRECISION)
+    n, k = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    to_weight = dweight + n[:, None] * dw_n + k[None, :] * dw_k
+    if MODE == PACKED:
+        keep = kept_tile(source, words, n0, k0, N, K, BLOCK_N, BLOCK_K, WHOLE, CLAMP, CLAMP, INDEX)
+        tl.store(to_weight, narrow(tl.where(keep, acc, 0.0), dweight.dtype.element_ty), mask=inside)
+    else:
+        seed, step = seed_and_step(rng_state, step_offset)
+        layer = layer.to(tl.uint32)
+        inverse_tau = 1.0 / tl.load(tau)
+        logit = load_tile(source, n0, k0, N, K, s_n, s_k, BLOCK_N, BLOCK_K, CLAMP, CLAMP, 1, RUN_K, INDEX)
+        u = noise_tile(seed, step, layer, n0, k0, K, BLOCK_N, BLOCK_K, MODE, WHOLE)
+        if NEED_LOGITS:
+            w = load_tile(weight, n0, k0, N, K, w_n, w_k, BLOCK_N, BLOCK_K, CLAMP, CLAMP, 1, RUN_K, INDEX)
+            change = logit_gradient(acc, logit, w.to(tl.float32), u, threshold, inverse_tau, 0.0, MODE)
+            tl.store(dsource + n[:, None] * ds_n + k[None, :] * ds_k, change, mask=inside)
+        if NEED_WEIGHT:
+            change = weight_gradient(acc, logit, u, threshold, inverse_tau, MODE)
+            tl.store(to_weight, narrow(change, dweight.dtype.element_ty), mask=inside)
+
+
+def _empty_like(t: Tensor, needed: bool) -> Tensor:
+    """A fresh buffer with the strides of torch.empty_like(t), or one without elements."""
+    strides = torch.empty_like(t, device="meta").stride()
+    fresh = _tables.empty(t.numel() if needed else 0, dtype=t.dtype, device=t.device)
+    return fresh.as_strided(t.shape, strides) if needed else fresh
+
+
+def _gradients(
+    problem: Problem, grad: Tensor, x: Tensor, weight: Tensor, source: Tensor, noise: tuple[Tensor, Tensor],
+    rule: tuple[int, float, int, int], need_logits: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of logits and weight; rule: layer, threshold, mode, step offset."""
+    (n, k), m = weight.shape, problem.m
+    layer, threshold, mode, step_offset = rule
+    dsource, dweight = _empty_like(source, need_logits), _empty_like(weight, need_weight)
+    if not weight.numel() or not (need_logits or need_weight):
+        return dsource, dweight
+    tiles = gradient_tiles(problem)
+    block_n, block_k, block_m = tiles.block_n, tiles.block_k, max(tiles.block_m, 16)
+    strides = [t.stride() if t.dim() == 2 else (0, 0) for t in (weight, source, dsource, dweight)]
+    index = index_dtype(
+        (block_m, block_n, *grad.stride()), (block_m, block_k, *x.stride()), (block_n, block_k, k, 1),
+        *((block_n, block_k, *pair) for pair in strides),
+    )  # fmt: skip
+    with _tables.device_guard(x.device):
+        mask_gradient_kernel[(triton.cdiv(n, block_n) * triton.cdiv(k, block_k),)](
+            grad, x, weight, source, dsource, dweight, *noise, m, n, k, source.numel() if mode == PACKED.value else 0,
+            *grad.stride(), *x.stride(), *(s for pair in strides for s in pair), layer, threshold, step_offset,
+            MODE=mode, NEED_LOGITS=need_logits, NEED_WEIGHT=need_weight,
+            WHOLE=k % (32 if mode == PACKED.value else 4) == 0, TAIL=m % block_m != 0, RUN_N=run_of(n), RUN_K=run_of(k),
+            INDEX=index, PRECISION=precision(problem), BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_M=block_m,
+            STAGES=tiles.stages, num_warps=tiles.num_warps, **OPTIONS,
+        )  # fmt: skip
+    return dsource, dweight
+
+
+def linear_mask_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
+    threshold: float, mode: int, step_offset: int, need_logits: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operation of the same name, in the way that the rule chooses."""
+    problem = linear_problem("linear_mask_grad", x, weight)
+    if logits.dtype != torch.float32 or not one_pass(problem):
+        return linear_mask_grad_reference(
+            grad, x, weight, logits, rng_state, tau, layer, threshold, mode, step_offset, need_logits, need_weight
+        )
+    rule = (layer, threshold, mode, step_offset)
+    return _gradients(
+        problem, rows_of(grad), rows_of(x), weight, logits, (rng_state, tau), rule, need_logits, need_weight
+    )
+
+
+def linear_packed_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    """The operation of the same name, in the way that the rule chooses."""
+    problem = linear_problem("linear_packed_weight_grad", x, weight)
+    if not one_pass(problem):
+        return linear_packed_weight_grad_reference(grad, x, weight, bits)
+    rule, words = (0, 0.0, PACKED.value, 0), packed_words(bits)
+    return _gradients(problem, rows_of(grad), rows_of(x), weight, words, (grad, grad), rule, False, True)[1]
