@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dwm_fast.kernels import _pointers, bits, sample, update
+from dwm_fast.kernels import _pointers, bits, kernel_soft, sample, soft_mask, update
 from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
 from dwm_fast.kernels._math import INTERPRETED
 from dwm_fast.kernels._tables import TL_DTYPES
@@ -159,6 +159,49 @@ def _mask_adam() -> Iterator[Configuration]:
         )  # fmt: skip
 
 
+def _kernel_soft() -> Iterator[Configuration]:
+    launch = launch_parameters("kernel_soft")
+    fp32, bf16 = torch.float32, torch.bfloat16
+    block, warps = {"BLOCK": launch.block}, launch.num_warps
+    tables, scalars = ("*i64", "*i64", "*i32"), ("*i64", "fp32", "i32")
+    for noisy in (False, True):
+        name, noise = " noisy" if noisy else "", {"NOISY": noisy, **block}
+        yield Configuration(
+            f"kernel_range{name}", kernel_soft.kernel_range_fwd_kernel, (*tables, "*fp32", *scalars), noise, warps
+        )
+        for weight, other in ((fp32, bf16), (fp32, fp32), (bf16, bf16)):
+            yield Configuration(
+                f"kernel_soft {_short(weight)}->{_short(other)}{name}", kernel_soft.kernel_soft_fwd_kernel,
+                (*tables, "*fp32", _POINTER[other], *scalars), {"WEIGHT": TL_DTYPES[weight], "SPAN": 512, **noise},
+                warps,
+            )  # fmt: skip
+            yield Configuration(
+                f"kernel_soft_backward {_short(weight)},{_short(other)}{name}", kernel_soft.kernel_soft_bwd_kernel,
+                (*tables, "*fp32", *scalars), {"WEIGHT": TL_DTYPES[weight], "GRAD": TL_DTYPES[other], **noise}, warps,
+            )  # fmt: skip
+
+
+def _soft_mask() -> Iterator[Configuration]:
+    update, launch = launch_parameters("update"), launch_parameters("importance")
+    fp32, bf16, fp64 = torch.float32, torch.bfloat16, torch.float64
+    for dtype, (layout, taps, rank) in zip((fp32, bf16, fp64), (_LAYOUTS[1], _LAYOUTS[2], _LAYOUTS[0]), strict=True):
+        wide = TL_DTYPES[torch.promote_types(dtype, fp32)]
+        yield Configuration(
+            f"soft_masked_sgd {_short(dtype)} {layout}", soft_mask.soft_masked_sgd_kernel, (*_TABLES, "*fp64"),
+            {"WEIGHT": TL_DTYPES[dtype], "GRAD": TL_DTYPES[dtype], "WIDE": wide, **_walk(update, taps, rank)},
+            update.num_warps,
+        )  # fmt: skip
+    for layout, rank in (("flat", 0), ("flat+strided4", 4)):
+        walk = _walk(launch, False, rank)
+        for name, kernel, span in (
+            ("moments", soft_mask.moments_kernel, {}), ("importance", soft_mask.importance_kernel, {"SPAN": 256}),
+        ):  # fmt: skip
+            yield Configuration(
+                f"{name} {layout}", kernel, (*_TABLES, "*fp64"), {"GRAD": TL_DTYPES[fp32], **span, **walk},
+                launch.num_warps,
+            )  # fmt: skip
+
+
 def _tables_writer() -> Iterator[Configuration]:
     count = _pointers.POINTERS_PER_LAUNCH
     yield Configuration("write_pointers", _pointers.write_pointers_kernel, ("*i64", ("i64",) * count), {"N": count}, 1)
@@ -166,7 +209,10 @@ def _tables_writer() -> Iterator[Configuration]:
 
 def configurations() -> list[Configuration]:
     """The configurations that the launchers use, without those that leave out paths or change dtypes of one here."""
-    return [*_tables_writer(), *_sample(), *_sample_backward(), *_bits(), *_frozen(), *_mask_adam()]
+    return [
+        *_tables_writer(), *_sample(), *_sample_backward(), *_bits(), *_frozen(), *_mask_adam(), *_kernel_soft(),
+        *_soft_mask(),
+    ]  # fmt: skip
 
 
 def compile_configuration(configuration: Configuration, target: int) -> Usage:

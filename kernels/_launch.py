@@ -40,12 +40,14 @@ _TABLE = {
     "sample_backward": Launch(block=2048),
     "bits": Launch(block=4096),
     "update": Launch(block=1024),
+    "kernel_soft": Launch(block=512),
+    "importance": Launch(block=2048),
 }
 _override: ContextVar[dict[str, int] | None] = ContextVar("dwm_fast_launch", default=None)
 
 
 def launch_parameters(kernel: str) -> Launch:
-    """The tile sizes that `kernel` ("sample", "sample_backward", "bits", "update") runs with."""
+    """The tile sizes that `kernel` (a name of the table above) runs with."""
     fields = _override.get()
     return dataclasses.replace(_TABLE[kernel], **fields) if fields else _TABLE[kernel]
 

@@ -12,8 +12,8 @@ import itertools
 import math
 import struct
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton.language as tl
@@ -27,14 +27,16 @@ TAPS: tl.constexpr = tl.constexpr(1)
 STRIDED: tl.constexpr = tl.constexpr(2)
 
 # Columns of a row: elements, noise layer, threshold (fp32 bits), first word in the network's bits, input channels,
-# then the first element of the tensor in each flat output.
+# the first element of the tensor in each flat output, then its first program and how many it has.
 NUMEL: tl.constexpr = tl.constexpr(0)
 LAYER: tl.constexpr = tl.constexpr(1)
 THRESHOLD: tl.constexpr = tl.constexpr(2)
 WORD: tl.constexpr = tl.constexpr(3)
 CHANNELS: tl.constexpr = tl.constexpr(4)
 OUTPUT: tl.constexpr = tl.constexpr(5)
-COLUMNS: tl.constexpr = tl.constexpr(7)
+PROGRAM: tl.constexpr = tl.constexpr(7)
+PROGRAMS: tl.constexpr = tl.constexpr(8)
+COLUMNS: tl.constexpr = tl.constexpr(9)
 
 MAX_RANK = 5
 _OUTPUT_ALIGNMENT = 64
@@ -52,6 +54,8 @@ TL_DTYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
+
+_Plan = TypeVar("_Plan")
 
 empty = torch.empty
 """Every fresh buffer comes from here; tests fill it with NaN."""
@@ -136,8 +140,8 @@ def require_fp32(logits: Sequence[Tensor]) -> None:
 # --- plans -------------------------------------------------------------------------------------------------------
 
 
-_plans: collections.OrderedDict[tuple[object, ...], Plan] = collections.OrderedDict()
-_kept: dict[int, Plan] = {}  # what captured graphs read: never freed
+_plans: collections.OrderedDict[tuple[object, ...], Any] = collections.OrderedDict()
+_kept: dict[int, Any] = {}  # what captured graphs read: never freed
 _lock = threading.Lock()
 
 
@@ -174,6 +178,13 @@ def plan(
     loose = tuple(i for i, t in enumerate(itertools.chain(*roles)) if t.data_ptr() % 16)
     key = (device, launch, len(roles), tuple(outputs), tuple(layers), tuple(thresholds), tuple(words),
            allow_taps, geometry, loose)  # fmt: skip
+    return remembered(
+        key, device, lambda: _build(roles, launch, outputs, layers, thresholds, words, allow_taps, loose, device)
+    )
+
+
+def remembered(key: tuple[object, ...], device: torch.device, build: Callable[[], _Plan]) -> _Plan:
+    """What `build` made at the first call with this key; tables that a captured graph reads are kept for good."""
     with _lock:
         found = _plans.get(key)
         if found is None:
@@ -182,7 +193,7 @@ def plan(
                     "a CUDA graph is being captured and the tables of this network are not on the device yet; "
                     "run the step once before the capture, with the same shapes and options"
                 )
-            found = _build(roles, launch, outputs, layers, thresholds, words, allow_taps, loose, device)
+            found = build()
             _plans[key] = found
             forget(_plans, _PLANS)
         elif capturing(device):
@@ -208,19 +219,20 @@ def _build(
         numel = math.prod(shape)
         kind = STRIDED.value if i in unaligned else _kind(shape, strides, allow_taps)
         offsets = []
-        for which, own in enumerate(output_offsets):
-            own.append(totals[which])
+        for which, starts in enumerate(output_offsets):
+            starts.append(totals[which])
             offsets.append(totals[which])
             totals[which] += -(-numel // _OUTPUT_ALIGNMENT) * _OUTPUT_ALIGNMENT
         threshold = struct.unpack("<i", struct.pack("<f", thresholds[i]))[0] if thresholds else 0
         row = [numel, layers[i] if layers else 0, threshold, words[i] if words else 0,
                shape[1] if kind == TAPS.value else 1, *offsets]  # fmt: skip
-        rows.append(row + [0] * (COLUMNS.value - len(row)))
+        own = _blocks(i, kind, numel, launch)
+        rows.append(row + [0] * (PROGRAM.value - len(row)) + [len(blocks), len(own)])
         collapsed.append(_collapse(shape, strides))
-        blocks += _blocks(i, kind, numel, launch)
-    rank = max((len(sizes) for sizes, _ in collapsed), default=1)
+        blocks += own
+    rank = max([1, *(len(sizes) for sizes, _ in collapsed)])
     geometry = [_pad(sizes, strides, rank) for sizes, strides in collapsed]
-    tables = _to_device(rows, geometry, blocks, device)
+    tables = to_device(rows, geometry, blocks, device)
     return Plan(
         *tables, len(blocks), rank if any(b[0] & 3 == STRIDED.value for b in blocks) else 0,
         any(b[0] & 3 == TAPS.value for b in blocks), len(roles) + len(outputs), shapes, output_strides,
@@ -292,9 +304,10 @@ def _blocks(tensor: int, kind: int, numel: int, launch: Launch) -> list[tuple[in
     ]
 
 
-def _to_device(
+def to_device(
     rows: list[list[int]], geometry: list[list[int]], blocks: list[tuple[int, int]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, geometry and blocks (int32) in device memory by one copy, waited for."""
     parts = [torch.tensor(rows, dtype=torch.int64), torch.tensor(geometry, dtype=torch.int64),
              torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2).view(torch.int64)]  # fmt: skip
     host = torch.cat([part.reshape(-1) for part in parts])

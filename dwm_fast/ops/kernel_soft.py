@@ -3,7 +3,7 @@
 The reference below is the specification that every other backend is tested against. Per tensor, with r of one number
 a kernel and z = 1200 (r - threshold) (+ logistic noise):
 
-    b = 1[z >= 0]                          s = sigmoid(z / 100)       (s >= 1/2 exactly where z >= 0)
+    b = 1[z >= 0]                          s = sigmoid(z / 100)       (s >= 1/2 where z >= 0)
     a = r where b = 0, else 0              a's non-zero entries <- (a - min a) / (max a - min a), 0 where that is 0 / 0
     M = b + a / 2                          masked weight = M * W
     dL/dr = dL/dM * 12 s (1 - s)           dL/dM = sum over the kernel of dL/d(M W) * W;  a passes nothing on
@@ -23,7 +23,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops import _backends
 from dwm_fast.ops._library import define
 from dwm_fast.ops.philox import random_words, uniform
-from dwm_fast.ops.sample import check_noise
+from dwm_fast.ops.sample import check_noise, hard
 
 TensorList = Sequence[Tensor]
 SCALE, TEMPERATURE = 1200.0, 100.0
@@ -35,13 +35,15 @@ def kernel_shape(weight: torch.Size | Sequence[int]) -> tuple[int, ...]:
     return (*weight[:2], *[1] * (len(weight) - 2))
 
 
-def _distance(real: Tensor, threshold: float, rng_state: Tensor, layer: int, noisy: bool, step_offset: int) -> Tensor:
-    """z, fp32."""
+def _noise(real: Tensor, rng_state: Tensor, layer: int, step_offset: int) -> Tensor:
+    """u in (0, 1), fp32, of r's shape."""
+    return uniform(random_words(real.numel(), rng_state, layer, step_offset)).view(real.shape)
+
+
+def _keep(real: Tensor, threshold: float, rng_state: Tensor, layer: int, noisy: bool, step_offset: int) -> Tensor:
+    """b as bool. With noise z + log u - log(1 - u) >= 0 is decided without logarithms: u > sigmoid(-z)."""
     z = (real - threshold) * SCALE
-    if noisy:
-        u = uniform(random_words(real.numel(), rng_state, layer, step_offset)).view(real.shape)
-        z = z + (u.log() - (1.0 - u).log())
-    return z
+    return hard(z, _noise(real, rng_state, layer, step_offset)) if noisy else z >= 0
 
 
 def soft_values(real: Tensor, keep: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def kernel_soft_reference(
     masked = []
     for real, weight, layer in zip(reals, weights, layers, strict=True):
         dense = real.contiguous()
-        value = soft_values(dense, _distance(dense, threshold, rng_state, layer, noisy, step_offset) >= 0)
+        value = soft_values(dense, _keep(dense, threshold, rng_state, layer, noisy, step_offset))
         out = torch.empty_like(weight, dtype=dtype or weight.dtype)
         masked.append(out.copy_(weight.to(value.dtype) * value))
     return masked
@@ -74,13 +76,19 @@ def kernel_soft_backward_reference(
     found = []
     for grad, real, weight, layer in zip(grads, reals, weights, layers, strict=True):
         dense = real.contiguous()
-        s = torch.sigmoid(_distance(dense, threshold, rng_state, layer, noisy, step_offset) / TEMPERATURE)
+        z = (dense - threshold) * SCALE
+        if noisy:
+            u = _noise(dense, rng_state, layer, step_offset)
+            z = z + (u.log() - (1.0 - u).log())
+        s = torch.sigmoid(z / TEMPERATURE)
         over_mask = (grad.to(real.dtype) * weight.to(real.dtype)).reshape(*real.shape[:2], -1).sum(-1).view(real.shape)
         slope = SCALE / TEMPERATURE * s * (1.0 - s)
         found.append(torch.empty_like(real).copy_(over_mask * slope))
     return found
 
 
+KERNEL_SOFT_OPS = ("kernel_soft", "kernel_soft_backward")
+_backends.register_table("dwm_fast.kernels.kernel_soft", "triton", KERNEL_SOFT_OPS)
 _backends.register("kernel_soft", "reference", f"{__name__}:kernel_soft_reference")
 _backends.register("kernel_soft_backward", "reference", f"{__name__}:kernel_soft_backward_reference")
 

@@ -32,7 +32,7 @@ def _soft(logits: Tensor, u: Tensor, tau: Tensor) -> Tensor:
     return torch.sigmoid((logits + u.log() - (1.0 - u).log()) / tau)
 
 
-def _hard(logits: Tensor, u: Tensor) -> Tensor:
+def hard(logits: Tensor, u: Tensor) -> Tensor:
     """soft > 1/2, decided without logarithms: u > sigmoid(-l)."""
     return u > 1.0 / (1.0 + torch.exp(logits))
 
@@ -47,7 +47,7 @@ def mask_value(
     logits = logits.contiguous()
     if mode in GUMBEL_MODES:
         u = _noise(logits, rng_state, layer, step_offset)
-        keep = _hard(logits, u)
+        keep = hard(logits, u)
         return (keep.float() if mode == Mode.GUMBEL_HARD else _soft(logits, u, tau)), keep
     if mode == Mode.KEEP:
         keep = logits >= 0

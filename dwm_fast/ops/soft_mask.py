@@ -41,7 +41,9 @@ def soft_masked_sgd_reference(weights: TensorList, gradients: TensorList, gammas
         weight.copy_(weight.to(wide) - move)
 
 
-for _name in ("raise_importance", "soft_masked_sgd"):
+SOFT_MASK_OPS = ("raise_importance", "soft_masked_sgd")
+_backends.register_table("dwm_fast.kernels.soft_mask", "triton", SOFT_MASK_OPS)
+for _name in SOFT_MASK_OPS:
     _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
 
 
