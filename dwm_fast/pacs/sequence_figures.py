@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dwm_fast.pacs.figure_style import ACCURACY, canvas, colour, legend, mark, save_drawings, seeds_note
-from dwm_fast.pacs.sequence_table import SequenceRow, over_seeds, sequence_table
-from dwm_fast.pacs.table import Stat
+from dwm_fast.pacs.sequence_table import over_seeds, sequence_table
+from dwm_fast.pacs.table import Stat, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Key = tuple[str, str]
 """A method and a view."""
 
-_BITS_IN_MB = 8e6
+_UNITS = {"kB": 8e3, "MB": 8e6}
 _LINEAR_RANGE = 20.0
 """Ratio of the largest storage to the smallest above 0 from which the axis is logarithmic."""
 
@@ -95,9 +95,9 @@ def _sequence(results: Mapping[str, Any]) -> Figure:
     for axis in flat[len(panels) :]:
         axis.set_visible(False)
     for axis, domain in zip(flat, panels, strict=False):
-        for number, key in enumerate(keys):
+        for order, key in enumerate(keys):
             places, values = zip(*_lines(results, key, domain), strict=True)
-            aside = 0.05 * (number - (len(keys) - 1) / 2)  # equal accuracies would hide each other
+            aside = 0.05 * (order - (len(keys) - 1) / 2)  # equal accuracies would hide each other
             axis.errorbar(
                 [place + aside for place in places],
                 [value.mean for value in values],
@@ -121,25 +121,29 @@ def _storage(results: Mapping[str, Any]) -> Figure:
     note = f"up and left is better; {seeds_note(results['measures'])}"
     figure, axes = canvas(results, "Final average against storage", note, (1, 1), (5.8, 4.0))
     axis = axes[0][0]
-    for row in rows:
-        bits = row.bits_added.mean or 0.0
+    stored = [row.bits_added.mean or 0.0 for row in rows]
+    unit = "MB" if max(stored) >= _UNITS["MB"] else "kB"
+    for row, bits in zip(rows, stored, strict=True):
         axis.errorbar(
-            bits / _BITS_IN_MB, row.average.mean, yerr=row.average.spread, markersize=8,
+            bits / _UNITS[unit], row.average.mean, yerr=row.average.spread, markersize=8,
             **_style(row.method, row.view) | {"linestyle": ""},
         )  # fmt: skip
-    _storage_scale(axis, rows)
     axis.set_ylabel("average accuracy after the last domain")
     axis.margins(0.12)
+    _storage_scale(axis, [bits / _UNITS[unit] for bits in stored])
+    axis.set_xlabel(f"{unit} stored per domain added (beside the backbone and the domain's head)")
     legend(figure, _handles([(row.method, row.view) for row in rows], linestyle=""), 4)
     return figure
 
 
-def _storage_scale(axis: Axes, rows: Sequence[SequenceRow]) -> None:
+def _storage_scale(axis: Axes, stored: Sequence[float]) -> None:
     """From 0 on; logarithmic above the smallest storage where it spans much."""
-    stored = sorted(row.bits_added.mean / _BITS_IN_MB for row in rows if row.bits_added.mean)
-    if stored and stored[-1] > _LINEAR_RANGE * stored[0]:
-        axis.set_xscale("symlog", linthresh=stored[0])
-    axis.set_xlabel("MB stored per domain added (beside the backbone and the domain's head)")
+    smallest, largest = min(filter(None, stored), default=1.0), max(stored)
+    if largest > _LINEAR_RANGE * smallest:
+        axis.set_xscale("symlog", linthresh=smallest)
+        axis.set_xlim(-0.1 * smallest, 2 * largest)
+    else:
+        axis.set_xlim(-0.03 * max(largest, smallest), 1.1 * max(largest, smallest))
 
 
 def _forgetting(results: Mapping[str, Any]) -> Figure:
@@ -155,6 +159,10 @@ def _forgetting(results: Mapping[str, Any]) -> Figure:
             level, row.forgetting.mean or 0.0, height=0.62, xerr=row.forgetting.spread, edgecolor=colour(row.method),
             color="white" if hollow else colour(row.method), error_kw={"elinewidth": 0.9, "ecolor": "#222222"},
         )  # fmt: skip
+        lost, spread = row.forgetting.mean or 0.0, row.forgetting.spread or 0.0
+        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        axis.annotate(number(row.forgetting), (max(lost, 0.0) + spread, level), **place)
+    axis.margins(x=0.14)
     axis.axvline(0, color="#777777", linewidth=0.9)
     axis.set_yticks(range(len(rows)), [name(row.method, row.view) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
