@@ -53,6 +53,8 @@ def _compare(masked: dwm.MaskedModel, backend: str = "aot_eager", calls: int = 2
         dwm.GumbelSigmoid(init=0.3, hard=False),
         dwm.Threshold(),
         dwm.Edit(),
+        dwm.KernelSoft(),
+        dwm.KernelSoft(noisy=True),
     ],
     ids=repr,
 )

@@ -47,6 +47,8 @@ def _trained(kind: dwm.MaskKind, **settings) -> dwm.MaskedModel:
         dwm.GumbelSigmoid(tau=dwm.TauSchedule(2.0, 0.5, 10), init=0.0),
         dwm.Threshold(ternary=True),
         dwm.Edit(threshold=0.7),
+        dwm.KernelSoft(),
+        dwm.KernelSoft(noisy=True),
     ],
     ids=repr,
 )

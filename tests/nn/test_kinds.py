@@ -26,6 +26,11 @@ KINDS = [
     dwm.Edit(),
     dwm.Edit(threshold=2.0, init=0.1),
 ]
+MORE_KINDS = [
+    dwm.KernelSoft(),
+    dwm.KernelSoft(threshold=0.1, init=0.2, noisy=True),
+    dwm.Threshold(scheme="uniform"),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
@@ -46,6 +51,14 @@ def test_a_logit_of_zero_is_kept():
     assert dwm.GumbelSigmoid().keep(zero).all()
     assert not dwm.Threshold(threshold=0.0).keep(zero).any()
     assert dwm.Edit().keep(torch.tensor([1.0, -1.0])).all()
+    assert dwm.KernelSoft().keep(torch.tensor([5e-3, 4.99e-3])).tolist() == [True, False]
+
+
+def test_kernel_soft_starts_with_one_number_a_kernel():
+    for shape, expected in (((4, 3, 5, 5), (4, 3, 1, 1)), ((4, 3), (4, 3)), ((0, 3, 1, 1), (0, 3, 1, 1))):
+        start = dwm.KernelSoft(init=0.25).initial(torch.zeros(shape, dtype=torch.bfloat16))
+        assert (start.dtype, tuple(start.shape)) == (torch.float32, expected)
+        assert (start == 0.25).all()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +109,7 @@ def test_a_schedule_falls_geometrically_and_then_stays():
     assert float(rising.at(torch.tensor(1))) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE_KINDS], ids=repr)
 def test_kinds_survive_the_way_through_json(kind):
     assert kind_from_dict(json.loads(json.dumps(kind.to_dict()))) == kind
     assert hash(kind_from_dict(kind.to_dict())) == hash(kind)
