@@ -14,9 +14,13 @@ from dwm_fast.nn import Edit
 
 @dataclass(frozen=True)
 class EditMask:
-    """Reuse where the learned edit exceeds the threshold: the source does not mind that weight; keep the others."""
+    """Reuse where the learned edit exceeds the threshold: the source does not mind that weight; keep the others.
 
-    kind: Edit = field(default_factory=Edit)
+    A tenth of a standard deviation as the threshold and random signs at the start are ours: where larger edits are
+    asked for, most of ResNet-18 stays kept.
+    """
+
+    kind: Edit = field(default_factory=lambda: Edit(threshold=0.1, spread=0.1))
     options: LearnedMask = field(default_factory=LearnedMask)
     name: ClassVar[str] = "edit"
     learns: ClassVar[bool] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,9 @@ class LearnedMask:
 
     Args:
         epochs: passes over the source's training images.
-        lr: Adam's rate on the learned tensors, constant.
+        lr: Adam's rate on the learned tensors.
+        decay: last fraction of the steps, over which the rate falls to 0 (half a cosine); 0: a constant rate. A mask
+            that still moves with every batch is worse than one that settled.
         eps: Adam's eps; far below torch's 1e-8, in which the gradient of one of 1e7 logits would drown.
         source_budget: allowed rise of the source cross-entropy in nats; the coefficient is then controlled.
         control_every: steps between two measurements of the deterministic mask's excess loss, for the control.
@@ -40,6 +43,7 @@ class LearnedMask:
 
     epochs: int = 6
     lr: float = 0.05
+    decay: float = 0.5
     eps: float = 1e-15
     source_budget: float = 0.02
     control_every: int = 4
@@ -53,6 +57,7 @@ class LearnedMask:
         for name, fine, wanted in (
             ("epochs", self.epochs >= 0, "a whole number of at least 0"),
             ("lr", self.lr > 0, "a rate above 0"),
+            ("decay", 0 <= self.decay <= 1, "a fraction of the steps from 0 to 1"),
             ("eps", self.eps >= 0, "a number of at least 0"),
             ("source_budget", self.source_budget > 0, "a rise of the cross-entropy above 0, in nats"),
             ("control_every", self.control_every >= 1, "a whole number of at least 1"),
@@ -62,6 +67,11 @@ class LearnedMask:
         ):
             if not fine:
                 raise InputError(f"{name} is {getattr(self, name)}; expected {wanted}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Adam's rate at a step, counted from 0, of `steps`."""
+        left = 1.0 - step / steps
+        return self.lr if left >= self.decay else self.lr * 0.5 * (1.0 - math.cos(math.pi * left / self.decay))
 
 
 def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: SourceTask) -> FoundMask:
@@ -82,7 +92,8 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
         control = SourceBudget(options.source_budget, device=device)
         coefficient = control.coefficient
     fold = options.clip_norm is None
-    optimizer = MaskAdam(masked, options.lr, eps=options.eps, coefficient=coefficient if fold else 0.0, fold=fold)
+    rate = torch.tensor(options.lr, device=device)
+    optimizer = MaskAdam(masked, rate, eps=options.eps, coefficient=coefficient if fold else 0.0, fold=fold)
     training = FastStep(
         lambda images, labels: _step(masked, optimizer, images, labels, coefficient, options, task),
         restore=(masked, optimizer),
@@ -92,6 +103,7 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     for epoch in range(options.epochs):
         masked.train()
         for images, labels in task.batches(epoch):
+            rate.fill_(options.rate(step, options.epochs * task.steps_per_epoch))
             loss = training(images, labels)
             if control is not None and step % options.control_every == 0:
                 control.update(_excess(masked, model, images, labels, task))

@@ -191,15 +191,25 @@ class Edit(MaskKind):
     Args:
         threshold: the edit above which a weight counts as reusable, in deviations of its layer, above 0.
         init: start value of every edit.
+        spread: standard deviation of a normal draw (torch's generator) added to it, in units of the threshold. Without
+            it the first gradient gives all edits their signs, and edits that grow together along one gradient do far
+            more harm than edits of random signs.
     """
 
     threshold: float = 0.5
     init: float = 0.0
+    spread: float = 0.0
     name: ClassVar[str] = "edit"
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < math.inf:
             raise InputError(f"Edit got threshold={self.threshold}; expected a number of standard deviations above 0")
+        if not 0 <= self.spread < math.inf:
+            raise InputError(f"Edit got spread={self.spread}; expected a standard deviation of at least 0")
+
+    def initial(self, weight: Tensor) -> Tensor:
+        edits = super().initial(weight)
+        return edits if self.spread == 0 or weight.is_meta else edits + self.spread * torch.randn_like(edits)
 
     @property
     def training_mode(self) -> Mode:

@@ -37,6 +37,7 @@ class StudyConfig:
         source: how the source network is trained.
         binary, edit: how the masks are learned.
         deviations: threshold of `naive`; edit_threshold: threshold of `edit`; both in standard deviations.
+        edit_spread: standard deviation of the edits' start values, in units of the threshold.
         logit_init, tau: start logit and temperature of `binary`.
         tune: method -> the ways it is fine-tuned on the target; the first of "none" is the baseline.
         sequence: domains to learn one after the other with one backbone, instead of the grid of pairs; None for that.
@@ -63,6 +64,7 @@ class StudyConfig:
     edit: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=12, lr=0.05, source_budget=0.1))
     deviations: float = 1.0
     edit_threshold: float = 0.5
+    edit_spread: float = 0.1
     logit_init: float = 2.0
     tau: float = 1.0
     tune: Mapping[str, tuple[TrainOptions, ...]] = field(
@@ -95,6 +97,7 @@ class StudyConfig:
             ("crop_scale", 0 < self.crop_scale <= 1, "a fraction of the area above 0 and up to 1"),
             ("deviations", self.deviations >= 0, "a number of standard deviations of at least 0"),
             ("edit_threshold", self.edit_threshold > 0, "a number of standard deviations above 0"),
+            ("edit_spread", self.edit_spread >= 0, "a number of at least 0"),
             ("tau", self.tau > 0, "a temperature above 0"),
             ("amp", self.amp in ("auto", "bf16", "off"), "auto, bf16 or off"),
         ):
@@ -162,9 +165,9 @@ def real_defaults() -> StudyConfig:
         train_size=96,
         crop_scale=0.7,
         source=TrainOptions(epochs=5, lr=5e-4),
-        binary=LearnedMask(epochs=6, lr=0.05, source_budget=0.03),
+        binary=LearnedMask(epochs=6, lr=0.08, source_budget=0.03),
         edit=LearnedMask(epochs=6, lr=0.05, source_budget=0.03),
-        edit_threshold=0.25,
+        edit_threshold=0.1,
         tune={
             "none": (TrainOptions(epochs=3, lr=3e-4, batch_norm="shared"),),
             "naive": (TrainOptions(epochs=3, lr=3e-4, batch_norm="shared"),),

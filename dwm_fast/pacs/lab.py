@@ -185,7 +185,7 @@ class Lab:
         methods: dict[str, Method] = {
             "none": NoMask(),
             "naive": Naive(config.deviations, config.binary.include, config.binary.exclude),
-            "edit": EditMask(Edit(threshold=config.edit_threshold), config.edit),
+            "edit": EditMask(Edit(config.edit_threshold, spread=config.edit_spread), config.edit),
             "binary": Binary(GumbelSigmoid(tau=config.tau, init=config.logit_init), config.binary),
         }
         return methods[name]
