@@ -31,7 +31,9 @@ class BinarySequence:
             weights kept; "per-domain" keeps each task's own; "shared" evaluates every task with the newest.
     """
 
-    binary: Binary = field(default_factory=lambda: Binary(options=LearnedMask(epochs=4)))
+    binary: Binary = field(
+        default_factory=lambda: Binary(options=LearnedMask(epochs=4, lr=0.08, source_budget=0.03))
+    )
     options: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=3, lr=2e-3, batch_norm="frozen"))
     name: ClassVar[str] = "binary"
 
@@ -49,7 +51,7 @@ class BinaryLearner(SequenceLearner):
     task's own bits over it, with the biases and batch norm of its time; it forgets nothing.
     """
 
-    views = ("shared", "masked")
+    views: tuple[str, ...] = ("shared", "masked")
 
     def __init__(
         self, network: Callable[[int], nn.Module], head: str, binary: Binary, options: TrainOptions

@@ -80,10 +80,12 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     Under a source budget the end is exact: `_meet_budget` shifts all logits by the one number that gives the
     sparsest mask whose loss on training images is within the budget.
     """
-    masked = mask_model(
-        model, kind, include=options.include, exclude=options.exclude, mask_samples=options.mask_samples,
-        seed=task.seed,
-    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(task.seed)
+        masked = mask_model(
+            model, kind, include=options.include, exclude=options.exclude, mask_samples=options.mask_samples,
+            seed=task.seed,
+        )  # fmt: skip
     model.eval()
     device = next(iter(masked.mask_layers().values())).weight.device
     control = None

@@ -13,9 +13,7 @@ from dwm_fast.methods.spg import SPG, SPG_PAPER
 
 def sequential_methods() -> dict[str, SequentialMethod]:
     """Name -> method with our defaults, for a few epochs a task at batches of 32."""
-    methods: tuple[SequentialMethod, ...] = (
-        FineTuning(), Piggyback(), KSM(), SPG(), PackNet(), BinarySequence(),
-    )  # fmt: skip
+    methods: list[SequentialMethod] = [FineTuning(), Piggyback(), KSM(), SPG(), PackNet(), BinarySequence()]
     return {method.name: method for method in methods}
 
 
