@@ -125,7 +125,7 @@ def _storage(results: Mapping[str, Any]) -> Figure:
     unit = "MB" if max(stored) >= _UNITS["MB"] else "kB"
     for row, bits in zip(rows, stored, strict=True):
         axis.errorbar(
-            bits / _UNITS[unit], row.average.mean, yerr=row.average.spread, markersize=8,
+            bits / _UNITS[unit], row.average.mean or 0.0, yerr=row.average.spread, markersize=8,
             **_style(row.method, row.view) | {"linestyle": ""},
         )  # fmt: skip
     axis.set_ylabel("average accuracy after the last domain")
@@ -160,7 +160,7 @@ def _forgetting(results: Mapping[str, Any]) -> Figure:
             color="white" if hollow else colour(row.method), error_kw={"elinewidth": 0.9, "ecolor": "#222222"},
         )  # fmt: skip
         lost, spread = row.forgetting.mean or 0.0, row.forgetting.spread or 0.0
-        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
         axis.annotate(number(row.forgetting), (max(lost, 0.0) + spread, level), **place)
     axis.margins(x=0.14)
     axis.axvline(0, color="#777777", linewidth=0.9)

@@ -24,13 +24,14 @@ def last_linear(model: nn.Module) -> str:
 
     Raises InputError for a network that ends in something else.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    if not layers or not isinstance(layers[-1][1], nn.Linear):
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    last = next(reversed(layers), "")
+    if not isinstance(layers.get(last), nn.Linear):
         raise InputError(
             f"sequence: {type(model).__name__} does not end in a Linear layer, of which every domain would get its "
             "own; choose another --backbone, such as resnet18"
         )
-    return layers[-1][0]
+    return last
 
 
 class SequenceLab(Lab):
