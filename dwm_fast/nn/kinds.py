@@ -191,7 +191,7 @@ class Edit(MaskKind):
     Args:
         threshold: the edit above which a weight counts as reusable, in deviations of its layer, above 0.
         init: start value of every edit.
-        spread: standard deviation of a normal draw (torch's generator) added to it, in units of the threshold. Without
+        spread: standard deviation of a normal draw (torch's CPU generator) added to it, in units of the threshold. Without
             it the first gradient gives all edits their signs, and edits that grow together along one gradient do far
             more harm than edits of random signs.
     """
@@ -209,7 +209,10 @@ class Edit(MaskKind):
 
     def initial(self, weight: Tensor) -> Tensor:
         edits = super().initial(weight)
-        return edits if self.spread == 0 or weight.is_meta else edits + self.spread * torch.randn_like(edits)
+        if self.spread == 0 or weight.is_meta:
+            return edits
+        drawn = torch.randn(edits.shape)  # on the CPU, so that a seed means the same anywhere
+        return edits.add_(drawn.to(edits.device), alpha=self.spread)
 
     @property
     def training_mode(self) -> Mode:

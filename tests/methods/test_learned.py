@@ -80,6 +80,24 @@ def test_the_same_seed_finds_the_same_mask(model):
     assert not torch.equal(masks[0], masks[2])
 
 
+def test_the_same_seed_finds_the_same_edits_whatever_was_drawn_before(model):
+    masks = []
+    for other in (1, 2):
+        torch.manual_seed(other)
+        masks.append(EditMask(options=OPTIONS).find(model, vector_task()).keep)
+    for name, mask in masks[0].items():
+        assert torch.equal(mask, masks[1][name]), name
+
+
+def test_the_rate_is_constant_and_then_falls_to_zero_by_half_a_cosine():
+    options = LearnedMask(lr=0.4, decay=0.5)
+    assert [options.rate(step, 8) for step in range(5)] == [0.4] * 5
+    assert options.rate(6, 8) == pytest.approx(0.2)  # cos(pi / 2) = 0: half way down
+    assert options.rate(8, 8) == 0.0
+    assert [LearnedMask(lr=0.4, decay=0.0).rate(step, 8) for step in (0, 7)] == [0.4, 0.4]
+    assert LearnedMask(lr=0.4, decay=1.0).rate(4, 8) == pytest.approx(0.2)
+
+
 def test_a_fixed_coefficient_stays_and_a_larger_one_is_sparser(model):
     found = [binary(model, coefficient=c, epochs=3) for c in (0.3, 3.0)]
     assert [f.coefficient for f in found] == pytest.approx([0.3, 3.0])
@@ -104,7 +122,7 @@ def test_several_masks_a_batch_work_too(model):
 
 
 def test_edit_reuses_what_was_edited_far(model):
-    found = learn_mask(model, dwm.Edit(), dataclasses.replace(OPTIONS, source_budget=0.3), vector_task())
+    found = learn_mask(model, dwm.Edit(spread=0.1), OPTIONS, vector_task())
     assert isinstance(found.within_budget, bool)
     assert 0 < found.fraction_kept < 0.9
     first = found.keep["0"].float()

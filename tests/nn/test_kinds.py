@@ -27,6 +27,7 @@ KINDS = [
     dwm.Edit(threshold=2.0, init=0.1),
 ]
 MORE_KINDS = [
+    dwm.Edit(spread=0.5),
     dwm.KernelSoft(),
     dwm.KernelSoft(threshold=0.1, init=0.2, noisy=True),
     dwm.Threshold(scheme="uniform"),
@@ -97,6 +98,16 @@ def test_the_unit_of_an_edit_is_a_number_of_standard_deviations():
     assert dwm.Edit().unit(torch.zeros(0)) == 0
     assert dwm.Edit().unit(torch.ones(1)) == 0
     assert math.isnan(dwm.Edit().unit(torch.ones(3, device="meta")))
+
+
+def test_edits_start_with_the_asked_spread_and_both_signs():
+    weight = torch.zeros(100, 100)
+    torch.manual_seed(0)
+    drawn = dwm.Edit(spread=0.1).initial(weight)
+    # Of 10^4 normal draws the deviation is within 5 standard errors, 5 * 0.1 / sqrt(2 * 10^4), of 0.1.
+    assert float(drawn.std()) == pytest.approx(0.1, abs=5 * 0.1 / math.sqrt(2e4))
+    assert 4750 <= int((drawn > 0).sum()) <= 5250  # 5 standard errors of a fair coin's 5000
+    assert not dwm.Edit().initial(weight).any()
 
 
 def test_a_schedule_falls_geometrically_and_then_stays():

@@ -138,6 +138,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"backbone": 18}, "config: backbone is 18; expected text"),
     ({"tau": 0}, "tau=0.0; expected a temperature above 0"),
     ({"edit_threshold": -1}, "edit_threshold=-1.0; expected a number of standard deviations above 0"),
+    ({"edit_spread": -1}, "edit_spread=-1.0; expected a number of at least 0"),
+    ({"edit": {"decay": 2}}, "edit: decay is 2.0; expected a fraction of the steps"),
     ({"deviations": -1}, "deviations=-1.0; expected"),
     ({"source": {"lr": -1}}, "source: lr is -1.0; expected a rate above 0"),
     ({"source": {"optimizer": "lion"}}, "source: optimizer is 'lion'; expected one of adamw, sgd"),

@@ -1,0 +1,52 @@
+"""The page of recorded runs says what the recorded results say, and names no folder of the machine that ran them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dwm_fast._bench import record
+from tests.pacs.results_for_tests import results, two_seeds
+
+ROOT = Path(__file__).resolve().parents[2] / "docs" / "results"
+RUNS = sorted(path.parent.name for path in ROOT.glob("*/results.json"))
+
+
+def test_the_page_is_what_the_recorded_results_say() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert record.page(text, ROOT) == text, "run python -m benchmarks.record"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_recorded_run_has_its_configuration_its_commit_and_no_folder_of_a_machine(name: str) -> None:
+    kept = json.loads((ROOT / name / "results.json").read_text(encoding="utf-8"))
+    assert json.loads((ROOT / name / "config.json").read_text(encoding="utf-8")) == kept["config"]
+    assert len(kept["versions"]["commit"]) >= 7
+    assert not [value for value in kept["config"].values() if isinstance(value, str) and "/" in value]
+
+
+def made() -> dict[str, Any]:
+    """Results of a small study, made on a machine with folders."""
+    given = results(two_seeds(), real=True)
+    paths = {"data": "/somewhere/images.parquet", "splits": "/somewhere/lists", "image_size": 32, "train_size": 32}
+    return {**given, "config": {**given["config"], **paths}, "versions": {**given["versions"], "python": "3.11"}}
+
+
+def test_taking_a_run_in_keeps_every_figure_and_drops_folders() -> None:
+    given = made()
+    kept = record.taken(given, "abcdef1")
+    assert (kept["config"]["data"], kept["config"]["splits"]) == ("images.parquet", "lists")
+    assert kept["rows"] == given["rows"]
+    assert kept["versions"]["commit"] == "abcdef1"
+    assert given["config"]["data"] == "/somewhere/images.parquet"
+
+
+def test_a_section_shows_the_tables_of_its_run() -> None:
+    kept = record.taken(made(), "abcdef1")
+    text = record.section("pair", kept)
+    assert text.startswith("## pair\n")
+    assert record.tables(kept).strip() in text
+    assert "abcdef1" in text
