@@ -14,14 +14,18 @@ from dwm_fast.nn import (
     MaskedLinear,
     MaskedModel,
     MaskKind,
+    PackedConv2d,
+    PackedLinear,
     TauSchedule,
     Threshold,
+    explain,
     load_masked,
     mask_model,
     merge,
+    pack,
     save_masked,
 )
-from dwm_fast.ops import use_backend
+from dwm_fast.ops import use_backend, use_way
 
 __version__ = "0.1.0"
 
@@ -39,14 +43,19 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "MaskedModel",
+    "PackedConv2d",
+    "PackedLinear",
     "TauSchedule",
     "Threshold",
+    "explain",
     "graphs",
     "load_masked",
     "mask_model",
     "merge",
     "methods",
     "optim",
+    "pack",
     "save_masked",
     "use_backend",
+    "use_way",
 ]

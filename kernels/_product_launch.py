@@ -5,16 +5,13 @@ No figure here is measured on hardware yet: tiles are the largest that compile f
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwm_fast.kernels._tables import TL_DTYPES
 from dwm_fast.ops import _dispatch
 
 _PROGRAMS = 528
@@ -132,27 +129,6 @@ def packed_words(bits: Tensor) -> Tensor:
     return (bits if whole else bits.contiguous().clone()).view(torch.int32)
 
 
-def matmul_tf32() -> bool:
-    """torch's own setting for fp32 matrix products."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
 def precision(problem: _dispatch.Problem) -> str:
     """How fp32 operands are multiplied, in Triton's words."""
     return "tf32" if problem.tf32 else "ieee"
-
-
-@functools.cache
-def device_name(device: torch.device) -> str:
-    """Name under which measured tables know a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-
-
-def problem_of(
-    op: str, x: Tensor, weight: Tensor, m: int, n: int, k: int, tf32: bool, **more: Any
-) -> _dispatch.Problem:
-    """The problem that the rule decides about; dtypes that no kernel knows become the compute dtype."""
-    known = weight.dtype in TL_DTYPES and weight.is_floating_point() and weight.dtype != torch.float64
-    dtype = x.dtype if known else weight.dtype
-    where = "cuda" if x.device.type == "cuda" else "interpreter"
-    return _dispatch.Problem(op, where, dtype, m, n, k, tf32, name=device_name(x.device), **more)

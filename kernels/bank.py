@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
-from dwm_fast.kernels._product_launch import matmul_tf32
 from dwm_fast.kernels._products import product
 from dwm_fast.kernels._tables import TL_DTYPES
+from dwm_fast.ops._dispatch import matmul_tf32
 from dwm_fast.ops.bank import bank_conv2d_reference, bank_linear_reference
 
 

@@ -15,18 +15,10 @@ from torch import Tensor
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
 from dwm_fast.kernels._math import narrow
-from dwm_fast.kernels._product_launch import (
-    index_dtype,
-    matmul_tf32,
-    packed_words,
-    precision,
-    problem_of,
-    product_tiles,
-    run_of,
-)
+from dwm_fast.kernels._product_launch import index_dtype, packed_words, precision, product_tiles, run_of
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, activated, load_tile, masked_tile, product
 from dwm_fast.kernels.philox import seed_and_step
-from dwm_fast.ops._dispatch import Problem, one_pass
+from dwm_fast.ops._dispatch import Problem, matmul_tf32, one_pass, problem_on
 from dwm_fast.ops.linear import (
     ACTIVATIONS,
     linear_input_grad_reference,
@@ -186,7 +178,8 @@ def rows_of(x: Tensor) -> Tensor:
 
 def linear_problem(op: str, x: Tensor, weight: Tensor) -> Problem:
     """What the rule of ways decides about."""
-    return problem_of(op, x, weight, math.prod(x.shape[:-1]), *weight.shape, matmul_tf32())
+    m, (n, k) = math.prod(x.shape[:-1]), weight.shape
+    return problem_on(op, x.device, x.dtype, weight.dtype, m, n, k, matmul_tf32())
 
 
 def _from_bits(x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, float, int, int]]:

@@ -1,14 +1,17 @@
 """Masked layers, mask kinds, and networks made of them."""
 
+from dwm_fast.nn.explain import Explanation, explain
 from dwm_fast.nn.io import load_masked, save_masked
 from dwm_fast.nn.kinds import Edit, GumbelSigmoid, KernelSoft, MaskKind, TauSchedule, Threshold, kind_from_dict
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.merge import merge
 from dwm_fast.nn.model import MaskedModel, mask_model
+from dwm_fast.nn.packed import PackedConv2d, PackedLinear, pack
 from dwm_fast.nn.select import maskable_layers
 
 __all__ = [
     "Edit",
+    "Explanation",
     "GumbelSigmoid",
     "KernelSoft",
     "MaskKind",
@@ -16,12 +19,16 @@ __all__ = [
     "MaskedLayer",
     "MaskedLinear",
     "MaskedModel",
+    "PackedConv2d",
+    "PackedLinear",
     "TauSchedule",
     "Threshold",
+    "explain",
     "kind_from_dict",
     "load_masked",
     "mask_model",
     "maskable_layers",
     "merge",
+    "pack",
     "save_masked",
 ]

@@ -105,6 +105,23 @@ class MaskedLayer(nn.Module):
         masked, _, _ = draw([self], state, tau, training=self.training, dtype=autocast_dtype(self.weight))
         return masked[0]
 
+    def draws_in_product(self) -> bool:
+        """Whether forward hands logits to the product, which then draws the mask where it multiplies.
+
+        So on a GPU for a layer alone; on a CPU the masked weight is made first and kept for the backward.
+        """
+        alone = self._staged is None and self.rng_state is not None
+        return alone and not isinstance(self.kind, KernelSoft) and self.weight.is_cuda
+
+    def _product_rule(self) -> dict[str, Any]:
+        """What a product that draws the mask itself takes beside input, weight, logits and bias."""
+        assert self.rng_state is not None
+        assert self.tau is not None
+        state = ops.advance(self.rng_state) if self.training else self.rng_state.clone()
+        mode = self.kind.training_mode if self.training else self.kind.eval_mode
+        return {"rng_state": state, "tau": current_tau(self.kind, self.tau, state), "layer": self.layer_index,
+                "threshold": self.unit, "mode": mode}  # fmt: skip
+
     def stand_alone(self, seed: int | None = None) -> None:
         """Give the layer its own noise and temperature, so that it can be called outside a masked model."""
         self.rng_state = new_rng_state(seed, self.weight.device)
@@ -195,6 +212,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.draws_in_product():
+            return ops.linear(input, self.weight, self.mask_logits, self.bias, **self._product_rule())
         return F.linear(input, self.masked_weight(), self.bias)
 
     def extra_repr(self) -> str:
@@ -247,6 +266,12 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 4 and self.draws_in_product():
+            x, padding = ops.padded(input, self)
+            return ops.conv2d(
+                x, self.weight, self.mask_logits, self.bias, **self._product_rule(), stride=self.stride,
+                padding=padding, dilation=self.dilation, groups=self.groups,
+            )  # fmt: skip
         output: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
         return output
 
@@ -264,6 +289,12 @@ def recast(layer: nn.Module, cls: type[_Module]) -> _Module:
     module = cls.__new__(cls)
     module.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
     return module
+
+
+def drop_mask(layer: nn.Module) -> None:
+    """Take from a recast masked layer what only a masked layer has."""
+    for name in ("mask_logits", "rng_state", "tau", "kind", "layer_index", "unit", "_staged"):
+        delattr(layer, name)
 
 
 def keep_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:

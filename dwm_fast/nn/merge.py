@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dwm_fast.errors import InputError
-from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw, recast
+from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw, drop_mask, recast
 from dwm_fast.nn.model import MaskedModel, replace_module
 
 
@@ -53,7 +53,6 @@ def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
         plain = recast(layer, nn.Conv2d)
     else:
         raise InputError(f"merge met a {type(layer).__name__}; expected MaskedLinear or MaskedConv2d")
-    for name in ("mask_logits", "rng_state", "tau", "kind", "layer_index", "unit", "_staged"):
-        delattr(plain, name)
+    drop_mask(plain)
     plain.weight = nn.Parameter(weight)
     return plain

@@ -1,6 +1,7 @@
 """Operations: one file each, the only door to any kernel. Schemas, fakes and references need torch alone."""
 
 from dwm_fast.ops._backends import BACKENDS, use_backend
+from dwm_fast.ops._dispatch import WAYS, use_way
 from dwm_fast.ops._modes import Mode
 from dwm_fast.ops.bits import (
     apply,
@@ -13,7 +14,7 @@ from dwm_fast.ops.bits import (
     packed_offsets,
     unpack,
 )
-from dwm_fast.ops.conv2d import conv2d, conv2d_packed
+from dwm_fast.ops.conv2d import conv2d, conv2d_packed, padded
 from dwm_fast.ops.kernel_soft import kernel_soft
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.philox import advance, random_words, uniform
@@ -23,6 +24,7 @@ from dwm_fast.ops.update import frozen_adamw, frozen_sgd, mask_adam
 
 __all__ = [
     "BACKENDS",
+    "WAYS",
     "Mode",
     "advance",
     "apply",
@@ -41,6 +43,7 @@ __all__ = [
     "pack",
     "packed_nbytes",
     "packed_offsets",
+    "padded",
     "penalty",
     "raise_importance",
     "random_words",
@@ -49,4 +52,5 @@ __all__ = [
     "uniform",
     "unpack",
     "use_backend",
+    "use_way",
 ]

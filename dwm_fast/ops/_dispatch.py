@@ -85,6 +85,30 @@ class Choice:
         return f"{self.way}: {self.why}"
 
 
+def matmul_tf32() -> bool:
+    """Whether torch's own setting gives fp32 matrix products to TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
+def convolution_tf32() -> bool:
+    """Whether torch's own setting gives fp32 convolutions to TF32."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def problem_on(
+    op: str, device: torch.device, dtype: torch.dtype, weight: torch.dtype, m: int, n: int, k: int, tf32: bool,
+    taps: int = 1, groups: int = 1,
+) -> Problem:  # fmt: skip
+    """The problem of a product in `dtype` over a weight of dtype `weight`, on a device where Triton computes."""
+    where, name = ("cuda", _device_name(device)) if device.type == "cuda" else ("interpreter", "")
+    return Problem(op, where, dtype if weight in _FLOATS else weight, m, n, k, tf32, taps, groups, name)
+
+
 @contextlib.contextmanager
 def use_way(way: str | None) -> Iterator[None]:
     """Force masked products inside the block to be computed in "one-pass" or "staged"; None: by the rule.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +122,23 @@ torch.library.register_autograd("dwm_fast::conv2d", _backward, setup_context=_se
 torch.library.register_autograd(
     "dwm_fast::conv2d_packed", _packed_backward, setup_context=_packed_setup_context
 )
+
+
+class Padding(Protocol):
+    """What nn.Conv2d knows about its padding."""
+
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+
+def padded(x: Tensor, layer: Padding) -> tuple[Tensor, tuple[int, int]]:
+    """The input of a Conv2d, padded where zeros alike on both sides are not enough, and the padding left to do."""
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    zeros = layer.padding_mode == "zeros"
+    if zeros and left == right and top == bottom:
+        return x, (top, left)
+    mode = "constant" if zeros else layer.padding_mode
+    return F.pad(x, [left, right, top, bottom], mode=mode), (0, 0)
 
 
 def _check_images(x: Tensor) -> None:

@@ -132,6 +132,11 @@ def test_masks_and_bits_follow_the_rules(device, oracle, family, mode):
     assert penalty.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_network_of_one_weight_is_sampled_too(device):
+    masked, _, _ = Network([(1, 1)], device).sample(EDIT)
+    assert masked[0].isfinite().all()
+
+
 @pytest.mark.parametrize("mode", range(6))
 @pytest.mark.parametrize("family", ["odd sizes", "3x3 channels_last", "other channels_last"])
 def test_gradients_are_the_reference_rule_in_fp64(device, oracle, family, mode):

@@ -139,3 +139,17 @@ def test_single_layers_compile(make):
     compiled(X).sum().backward()
     twin(X).sum().backward()
     assert torch.equal(layer.mask_logits.grad, twin.mask_logits.grad)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_packed_network_compiles_in_one_graph_for_batches_of_any_size(backend):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 4))
+    packed = dwm.pack(dwm.mask_model(net, dwm.Threshold()))
+    with torch.no_grad():
+        packed[0].bits.random_(0, 256)
+        packed[3].bits.random_(0, 256)
+        compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend=backend)
+        for batch in (2, 20):
+            x = torch.randn(batch, 3, 6, 6)
+            torch.testing.assert_close(compiled(x), packed(x))

@@ -78,7 +78,10 @@ def test_equal_times_are_one_pass_and_ties_of_distance_go_to_the_first_row(recor
     assert choose(problem(m=16)).way == ONE_PASS
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": "other"}', '{"format": "dwm-fast dispatch 1", "rows": [{}]}'])
+BROKEN = ["", "[]", '{"format": "other"}', '{"format": "dwm-fast dispatch 1", "rows": [{}]}']
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_a_broken_table_is_one_warning_and_no_table(record, content):
     record([row(9.0, 8.0)]).write_text(content)
     with pytest.warns(RuntimeWarning, match=r"dispatch-nvidia-test-1\.json is not used"):

@@ -1,0 +1,125 @@
+"""explain: which way computes a masked layer on inputs of a given shape, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from dwm_fast.errors import BackendUnavailable, InputError
+from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
+from dwm_fast.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+from dwm_fast.ops import _backends
+from dwm_fast.ops._dispatch import (
+    STAGED,
+    Choice,
+    Problem,
+    choose,
+    convolution_tf32,
+    matmul_tf32,
+    problem_on,
+)
+from dwm_fast.ops._library import autocast_dtype
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The way and the reason of each direction; of a packed layer, mask_gradient is that of its weight."""
+
+    forward: Choice
+    input_gradient: Choice
+    mask_gradient: Choice
+
+    def __str__(self) -> str:
+        return "\n".join(f"{f.name.replace('_', ' ')}: {getattr(self, f.name)}" for f in fields(self))
+
+
+_STAGED_ALONE = Choice(STAGED, "on a CPU a masked layer makes its masked weight first and keeps it for the backward")
+_STAGED_TOGETHER = Choice(STAGED, "its masked model makes the masked weights of all layers at once")
+_ONE_WAY = Choice(STAGED, "the backend 'reference' computes it and has one way")
+
+
+def explain(layer: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype | None = None) -> Explanation:
+    """Which way computes `layer` on an input of `input_shape`, for the forward and both gradients, and why.
+
+    Args:
+        layer: MaskedLinear, MaskedConv2d, PackedLinear or PackedConv2d; its device and the measured tables of
+            that device count (docs/kernels.md).
+        input_shape: (..., in_features) or (B, C, H, W).
+        dtype: of the input; the weight's own (autocast's, where it is on) by default.
+
+    Raises:
+        InputError: another layer, or a shape that does not fit it.
+
+    Example:
+        >>> import torch, dwm_fast as dwm
+        >>> layer = dwm.pack(dwm.mask_model(torch.nn.Linear(64, 8), dwm.Threshold()))
+        >>> print(dwm.explain(layer, (100, 64)).forward.way)
+        staged
+    """
+    if not isinstance(layer, (MaskedLayer, PackedLayer)):
+        raise InputError(
+            f"explain got {type(layer).__name__}; expected MaskedLinear, MaskedConv2d, PackedLinear or PackedConv2d"
+        )
+    _check_shape(layer, input_shape)
+    if isinstance(layer, MaskedLayer) and not layer.draws_in_product():
+        reason = _STAGED_TOGETHER if layer.rng_state is None else _STAGED_ALONE
+        return Explanation(reason, reason, reason)
+    kind = "linear" if isinstance(layer, (MaskedLinear, PackedLinear)) else "conv2d"
+    packed = isinstance(layer, PackedLayer)
+    name = f"{kind}_packed" if packed else kind
+    operations = (name, f"{name}_input_grad", f"{name}_weight_grad" if packed else f"{name}_mask_grad")
+    return Explanation(*(_choice(op, layer, input_shape, dtype) for op in operations))
+
+
+def _weight(layer: MaskedLayer | PackedLayer) -> torch.Tensor:
+    return layer.backbone_weight if isinstance(layer, PackedLayer) else layer.frozen_weight
+
+
+def _check_shape(layer: MaskedLayer | PackedLayer, shape: Sequence[int]) -> None:
+    weight = _weight(layer)
+    if weight.dim() == 2:
+        fits, expected = len(shape) > 0 and shape[-1] == weight.shape[1], f"(..., {weight.shape[1]})"
+    else:
+        assert isinstance(layer, (MaskedConv2d, PackedConv2d))
+        channels = weight.shape[1] * layer.groups
+        fits, expected = len(shape) == 4 and shape[1] == channels, f"(B, {channels}, H, W)"
+    if not fits:
+        raise InputError(f"explain got an input of shape {tuple(shape)}; expected {expected}")
+
+
+def _choice(op: str, layer: MaskedLayer | PackedLayer, shape: Sequence[int], dtype: torch.dtype | None) -> Choice:
+    weight = _weight(layer)
+    try:
+        backend = _backends.chosen(op, weight.device.type)
+    except BackendUnavailable as error:
+        return Choice(STAGED, str(error))
+    if backend == "reference":
+        return _ONE_WAY
+    compute = dtype or autocast_dtype(weight)
+    if backend == "cpp":
+        rows = math.prod(shape[:-1])
+        return choose(Problem(op, "cpu", weight.dtype if compute == torch.float32 else compute, rows, *weight.shape))
+    if weight.dim() == 2:
+        m, (n, k) = math.prod(shape[:-1]), weight.shape
+        return choose(problem_on(op, weight.device, compute, weight.dtype, m, n, k, matmul_tf32()))
+    assert isinstance(layer, (MaskedConv2d, PackedConv2d))
+    return choose(_convolution(op, layer, weight, shape, compute))
+
+
+def _convolution(
+    op: str, layer: MaskedConv2d | PackedConv2d, weight: torch.Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Problem:
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    pixels = shape[0]
+    for size, window, padding, stride, dilation in zip(
+        shape[2:], weight.shape[2:], (top + bottom, left + right), layer.stride, layer.dilation, strict=True
+    ):
+        pixels *= max(0, (size + padding - dilation * (window - 1) - 1) // stride + 1)
+    out, inner, taps = weight.shape[0] // layer.groups, weight.shape[1], weight.shape[2] * weight.shape[3]
+    return problem_on(
+        op, weight.device, dtype, weight.dtype, pixels, out, inner * taps, convolution_tf32(), taps, layer.groups
+    )

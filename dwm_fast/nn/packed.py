@@ -1,0 +1,162 @@
+"""pack: a masked network for inference, whose layers hold the backbone's weight and one bit per weight, no logits."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from dwm_fast import ops
+from dwm_fast.errors import InputError
+from dwm_fast.nn.kinds import KernelSoft
+from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear, drop_mask, recast
+from dwm_fast.nn.model import MaskedModel, copy_sharing, replace_module
+
+_BINARY = (ops.Mode.KEEP, ops.Mode.THRESHOLD)
+"""Deterministic rules whose mask is one bit per weight."""
+
+
+class PackedLayer(nn.Module):
+    """What PackedLinear and PackedConv2d share; `pack` and `from_masked` make them.
+
+    Attributes:
+        backbone_weight: the backbone's weight, frozen; its storage may be shared with the backbone.
+        bits: uint8 (packed_nbytes(weight.numel()),), LSB first in the weight's logical order, 1 = keep.
+        bias: (N,) or None, never masked.
+    """
+
+    backbone_weight: Tensor
+    bits: Tensor
+    bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The masked weight, made anew at every access: for code that reads a weight without calling its layer."""
+        return ops.apply(self.bits, [self.backbone_weight])[0]
+
+    def _shape_repr(self) -> str:
+        raise AssertionError("PackedLayer is a base class; use PackedLinear or PackedConv2d")
+
+    def extra_repr(self) -> str:
+        return f"{self._shape_repr()}, bias={self.bias is not None}, packed_bytes={self.bits.numel():,}"
+
+
+_Packed = TypeVar("_Packed", bound=PackedLayer)
+
+
+class PackedLinear(PackedLayer):
+    """Linear map under a packed mask.
+
+    Shape:
+        input (..., in_features), output (..., out_features), in the input's dtype or autocast's.
+    """
+
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def from_masked(cls, layer: MaskedLinear) -> PackedLinear:
+        """The deterministic mask of `layer` as bits, over the same storage of its weight."""
+        if not isinstance(layer, MaskedLinear):
+            raise InputError(f"PackedLinear.from_masked got {type(layer).__name__}; expected a MaskedLinear")
+        return _packed(layer, cls)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear_packed(input, self.backbone_weight, self.bits, self.bias)
+
+    def _shape_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PackedConv2d(PackedLayer):
+    """Convolution under a packed mask.
+
+    Shape:
+        input (B, C, H, W), output (B, O, H', W'); channels_last in, channels_last out.
+    """
+
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    @classmethod
+    def from_masked(cls, layer: MaskedConv2d) -> PackedConv2d:
+        """The deterministic mask of `layer` as bits, over the same storage of its weight."""
+        if not isinstance(layer, MaskedConv2d):
+            raise InputError(f"PackedConv2d.from_masked got {type(layer).__name__}; expected a MaskedConv2d")
+        return _packed(layer, cls)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        x, padding = ops.padded(input, self)
+        return ops.conv2d_packed(
+            x, self.backbone_weight, self.bits, self.bias, stride=self.stride, padding=padding,
+            dilation=self.dilation, groups=self.groups,
+        )  # fmt: skip
+
+    def _shape_repr(self) -> str:
+        out, inner, *window = self.backbone_weight.shape
+        return f"{inner * self.groups}, {out}, kernel_size={tuple(window)}, stride={self.stride}, groups={self.groups}"
+
+
+def pack(masked: MaskedModel) -> nn.Module:
+    """A masked network for inference: every masked layer holds its weight and one bit per weight, and no logits.
+
+    Args:
+        masked: what `mask_model` returned; it is left as it is.
+
+    Returns:
+        A network in eval() with `PackedLinear` and `PackedConv2d` layers, nothing in it trainable. The masked
+        weights share storage with `masked` and with the network it was made from, so many packed networks
+        stand on one backbone at 1/16 (16-bit weights) or 1/32 of its size each; all else is copied. Its output
+        is that of `masked.eval()`: the same bits where the mask is applied first (`use_way("staged")`), and
+        equal but for the rounding of sums where a product reads bits on the way.
+
+    Raises:
+        InputError: the mask is more than one bit per weight (ternary, edits, kernel-wise soft masks); bake it
+            in with `dwm_fast.merge`.
+
+    Example:
+        >>> import torch, dwm_fast as dwm
+        >>> masked = dwm.mask_model(torch.nn.Linear(64, 2), dwm.Threshold()).eval()
+        >>> packed = dwm.pack(masked)
+        >>> packed
+        PackedLinear(in_features=64, out_features=2, bias=True, packed_bytes=16)
+        >>> sorted(packed.state_dict())
+        ['backbone_weight', 'bias', 'bits']
+    """
+    if not isinstance(masked, MaskedModel):
+        raise InputError(f"pack got {type(masked).__name__}; expected a MaskedModel, from dwm_fast.mask_model")
+    layers = masked.mask_layers()
+    shared = [t for layer in layers.values() for t in (layer.frozen_weight, layer.mask_logits)]
+    network = copy_sharing(masked.model, shared)
+    for name in layers:
+        layer = network.get_submodule(name)
+        packed = (
+            PackedLinear.from_masked(layer) if isinstance(layer, MaskedLinear) else PackedConv2d.from_masked(layer)
+        )
+        if not name:
+            network = packed
+        else:
+            replace_module(network, name, packed)
+    return network.requires_grad_(False).eval()
+
+
+def _packed(layer: MaskedLayer, cls: type[_Packed]) -> _Packed:
+    if isinstance(layer.kind, KernelSoft) or layer.kind.eval_mode not in _BINARY:
+        raise InputError(
+            f"a mask of kind {layer.kind!r} is more than one bit per weight and cannot be packed; bake it in with "
+            "dwm_fast.merge(masked)"
+        )
+    bits = ops.pack([layer.keep_mask()])
+    packed = recast(layer, cls)
+    drop_mask(packed)
+    del packed._parameters["weight"]
+    packed.backbone_weight = nn.Parameter(layer.frozen_weight.detach(), requires_grad=False)
+    if layer.bias is not None:
+        packed.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    packed.register_buffer("bits", bits)
+    return packed
