@@ -169,6 +169,31 @@ struct MaskAdamTensor {
   AdamRule rule;
 };
 
+// KSM: one number a kernel of `taps`. Memory of weight, grad and the masked weight is in logical order
+// [outer][inner][taps], or with `last` [outer][taps][inner] (channels_last).
+struct FilterTensor {
+  int64_t outer, inner, taps;
+  bool last;
+  const float* real;  // [outer][inner]
+  const float* weight;
+  const float* grad;  // backward only
+  float* out;         // the masked weight; backward: the gradient of real
+};
+
+// Minimum and maximum of a over a tensor.
+struct FilterRange {
+  float low, high;
+};
+
+// SPG's step. gamma holds one number a lane, or with `whole` one for the tensor.
+struct SoftTensor {
+  Shape shape;
+  void* weight;
+  const void* grad;
+  const float* gamma;
+  bool whole;
+};
+
 struct LinearPacked {
   const float* x;       // (m, k)
   const float* weight;  // (n, k)
@@ -195,6 +220,11 @@ struct Kernels {
   void (*frozen_sgd)(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end);
   void (*mask_adam)(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end);
   void (*linear_packed)(const LinearPacked& job, int64_t first_row, int64_t last_row);
+  // The filter kernels work on rows [begin, end) of outer; soft_masked_sgd on lanes in memory order.
+  FilterRange (*filter_range)(float threshold, const FilterTensor& t);
+  void (*kernel_soft)(float threshold, const FilterRange& range, const FilterTensor& t, int64_t begin, int64_t end);
+  void (*kernel_soft_backward)(float threshold, const FilterTensor& t, int64_t begin, int64_t end);
+  void (*soft_masked_sgd)(UpdateTypes types, float lr, const SoftTensor& t, int64_t begin, int64_t end);
 };
 
 // Combinations of `combine`, by number.

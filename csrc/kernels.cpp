@@ -2,6 +2,7 @@
 #include "linear.h"
 #include "masks.h"
 #include "sample.h"
+#include "soft.h"
 #include "update.h"
 
 #define DWM_TEXT_(x) #x
@@ -38,6 +39,10 @@ const Kernels DWM_TABLE = {
     .frozen_sgd = DWM_ISA::frozen_sgd,
     .mask_adam = DWM_ISA::mask_adam,
     .linear_packed = DWM_ISA::linear_packed,
+    .filter_range = DWM_ISA::filter_range,
+    .kernel_soft = DWM_ISA::kernel_soft,
+    .kernel_soft_backward = DWM_ISA::kernel_soft_backward,
+    .soft_masked_sgd = DWM_ISA::soft_masked_sgd,
 };
 
 }  // namespace dwm

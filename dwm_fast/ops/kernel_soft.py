@@ -89,6 +89,7 @@ def kernel_soft_backward_reference(
 
 KERNEL_SOFT_OPS = ("kernel_soft", "kernel_soft_backward")
 _backends.register_table("dwm_fast.kernels.kernel_soft", "triton", KERNEL_SOFT_OPS)
+_backends.register_table("dwm_fast.ops._extension_soft", "cpp", KERNEL_SOFT_OPS)
 _backends.register("kernel_soft", "reference", f"{__name__}:kernel_soft_reference")
 _backends.register("kernel_soft_backward", "reference", f"{__name__}:kernel_soft_backward_reference")
 

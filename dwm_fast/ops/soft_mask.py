@@ -43,6 +43,7 @@ def soft_masked_sgd_reference(weights: TensorList, gradients: TensorList, gammas
 
 SOFT_MASK_OPS = ("raise_importance", "soft_masked_sgd")
 _backends.register_table("dwm_fast.kernels.soft_mask", "triton", SOFT_MASK_OPS)
+_backends.register_table("dwm_fast.ops._extension_soft", "cpp", SOFT_MASK_OPS)
 for _name in SOFT_MASK_OPS:
     _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
 

@@ -1,0 +1,67 @@
+"""The C++ backend of KSM's masks and SPG's step; as `_extension`, with the signatures of the operations.
+
+fp32 without noise (kernel_soft), dense tensors in one memory order; anything else takes the reference. Importance is
+measured once a task and is the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dwm_fast.ops import _build
+
+_build.load("cpu")
+
+from dwm_fast.ops._layout import FLOATS, in_order, known, order_of, restored  # noqa: E402
+from dwm_fast.ops.kernel_soft import kernel_soft_backward_reference, kernel_soft_reference  # noqa: E402
+from dwm_fast.ops.soft_mask import raise_importance_reference, soft_masked_sgd_reference  # noqa: E402
+
+TensorList = Sequence[Tensor]
+
+_OPS = torch.ops.dwm_fast_cpu
+
+raise_importance = raise_importance_reference
+
+
+def _fp32(*lists: TensorList) -> bool:
+    return all(t.dtype == torch.float32 for tensors in lists for t in tensors)
+
+
+def kernel_soft(
+    reals: TensorList, weights: TensorList, rng_state: Tensor, layers: Sequence[int], threshold: float, noisy: bool,
+    step_offset: int, dtype: torch.dtype | None,
+) -> list[Tensor]:  # fmt: skip
+    if noisy or dtype not in (None, torch.float32) or not _fp32(reals, weights):
+        return kernel_soft_reference(reals, weights, rng_state, layers, threshold, noisy, step_offset, dtype)
+    dense = [known(w)[0] for w in weights]
+    masked = [torch.empty_like(w) for w in dense]
+    _OPS.kernel_soft.default(masked, [r.contiguous() for r in reals], dense, threshold)
+    return [restored(m, w) for m, w in zip(masked, weights, strict=True)]
+
+
+def kernel_soft_backward(
+    grads: TensorList, reals: TensorList, weights: TensorList, rng_state: Tensor, layers: Sequence[int],
+    threshold: float, noisy: bool, step_offset: int,
+) -> list[Tensor]:  # fmt: skip
+    if noisy or not _fp32(reals, weights, grads):
+        return kernel_soft_backward_reference(grads, reals, weights, rng_state, layers, threshold, noisy, step_offset)
+    dense, orders = zip(*map(known, weights), strict=True) if weights else ((), ())
+    incoming = [in_order(g, order) for g, order in zip(grads, orders, strict=True)]
+    scores = [r.contiguous() for r in reals]
+    found = [torch.empty_like(r) for r in scores]
+    _OPS.kernel_soft_backward.default(found, incoming, scores, dense, threshold)
+    return [restored(d, r) for d, r in zip(found, reals, strict=True)]
+
+
+def soft_masked_sgd(weights: TensorList, gradients: TensorList, gammas: TensorList, lr: Tensor) -> None:
+    orders = [order for order in map(order_of, weights) if order is not None]
+    simple = all(len({t.dtype for t in tensors}) == 1 for tensors in (weights, gradients)) and _fp32(gammas)
+    simple = simple and weights[0].dtype in FLOATS and gradients[0].dtype in FLOATS
+    if not simple or len(orders) < len(weights):
+        return soft_masked_sgd_reference(weights, gradients, gammas, lr)
+    incoming = [in_order(g, order) for g, order in zip(gradients, orders, strict=True)]
+    free = [g if g.dim() == 0 else in_order(g, order) for g, order in zip(gammas, orders, strict=True)]
+    _OPS.soft_masked_sgd.default(list(weights), incoming, free, lr)
