@@ -178,6 +178,55 @@ void check_linear(const Kernels& k, int64_t m, int64_t n, int64_t width) {
   }
 }
 
+// Small integers: products and sums are exact, in whatever order they are formed.
+void check_filters(const Kernels& k, int64_t outer, int64_t inner, int64_t taps, bool last) {
+  const int64_t kernels = outer * inner, numel = kernels * taps;
+  Block<float> real(kernels), w(numel), g(numel), out(numel), slopes(kernels);
+  for (int64_t i = 0; i < kernels; ++i) real[i] = static_cast<float>(std::rand() % 9 - 4) * 0.125f;
+  for (int64_t i = 0; i < numel; ++i) w[i] = static_cast<float>(std::rand() % 7 - 3);
+  for (int64_t i = 0; i < numel; ++i) g[i] = static_cast<float>(std::rand() % 7 - 3);
+  float low = 0.0f;
+  for (int64_t i = 0; i < kernels; ++i) low = real[i] < low ? real[i] : low;
+  FilterTensor t{outer, inner, taps, last, real.get(), w.get(), nullptr, out.get()};
+  const FilterRange range = k.filter_range(0.0f, t);
+  const int64_t half = outer / 2;
+  k.kernel_soft(0.0f, range, t, 0, half);
+  k.kernel_soft(0.0f, range, t, half, outer);
+  t.grad = g.get();
+  t.out = slopes.get();
+  k.kernel_soft_backward(0.0f, t, 0, half);
+  k.kernel_soft_backward(0.0f, t, half, outer);
+  for (int64_t i = 0; i < kernels; ++i) {
+    float sum = 0.0f;
+    for (int64_t s = 0; s < taps; ++s) {
+      const int64_t at = last ? (i / inner * taps + s) * inner + i % inner : i * taps + s;
+      const float spread = range.high - range.low;
+      const float dropped = spread > 0.0f ? 0.5f * ((real[i] - range.low) / spread) : 0.0f;
+      require(out[at] == w[at] * (real[i] >= 0.0f ? 1.0f : dropped), "a kernel's taps share its value", k.name);
+      sum += w[at] * g[at];
+    }
+    if (real[i] == 0.0f) require(slopes[i] == sum * 3.0f, "slope is 12 / 4 at the threshold", k.name);
+    require((slopes[i] == 0.0f) == (sum == 0.0f), "the gradient is the sum over the taps", k.name);
+  }
+  require(kernels == 1 || range.low == low, "the range is the tensor's", k.name);
+}
+
+std::vector<float> soft_step(const Kernels& k, int64_t n, bool whole) {
+  std::srand(7);
+  Block<float> w(n), g(n), gamma(whole ? 1 : n);
+  for (int64_t i = 0; i < n; ++i) w[i] = next_float(), g[i] = next_float();
+  for (int64_t i = 0; i < gamma.size; ++i) gamma[i] = static_cast<float>(std::rand() % 2);
+  const Block<float> before(n);
+  std::memcpy(before.get(), w.get(), static_cast<size_t>(n) * sizeof(float));
+  const SoftTensor t{Shape{n, 1, 1}, w.get(), g.get(), gamma.get(), whole};
+  for_chunks(t.shape, [&](int64_t b, int64_t e) { k.soft_masked_sgd({Type::f32, Type::f32}, 0.5f, t, b, e); });
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = gamma[whole ? 0 : i] == 1.0f;
+    require(w[i] == (kept ? before[i] : before[i] - 0.5f * g[i]), "importance 1 keeps, 0 is plain SGD", k.name);
+  }
+  return {w.get(), w.get() + n};
+}
+
 }  // namespace
 
 int main() {
@@ -192,6 +241,16 @@ int main() {
     check_words(*k);
     for (const Shape& shape : shapes) check_bits(*k, shape);
     for (const int64_t width : {1, 7, 33, 2050}) check_linear(*k, 5, 3, width);
+    for (const int64_t taps : {1, 4, 9, 49}) {
+      for (const bool last : {false, true}) {
+        check_filters(*k, 3, 33, taps, last);
+        check_filters(*k, 1, 1, taps, last);
+        check_filters(*k, 2, 1100, taps, last);
+      }
+    }
+    for (const bool whole : {false, true}) {
+      require(soft_step(*k, 40001, whole) == soft_step(*tables.front(), 40001, whole), "sets agree on SPG", k->name);
+    }
   }
   for (const Shape& shape : shapes) {
     for (int mode = kGumbelHard; mode <= kEdit; ++mode) {
