@@ -16,7 +16,7 @@ from dwm_fast.pacs.config_values import read_file, replace, sequence, typed
 from dwm_fast.pacs.data import DOMAINS, canonical_domain
 
 METHODS = ("none", "naive", "edit", "binary")
-_OF_PAIRS = ("sources", "targets", "inits", "edit", "binary", "tune")
+_OF_PAIRS = ("sources", "targets", "inits", "edit", "binary", "tune", "tune_size", "tune_scale")
 """Entries that only the study of pairs reads."""
 _OF_SEQUENCES = ("sequence", "sequential")
 
@@ -33,6 +33,7 @@ class StudyConfig:
         image_size: side of the images held in memory and used for evaluation, in pixels.
         train_size: side of the crops trained on, in pixels.
         crop_scale: smallest fraction of an image's area that a training crop covers.
+        tune_size, tune_scale: the same two for fine-tuning on the target; tune_size None is image_size.
         sources, targets, methods, inits, seeds: the grid; a pair of equal domains is left out.
         source: how the source network is trained.
         binary, edit: how the masks are learned.
@@ -54,6 +55,8 @@ class StudyConfig:
     image_size: int = 32
     train_size: int = 32
     crop_scale: float = 0.7
+    tune_size: int | None = None
+    tune_scale: float = 0.7
     sources: tuple[str, ...] = DOMAINS
     targets: tuple[str, ...] = DOMAINS
     methods: tuple[str, ...] = METHODS
@@ -90,11 +93,12 @@ class StudyConfig:
                 f"nothing to do: seeds {list(self.seeds)}, sources {list(self.sources)}, targets {list(self.targets)}; "
                 "expected a seed and a pair of two different domains"
             )
-        for name in ("image_size", "train_size", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("image_size", "train_size", "tune_size", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}; expected a whole number of at least 1")
         for name, fine, wanted in (
             ("crop_scale", 0 < self.crop_scale <= 1, "a fraction of the area above 0 and up to 1"),
+            ("tune_scale", 0 < self.tune_scale <= 1, "a fraction of the area above 0 and up to 1"),
             ("deviations", self.deviations >= 0, "a number of standard deviations of at least 0"),
             ("edit_threshold", self.edit_threshold > 0, "a number of standard deviations above 0"),
             ("edit_spread", self.edit_spread >= 0, "a number of at least 0"),
@@ -158,21 +162,23 @@ def real_defaults() -> StudyConfig:
     """The study on real PACS with ResNet-18: under an hour a pair on two CPU cores.
 
     Crops of 96 pixels that cover 0.7 to 1 of the area show objects at about the size they have in test images of 112.
+    Fine-tuning sees whole images: under frozen batch norm two epochs are too few for crops.
     """
     return StudyConfig(
         backbone="resnet18",
         image_size=112,
         train_size=96,
         crop_scale=0.7,
+        tune_scale=1.0,
         source=TrainOptions(epochs=5, lr=5e-4),
-        binary=LearnedMask(epochs=6, lr=0.08, source_budget=0.03),
+        binary=LearnedMask(epochs=6, lr=0.05, source_budget=0.03),
         edit=LearnedMask(epochs=6, lr=0.05, source_budget=0.03),
         edit_threshold=0.1,
         tune={
-            "none": (TrainOptions(epochs=3, lr=3e-4, batch_norm="shared"),),
-            "naive": (TrainOptions(epochs=3, lr=3e-4, batch_norm="shared"),),
-            "edit": (TrainOptions(epochs=3, lr=2e-3, batch_norm="frozen"),),
-            "binary": (TrainOptions(epochs=3, lr=2e-3, batch_norm="frozen"),),
+            "none": (TrainOptions(epochs=2, lr=3e-4, batch_norm="shared"),),
+            "naive": (TrainOptions(epochs=2, lr=3e-4, batch_norm="shared"),),
+            "edit": (TrainOptions(epochs=2, lr=1e-3, batch_norm="frozen"),),
+            "binary": (TrainOptions(epochs=2, lr=1e-3, batch_norm="frozen"),),
         },
     )
 

@@ -101,19 +101,26 @@ class Lab:
         on = self.config.amp == "bf16" or (self.config.amp == "auto" and self.device.type == "cuda")
         return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
-    def batches(self, domain: str, key: int) -> Callable[[int], Iterator[Batch]]:
+    def batches(self, domain: str, key: int, tuning: bool = False) -> Callable[[int], Iterator[Batch]]:
         """Epoch number -> augmented training batches of a domain; `key` seeds order and augmentation."""
         images = self.data.domains[domain]
+        config = self.config
+        size, scale = (self.tune_size, config.tune_scale) if tuning else (config.train_size, config.crop_scale)
 
         def epoch(number: int) -> Iterator[Batch]:
             generator = torch.Generator(images.images.device).manual_seed(stage_seed(key, number))
             for index in epoch_batches(images.train, self.config.batch_size, generator, drop_last=True):
                 crops = random_resized_crop_flip(
-                    images.images[index], self.config.train_size, generator, scale=(self.config.crop_scale, 1.0)
+                    images.images[index], size, generator, scale=(scale, 1.0)
                 )
                 yield crops.to(self.device), images.labels[index].to(self.device)
 
         return epoch
+
+    @property
+    def tune_size(self) -> int:
+        """Side of the crops fine-tuned on."""
+        return self.config.tune_size or self.config.image_size
 
     def steps(self, domain: str) -> int:
         """Training steps an epoch."""
@@ -266,7 +273,12 @@ class Lab:
         self, source: str, target: str, method: str, init: str, seed: int
     ) -> list[tuple[str, dict[str, Any]]]:
         """As `source_stage`, for each of the method's ways."""
-        shared = {**self.mask_stage(source, method, seed)[1], "target_data": self._fingerprints[target]}
+        shared = {
+            **self.mask_stage(source, method, seed)[1],
+            "target_data": self._fingerprints[target],
+            "tune_size": self.tune_size,
+            "tune_scale": self.config.tune_scale,
+        }
         name = f"tune-{source}-{target}-{method}-{init}"
         return [
             (
@@ -291,7 +303,7 @@ class Lab:
             start = {k: v.to(self.device) for k, v in trained.start.items()}
             reinitialise(model, keep, init, start, stage_seed(name))  # type: ignore[arg-type]
         train(
-            model, self.batches(target, stage_seed("target", target, seed)), self.steps(target), options,
+            model, self.batches(target, stage_seed("target", target, seed), tuning=True), self.steps(target), options,
             keep=keep, progress=self.report, autocast=self.autocast,
         )  # fmt: skip
         target_after = self.evaluate(model, target)[0]

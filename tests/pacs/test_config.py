@@ -133,6 +133,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"image_size": 0}, "image_size=0; expected a whole number of at least 1"),
     ({"batch_size": True}, "config: batch_size is True; expected a whole number"),
     ({"crop_scale": 1.5}, "crop_scale=1.5; expected a fraction"),
+    ({"tune_scale": 0}, "tune_scale=0.0; expected a fraction"),
+    ({"tune_size": 0}, "tune_size=0; expected a whole number of at least 1"),
     ({"crop_scale": None}, "config: crop_scale is None; expected a number"),
     ({"amp": "fp8"}, "amp=fp8; expected auto, bf16 or off"),
     ({"backbone": 18}, "config: backbone is 18; expected text"),

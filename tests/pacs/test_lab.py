@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_batches_are_those_of_their_key_and_epoch(lab: Lab) -> None:
     assert not torch.equal(drawn(1, 0), drawn(1, 1))
     assert not torch.equal(drawn(1, 0), drawn(2, 0))
     assert drawn(1, 0).shape == (lab.steps("photo") * 16, 3, 16, 16)
+
+
+def test_fine_tuning_has_crops_of_its_own(tmp_path: Path) -> None:
+    def sizes(**changes: object) -> list[tuple[int, ...]]:
+        mine = Lab(dataclasses.replace(config(), train_size=8, **changes), tiny_data(), tmp_path, torch.device("cpu"))
+        return [next(mine.batches("photo", 1, tuning=tuning)(0))[0].shape[2:] for tuning in (False, True)]
+
+    assert sizes() == [(8, 8), (16, 16)]  # the images' side by default
+    assert sizes(tune_size=12) == [(8, 8), (12, 12)]
 
 
 def test_training_never_sees_a_test_image(lab: Lab) -> None:
