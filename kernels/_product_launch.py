@@ -106,6 +106,15 @@ def gradient_tiles(problem: _dispatch.Problem) -> ProductTiles:
     return ProductTiles(64, 64, block_m)
 
 
+def convolution_tiles(problem: _dispatch.Problem) -> ProductTiles:
+    """Tiles of the kernels of `conv`: block_n outputs, block_k inputs, block_m pixels; at most four warps."""
+    given = _tiles or _measured(problem)
+    if given is None:
+        fma = problem.dtype == torch.float32 and not problem.tf32
+        given = ProductTiles(32, 32, 16, stages=2) if fma else ProductTiles(64, 32, 64, stages=2)
+    return dataclasses.replace(given, block_m=max(given.block_m, 16), num_warps=min(given.num_warps, 4))
+
+
 def _measured(problem: _dispatch.Problem) -> ProductTiles | None:
     """The tiles that `benchmarks.tune` found best for the nearest shape, if it measured one."""
     row = _dispatch.nearest(problem)

@@ -131,7 +131,7 @@ def parts_kernel(
 _PARTS_BLOCK = 1024
 
 
-def _multiply(
+def multiply(
     problem: Problem, x: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None, noise: tuple[Tensor, Tensor],
     rule: tuple[int, float, int, int], back: bool, activation: int = 0,
 ) -> Tensor:  # fmt: skip
@@ -182,7 +182,7 @@ def linear_problem(op: str, x: Tensor, weight: Tensor) -> Problem:
     return problem_on(op, x.device, x.dtype, weight.dtype, m, n, k, matmul_tf32())
 
 
-def _from_bits(x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, float, int, int]]:
+def from_bits(x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, float, int, int]]:
     """Noise, never read, and rule of a product from packed bits."""
     return (x, x), (0, 0.0, PACKED.value, 0)
 
@@ -196,7 +196,7 @@ def linear(
     if logits.dtype != torch.float32 or not one_pass(problem):
         return linear_reference(x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset)
     rule = (layer, threshold, mode, step_offset)
-    y = _multiply(problem, rows_of(x), weight, logits, bias, (rng_state, tau), rule, False)
+    y = multiply(problem, rows_of(x), weight, logits, bias, (rng_state, tau), rule, False)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -206,7 +206,7 @@ def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, 
     if not one_pass(problem):
         return linear_packed_reference(x, weight, bits, bias, activation)
     which = list(ACTIVATIONS).index(activation)
-    y = _multiply(problem, rows_of(x), weight, packed_words(bits), bias, *_from_bits(x), False, which)
+    y = multiply(problem, rows_of(x), weight, packed_words(bits), bias, *from_bits(x), False, which)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -219,7 +219,7 @@ def linear_input_grad(
     if logits.dtype != torch.float32 or not one_pass(problem):
         return linear_input_grad_reference(grad, weight, logits, rng_state, tau, layer, threshold, mode, step_offset)
     rule = (layer, threshold, mode, step_offset)
-    dx = _multiply(problem, rows_of(grad), weight, logits, None, (rng_state, tau), rule, True)
+    dx = multiply(problem, rows_of(grad), weight, logits, None, (rng_state, tau), rule, True)
     return dx.view(*grad.shape[:-1], weight.shape[1])
 
 
@@ -228,5 +228,5 @@ def linear_packed_input_grad(grad: Tensor, weight: Tensor, bits: Tensor) -> Tens
     problem = linear_problem("linear_packed_input_grad", grad, weight)
     if not one_pass(problem):
         return linear_packed_input_grad_reference(grad, weight, bits)
-    dx = _multiply(problem, rows_of(grad), weight, packed_words(bits), None, *_from_bits(grad), True)
+    dx = multiply(problem, rows_of(grad), weight, packed_words(bits), None, *from_bits(grad), True)
     return dx.view(*grad.shape[:-1], weight.shape[1])

@@ -69,21 +69,21 @@ def mask_gradient_kernel(
             tl.store(to_weight, narrow(change, dweight.dtype.element_ty), mask=inside)
 
 
-def _empty_like(t: Tensor, needed: bool) -> Tensor:
+def empty_like(t: Tensor, needed: bool) -> Tensor:
     """A fresh buffer with the strides of torch.empty_like(t), or one without elements."""
     strides = torch.empty_like(t, device="meta").stride()
     fresh = _tables.empty(t.numel() if needed else 0, dtype=t.dtype, device=t.device)
     return fresh.as_strided(t.shape, strides) if needed else fresh
 
 
-def _gradients(
+def gradients(
     problem: Problem, grad: Tensor, x: Tensor, weight: Tensor, source: Tensor, noise: tuple[Tensor, Tensor],
     rule: tuple[int, float, int, int], need_logits: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of logits and weight; rule: layer, threshold, mode, step offset."""
     (n, k), m = weight.shape, problem.m
     layer, threshold, mode, step_offset = rule
-    dsource, dweight = _empty_like(source, need_logits), _empty_like(weight, need_weight)
+    dsource, dweight = empty_like(source, need_logits), empty_like(weight, need_weight)
     if not weight.numel() or not (need_logits or need_weight):
         return dsource, dweight
     tiles = gradient_tiles(problem)
@@ -116,7 +116,7 @@ def linear_mask_grad(
             grad, x, weight, logits, rng_state, tau, layer, threshold, mode, step_offset, need_logits, need_weight
         )
     rule = (layer, threshold, mode, step_offset)
-    return _gradients(
+    return gradients(
         problem, rows_of(grad), rows_of(x), weight, logits, (rng_state, tau), rule, need_logits, need_weight
     )
 
@@ -127,4 +127,4 @@ def linear_packed_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, bits: Ten
     if not one_pass(problem):
         return linear_packed_weight_grad_reference(grad, x, weight, bits)
     rule, words = (0, 0.0, PACKED.value, 0), packed_words(bits)
-    return _gradients(problem, rows_of(grad), rows_of(x), weight, words, (grad, grad), rule, False, True)[1]
+    return gradients(problem, rows_of(grad), rows_of(x), weight, words, (grad, grad), rule, False, True)[1]

@@ -62,6 +62,10 @@ BIT_OPS = ("pack", "unpack", "apply", "count", "combine", "overlap")
 UPDATE_OPS = ("mask_adam", "frozen_adamw", "frozen_sgd")
 LINEAR_OPS = ("linear", "linear_packed", "linear_input_grad", "linear_packed_input_grad")
 LINEAR_GRAD_OPS = ("linear_mask_grad", "linear_packed_weight_grad")
+CONV_OPS = (
+    "conv2d", "conv2d_packed", "conv2d_input_grad", "conv2d_packed_input_grad", "conv2d_mask_grad",
+    "conv2d_packed_weight_grad",
+)  # fmt: skip
 _EXTENSION = "dwm_fast.ops._extension"
 
 register_table("dwm_fast.kernels.sample", "triton", SAMPLE_OPS)
@@ -69,6 +73,7 @@ register_table("dwm_fast.kernels.bits", "triton", BIT_OPS)
 register_table("dwm_fast.kernels.update", "triton", UPDATE_OPS)
 register_table("dwm_fast.kernels.linear", "triton", LINEAR_OPS)
 register_table("dwm_fast.kernels.linear_grad", "triton", LINEAR_GRAD_OPS)
+register_table("dwm_fast.kernels.conv2d", "triton", CONV_OPS)
 register_table(_EXTENSION, "cpp", (*SAMPLE_OPS, *BIT_OPS, *UPDATE_OPS, "linear_packed"))
 register_table("dwm_fast.ops._extension_cuda", "cuda", BIT_OPS)
 

@@ -164,7 +164,7 @@ def _obstacle(problem: Problem) -> str:
 
 
 def _by_theory(problem: Problem) -> Choice:
-    if problem.taps > 1:
+    if problem.op.startswith("conv2d"):
         return Choice(STAGED, "convolutions run in one pass only where a table of this device says that it is faster")
     if problem.device == "cpu":
         limit = CPU_ROWS

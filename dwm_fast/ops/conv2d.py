@@ -1,4 +1,7 @@
-"""conv2d: convolution under a mask that is sampled (`conv2d`) or read from packed bits (`conv2d_packed`)."""
+"""conv2d: convolution under a mask that is sampled (`conv2d`) or read from packed bits (`conv2d_packed`).
+
+As in `linear`, the backward passes are operations of their own and differentiable no further.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops import _backends
-from dwm_fast.ops._library import autocast_operands, define
+from dwm_fast.ops._library import autocast_operands, define, refuse_double_backward
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import check_length
+from dwm_fast.ops.linear import chain_rule, mask_grad_fake, masked_weight
 from dwm_fast.ops.sample import check_noise
 
 
@@ -22,10 +26,8 @@ def conv2d_reference(
     layer: int, threshold: float, mode: int, step_offset: int, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    masked, _, _ = torch.ops.dwm_fast.sample(
-        [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, x.dtype, False
-    )
-    return F.conv2d(x, masked[0], bias, list(stride), list(padding), list(dilation), groups)
+    masked = masked_weight(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, x.dtype)
+    return F.conv2d(x, masked, bias, list(stride), list(padding), list(dilation), groups)
 
 
 def conv2d_packed_reference(
@@ -36,8 +38,66 @@ def conv2d_packed_reference(
     return F.conv2d(x, masked, bias, list(stride), list(padding), list(dilation), groups)
 
 
-_backends.register("conv2d", "reference", f"{__name__}:conv2d_reference")
-_backends.register("conv2d_packed", "reference", f"{__name__}:conv2d_packed_reference")
+def conv2d_input_grad_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
+    threshold: float, mode: int, step_offset: int, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    masked = masked_weight(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, x.dtype)
+    return _input_gradient(grad, x, masked, stride, padding, dilation, groups)
+
+
+def conv2d_mask_grad_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
+    threshold: float, mode: int, step_offset: int, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, need_logits: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dense = _weight_gradient(grad, x, weight, stride, padding, dilation, groups)
+    rule = (rng_state, tau, layer, threshold, mode, step_offset)
+    return chain_rule(dense, weight, logits, *rule, need_logits, need_weight)
+
+
+def conv2d_packed_input_grad_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    masked = apply_bits(bits, [weight])[0].to(x.dtype)
+    return _input_gradient(grad, x, masked, stride, padding, dilation, groups)
+
+
+def conv2d_packed_weight_grad_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    dense = _weight_gradient(grad, x, weight, stride, padding, dilation, groups)
+    return apply_bits(bits, [torch.empty_like(weight).copy_(dense)])[0]
+
+
+def _input_gradient(grad: Tensor, x: Tensor, masked: Tensor, *geometry: Any) -> Tensor:
+    """With the strides of torch.empty_like(x)."""
+    stride, padding, dilation, groups = geometry
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        grad, x, masked, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+    )
+    like = torch.empty_like(x)
+    result: Tensor = dx if dx.stride() == like.stride() else like.copy_(dx)
+    return result
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+    """Gradient of the masked weight; `weight` gives its shape and memory format."""
+    stride, padding, dilation, groups = geometry
+    _, dense, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight.to(x.dtype), None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+    )
+    result: Tensor = dense
+    return result
+
+
+_NAMES = ("conv2d", "conv2d_input_grad", "conv2d_mask_grad")
+_PACKED_NAMES = ("conv2d_packed", "conv2d_packed_input_grad", "conv2d_packed_weight_grad")
+for _name in (*_NAMES, *_PACKED_NAMES):
+    _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
 
 
 def _shape_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
@@ -45,33 +105,42 @@ def _shape_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) 
     return F.conv2d(x, weight.to(x.dtype), bias, list(stride), list(padding), list(dilation), groups)
 
 
+_RULE = "Tensor rng_state, Tensor tau, int layer, float threshold, int mode, int step_offset"
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+
 define(
-    "conv2d(Tensor x, Tensor weight, Tensor logits, Tensor? bias, Tensor rng_state, Tensor tau, int layer, "
-    "float threshold, int mode, int step_offset, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-    "SymInt groups) -> Tensor",
+    f"conv2d(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_RULE}, {_GEOMETRY}) -> Tensor",
     fake=lambda x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *geometry: (
         _shape_fake(x, weight, bias, *geometry)
     ),
     device_of=lambda a: a[0],
 )
 define(
-    "conv2d_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, SymInt groups) -> Tensor",
+    f"conv2d_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, {_GEOMETRY}) -> Tensor",
+    fake=lambda grad, x, *_: torch.empty_like(x),
+    device_of=lambda a: a[0],
+)
+define(
+    f"conv2d_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, {_GEOMETRY}, bool need_logits, "
+    "bool need_weight) -> (Tensor, Tensor)",
+    fake=mask_grad_fake,
+    device_of=lambda a: a[0],
+)
+define(
+    f"conv2d_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, {_GEOMETRY}) -> Tensor",
     fake=lambda x, weight, bits, bias, *geometry: _shape_fake(x, weight, bias, *geometry),
     device_of=lambda a: a[0],
 )
-
-
-def _convolution_gradients(
-    ctx: Any, grad: Tensor, x: Tensor, masked: Tensor, need_x: bool, need_masked: bool, need_bias: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    stride, padding, dilation, groups = ctx.geometry
-    bias_sizes = [masked.shape[0]] if ctx.has_bias else None
-    output_mask = [need_x, need_masked, need_bias and ctx.has_bias]
-    result: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
-        grad, x, masked, bias_sizes, stride, padding, dilation, False, [0, 0], groups, output_mask
-    )
-    return result
+define(
+    f"conv2d_packed_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {_GEOMETRY}) -> Tensor",
+    fake=lambda grad, x, *_: torch.empty_like(x),
+    device_of=lambda a: a[0],
+)
+define(
+    f"conv2d_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {_GEOMETRY}) -> Tensor",
+    fake=lambda grad, x, weight, *_: torch.empty_like(weight),
+    device_of=lambda a: a[0],
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,24 +152,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, logits, rng_state, tau = ctx.saved_tensors
-    layer, threshold, mode, step_offset = ctx.arguments
     need_x, need_weight, need_logits, need_bias, *_ = ctx.needs_input_grad
-    masked, _, _ = torch.ops.dwm_fast.sample(
-        [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, x.dtype, False
-    )
-    dx, dense, db = _convolution_gradients(
-        ctx, grad, x, masked[0], need_x, need_weight or need_logits, need_bias
-    )
+    arguments = (grad, x, weight, logits, rng_state, tau, *ctx.arguments, *ctx.geometry)
+    dx = torch.ops.dwm_fast.conv2d_input_grad(*arguments) if need_x else None
     dw = dl = None
-    if dense is not None and (need_weight or need_logits):
-        zero = torch.zeros((), device=grad.device)
-        dlogits, dweights = torch.ops.dwm_fast.sample_backward(
-            [dense], zero, [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset,
-            need_logits, need_weight,
-        )  # fmt: skip
-        dl = dlogits[0] if need_logits else None
-        dw = dweights[0] if need_weight else None
-    return dx, dw, dl, db, *([None] * 10)
+    if need_weight or need_logits:
+        dl, dw = torch.ops.dwm_fast.conv2d_mask_grad(*arguments, need_logits, need_weight)
+    db = grad.sum((0, 2, 3)) if ctx.has_bias and need_bias else None
+    return dx, dw if need_weight else None, dl if need_logits else None, db, *([None] * 10)
 
 
 def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -112,9 +171,10 @@ def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bits = ctx.saved_tensors
     need_x, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    masked = apply_bits(bits, [weight])[0].to(x.dtype)
-    dx, dense, db = _convolution_gradients(ctx, grad, x, masked, need_x, need_weight, need_bias)
-    dw = apply_bits(bits, [dense.to(weight.dtype)])[0] if need_weight and dense is not None else None
+    arguments = (grad, x, weight, bits, *ctx.geometry)
+    dx = torch.ops.dwm_fast.conv2d_packed_input_grad(*arguments) if need_x else None
+    dw = torch.ops.dwm_fast.conv2d_packed_weight_grad(*arguments) if need_weight else None
+    db = grad.sum((0, 2, 3)) if ctx.has_bias and need_bias else None
     return dx, dw, None, db, *([None] * 4)
 
 
@@ -122,6 +182,8 @@ torch.library.register_autograd("dwm_fast::conv2d", _backward, setup_context=_se
 torch.library.register_autograd(
     "dwm_fast::conv2d_packed", _packed_backward, setup_context=_packed_setup_context
 )
+for _name in (*_NAMES[1:], *_PACKED_NAMES[1:]):
+    refuse_double_backward(_name)
 
 
 class Padding(Protocol):
@@ -141,9 +203,12 @@ def padded(x: Tensor, layer: Padding) -> tuple[Tensor, tuple[int, int]]:
     return F.pad(x, [left, right, top, bottom], mode=mode), (0, 0)
 
 
-def _check_images(x: Tensor) -> None:
+def _check(x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
     if x.dim() != 4:
         raise InputError(f"x has shape {tuple(x.shape)}; expected (batch, channels, rows, columns)")
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != 2 or min(values) < least:
+            raise InputError(f"{name} is {tuple(values)}; expected two numbers (rows, columns) of at least {least}")
 
 
 def conv2d(
@@ -164,7 +229,7 @@ def conv2d(
         (B, O, H', W') in the compute dtype; differentiable once in x, weight, logits and bias.
     """
     check_noise(rng_state, tau)
-    _check_images(x)
+    _check(x, stride, padding, dilation)
     x, bias = autocast_operands(x, bias)
     result: Tensor = torch.ops.dwm_fast.conv2d(
         x, weight, logits, bias, rng_state, tau, layer, threshold, int(mode), step_offset,
@@ -179,7 +244,7 @@ def conv2d_packed(
 ) -> Tensor:  # fmt: skip
     """Convolution under a packed mask: bits (packed_nbytes(weight.numel()),); the rest as in `conv2d`."""
     check_length(bits, [weight.numel()])
-    _check_images(x)
+    _check(x, stride, padding, dilation)
     x, bias = autocast_operands(x, bias)
     result: Tensor = torch.ops.dwm_fast.conv2d_packed(
         x, weight, bits, bias, list(stride), list(padding), list(dilation), groups

@@ -30,10 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """What `linear_packed` may apply to its result, by name."""
 
 
-def _masked(
+def masked_weight(
     weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float, mode: int,
     step_offset: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    """The masked weight of one layer in `dtype`, by `sample`."""
     masked, _, _ = torch.ops.dwm_fast.sample(
         [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, dtype, False
     )
@@ -50,7 +51,7 @@ def linear_reference(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor,
     layer: int, threshold: float, mode: int, step_offset: int,
 ) -> Tensor:  # fmt: skip
-    masked = _masked(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, x.dtype)
+    masked = masked_weight(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, x.dtype)
     return F.linear(x, masked, bias)
 
 
@@ -58,7 +59,7 @@ def linear_input_grad_reference(
     grad: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
     mode: int, step_offset: int,
 ) -> Tensor:  # fmt: skip
-    return grad @ _masked(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, grad.dtype)
+    return grad @ masked_weight(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, grad.dtype)
 
 
 def linear_mask_grad_reference(

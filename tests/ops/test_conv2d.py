@@ -129,3 +129,36 @@ def test_conv2d_is_a_well_formed_operation():
     last = x.detach().to(memory_format=torch.channels_last).requires_grad_(True)
     torch.library.opcheck(torch.ops.dwm_fast.conv2d.default, (last, w, scores, None, *rule, *geometry))
     torch.library.opcheck(torch.ops.dwm_fast.conv2d_packed.default, (x, w, ops.pack([scores > 0]), b, *geometry))
+
+
+@pytest.mark.parametrize("fields", [{"stride": (-1, 1)}, {"stride": (0, 1)}, {"padding": (0, -1)}, {"dilation": (1, 0)}])
+def test_negative_strides_and_the_like_are_refused(fields):
+    x, w, scores, b = _inputs((2, 3, 5, 5), (4, 3, 3, 3))
+    name, value = next(iter(fields.items()))
+    with pytest.raises(InputError, match=rf"{name} is \({value[0]}, {value[1]}\); expected two numbers"):
+        ops.conv2d(x, w, scores, b, _state(), torch.tensor(1.0), **fields)
+    with pytest.raises(InputError, match=name):
+        ops.conv2d_packed(x, w, ops.pack([scores > 0]), b, **fields)
+
+
+def test_the_backward_passes_are_well_formed_operations():
+    x, w, scores, _ = (t.detach() for t in _inputs((2, 4, 5, 5), (4, 2, 3, 3)))
+    rule, geometry = (_state(), torch.tensor(1.0), 0, 0.1, int(Mode.GUMBEL_HARD), 0), ([2, 1], [1, 0], [1, 1], 2)
+    grad, bits = torch.ones(2, 4, 3, 3), ops.pack([scores > 0])
+    operations = [
+        ("conv2d_input_grad", (grad, x, w, scores, *rule, *geometry)),
+        ("conv2d_input_grad", (grad, x.to(memory_format=torch.channels_last), w, scores, *rule, *geometry)),
+        ("conv2d_mask_grad", (grad, x, w, scores, *rule, *geometry, True, False)),
+        ("conv2d_packed_input_grad", (grad, x, w, bits, *geometry)),
+        ("conv2d_packed_weight_grad", (grad, x, w, bits, *geometry)),
+    ]
+    for name, arguments in operations:
+        torch.library.opcheck(getattr(torch.ops.dwm_fast, name).default, arguments)
+
+
+def test_a_double_backward_is_refused_in_words():
+    x, w, scores, b = _inputs((2, 3, 5, 5), (4, 3, 3, 3))
+    for y in (ops.conv2d(x, w, scores, b, _state(), torch.tensor(1.0)), ops.conv2d_packed(x, w, ops.pack([w > 0]))):
+        (first,) = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+        with pytest.raises(InputError, match="differentiable once"):
+            first.sum().backward()
