@@ -129,7 +129,7 @@ def pacs(
     image_size: Annotated[int | None, typer.Option(help="Side of the images, pixels.")] = None,
     train_size: Annotated[int | None, typer.Option(help="Side of the crops trained on, pixels.")] = None,
     crop_scale: Annotated[float | None, typer.Option(help="Smallest fraction of the area a crop covers.")] = None,
-    tune_size: Annotated[int | None, typer.Option(help="Side of the crops fine-tuned on; the images' by default.")] = None,
+    tune_size: Annotated[int | None, typer.Option(help="Side of crops fine-tuned on; image size by default.")] = None,
     tune_scale: Annotated[float | None, typer.Option(help="As --crop-scale, for fine-tuning.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     source_epochs: Annotated[int | None, typer.Option(help="Epochs of source training.")] = None,

@@ -191,9 +191,9 @@ class Edit(MaskKind):
     Args:
         threshold: the edit above which a weight counts as reusable, in deviations of its layer, above 0.
         init: start value of every edit.
-        spread: standard deviation of a normal draw (torch's CPU generator) added to it, in units of the threshold. Without
-            it the first gradient gives all edits their signs, and edits that grow together along one gradient do far
-            more harm than edits of random signs.
+        spread: standard deviation of a normal draw (torch's CPU generator) added to it, in units of the threshold.
+            Without it the first gradient gives all edits their signs, and edits that grow together along one gradient
+            do far more harm than edits of random signs.
     """
 
     threshold: float = 0.5

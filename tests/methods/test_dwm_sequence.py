@@ -1,4 +1,4 @@
-"""binary, domain after domain: the union of what earlier domains need is frozen, and each can be seen under its bits."""
+"""binary, domain after domain: the union of what earlier domains need is frozen; each can be seen under its bits."""
 
 import pytest
 import torch

@@ -131,7 +131,9 @@ def test_conv2d_is_a_well_formed_operation():
     torch.library.opcheck(torch.ops.dwm_fast.conv2d_packed.default, (x, w, ops.pack([scores > 0]), b, *geometry))
 
 
-@pytest.mark.parametrize("fields", [{"stride": (-1, 1)}, {"stride": (0, 1)}, {"padding": (0, -1)}, {"dilation": (1, 0)}])
+@pytest.mark.parametrize(
+    "fields", [{"stride": (-1, 1)}, {"stride": (0, 1)}, {"padding": (0, -1)}, {"dilation": (1, 0)}]
+)
 def test_negative_strides_and_the_like_are_refused(fields):
     x, w, scores, b = _inputs((2, 3, 5, 5), (4, 3, 3, 3))
     name, value = next(iter(fields.items()))
