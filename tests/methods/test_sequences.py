@@ -209,3 +209,35 @@ def test_the_registry_has_all_six_and_the_presets_of_the_papers():
     assert {name: preset.name for name, preset in presets().items()} == {
         "piggyback-paper": "piggyback", "ksm-paper": "ksm", "spg-paper": "spg", "packnet-paper": "packnet",
     }  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_gpu_a_sequence_keeps_its_promises_there(name):
+    """Captured steps: every task has a network, a loaded learner predicts the same, exact methods forget nothing."""
+
+    def on_gpu(task):
+        return dataclasses.replace(
+            task,
+            batches=lambda epoch: ((x.cuda(), y.cuda()) for x, y in task.batches(epoch)),
+            loss=lambda network: float(network.eval()(images_for_tests().cuda()).detach().logsumexp(1).mean()),
+        )
+
+    def make(classes):
+        return conv_maker(classes).cuda()
+
+    def seen(learner):
+        with torch.no_grad():
+            return {n: learner.network(n)(images_for_tests().cuda()) for n in ("photo", "art")}
+
+    learner = METHODS[name].learner(make, "fc")
+    learner.begin(on_gpu(TASKS[0]), conv_net().cuda())
+    learner.learn(on_gpu(TASKS[1]))
+    before = seen(learner)
+    loaded = METHODS[name].learner(make, "fc")
+    loaded.load_state(learner.state())
+    assert_equal(seen(loaded), before)
+    learner.learn(on_gpu(TASKS[2]))
+    assert all(output.isfinite().all() for output in seen(learner).values())
+    if name in EXACT:
+        assert_equal(seen(learner), before)
