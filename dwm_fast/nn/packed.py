@@ -135,9 +135,12 @@ def pack(masked: MaskedModel) -> nn.Module:
     network = copy_sharing(masked.model, shared)
     for name in layers:
         layer = network.get_submodule(name)
-        packed = (
-            PackedLinear.from_masked(layer) if isinstance(layer, MaskedLinear) else PackedConv2d.from_masked(layer)
-        )
+        packed: nn.Module
+        if isinstance(layer, MaskedLinear):
+            packed = PackedLinear.from_masked(layer)
+        else:
+            assert isinstance(layer, MaskedConv2d)
+            packed = PackedConv2d.from_masked(layer)
         if not name:
             network = packed
         else:

@@ -87,7 +87,7 @@ class Choice:
 
 def matmul_tf32() -> bool:
     """Whether torch's own setting gives fp32 matrix products to TF32."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def convolution_tf32() -> bool:

@@ -189,8 +189,10 @@ for _name in (*_NAMES[1:], *_PACKED_NAMES[1:]):
 class Padding(Protocol):
     """What nn.Conv2d knows about its padding."""
 
-    padding_mode: str
     _reversed_padding_repeated_twice: list[int]
+
+    @property
+    def padding_mode(self) -> str: ...
 
 
 def padded(x: Tensor, layer: Padding) -> tuple[Tensor, tuple[int, int]]:
