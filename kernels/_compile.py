@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dwm_fast.kernels import _pointers, bits, kernel_soft, sample, soft_mask, update
+from dwm_fast.kernels._compile_products import product_configurations
+from dwm_fast.kernels._configuration import Configuration
 from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
 from dwm_fast.kernels._math import INTERPRETED
 from dwm_fast.kernels._tables import TL_DTYPES
@@ -34,23 +36,16 @@ _MODES = {0: "hard", 1: "soft", 2: "keep", 3: "threshold", 4: "ternary", 5: "edi
 
 
 @dataclasses.dataclass(frozen=True)
-class Configuration:
-    """One kernel with types and compile-time arguments; argument types are in the kernel's order."""
-
-    name: str
-    kernel: Any
-    types: tuple[Any, ...]
-    constants: dict[str, Any]
-    num_warps: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Usage:
-    """What ptxas gave a configuration: registers a thread, spilled bytes a thread, shared bytes a block."""
+    """What ptxas gave a configuration: registers a thread, spilled bytes a thread, shared bytes a block.
+
+    matrix: whether it has matrix instructions of a warp group (wgmma).
+    """
 
     registers: int
     spilled: int
     shared: int
+    matrix: bool = False
 
 
 def _walk(launch: Launch, taps: bool, rank: int) -> dict[str, Any]:
@@ -211,7 +206,7 @@ def configurations() -> list[Configuration]:
     """The configurations that the launchers use, without those that leave out paths or change dtypes of one here."""
     return [
         *_tables_writer(), *_sample(), *_sample_backward(), *_bits(), *_frozen(), *_mask_adam(), *_kernel_soft(),
-        *_soft_mask(),
+        *_soft_mask(), *product_configurations(),
     ]  # fmt: skip
 
 
@@ -223,11 +218,16 @@ def compile_configuration(configuration: Configuration, target: int) -> Usage:
     signature |= dict.fromkeys(configuration.constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, name in enumerate(kernel.arg_names) if str(signature[name]).startswith("*")}
+    attributes = {
+        (i,): aligned
+        for i, name in enumerate(kernel.arg_names)
+        if str(signature[name]).startswith("*") or name in configuration.aligned
+    }
     source = ASTSource(kernel, signature, constexprs=configuration.constants, attrs=attributes)
     options = {"num_warps": configuration.num_warps, **OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    return _resources(compiled.asm["cubin"], compiled.metadata.shared)
+    usage = _resources(compiled.asm["cubin"], compiled.metadata.shared)
+    return dataclasses.replace(usage, matrix="wgmma.mma_async" in compiled.asm["ptx"])
 
 
 def _resources(cubin: bytes, shared: int) -> Usage:
@@ -256,10 +256,12 @@ def main() -> int:
             continue
         usage = compile_configuration(configuration, arguments.target)
         ok = usage.spilled == 0 and usage.shared <= MAX_SHARED[arguments.target]
+        lacking = arguments.target == 90 and configuration.matrix and not usage.matrix
+        ok = ok and not lacking
         bad += not ok
         print(
             f"sm_{arguments.target} {configuration.name}: {usage.registers} registers, {usage.spilled} bytes spilled, "
-            f"{usage.shared} bytes shared{'' if ok else '  <- too much'}", flush=True,
+            f"{usage.shared} bytes shared{'' if ok else '  <- no wgmma' if lacking else '  <- too much'}", flush=True,
         )  # fmt: skip
     return 1 if bad else 0
 

@@ -106,12 +106,13 @@ def gradient_tiles(problem: _dispatch.Problem) -> ProductTiles:
     return ProductTiles(64, 64, block_m)
 
 
-def convolution_tiles(problem: _dispatch.Problem) -> ProductTiles:
+def convolution_tiles(problem: _dispatch.Problem, back: bool = False) -> ProductTiles:
     """Tiles of the kernels of `conv`: block_n outputs, block_k inputs, block_m pixels; at most four warps."""
     given = _tiles or _measured(problem)
     if given is None:
         fma = problem.dtype == torch.float32 and not problem.tf32
-        given = ProductTiles(32, 32, 16, stages=2) if fma else ProductTiles(64, 32, 64, stages=2)
+        matrix = ProductTiles(32, 64, 64, stages=2) if back else ProductTiles(64, 32, 64, stages=2)
+        given = ProductTiles(32, 32, 16, stages=2) if fma else matrix
     return dataclasses.replace(given, block_m=max(given.block_m, 16), num_warps=min(given.num_warps, 4))
 
 
@@ -125,6 +126,12 @@ def index_dtype(*tiles: tuple[int, int, int, int]) -> tl.dtype:
     """int32 where offsets inside every tile (rows, columns, row stride, column stride) fit it, else int64."""
     most = max(abs(r * rs) + abs(c * cs) for r, c, rs, cs in tiles)
     return tl.int64 if _wide or most >= 2**31 else tl.int32
+
+
+def whole_index_dtype(*tensors: Tensor) -> tl.dtype:
+    """int32 where the offset and the number of every element of each tensor fit it, else int64."""
+    ends = [sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+    return tl.int64 if _wide or max(*ends, *(t.numel() for t in tensors)) >= 2**31 else tl.int32
 
 
 def run_of(size: int) -> int:

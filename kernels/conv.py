@@ -3,6 +3,8 @@
 Right first: the rule of ways chooses them only where a table measured on the device says that they win. A tap's
 elements of a weight lie KH * KW apart in the mask's order, so each has its own word of bits or Philox call. Loops over
 taps run with at most four warps: flattened and with eight they are known to miscompile.
+
+Offsets are of dtype INDEX, int64 where a tensor is too large for int32.
 """
 
 import triton
@@ -16,7 +18,7 @@ from dwm_fast.kernels.philox import seed_and_step
 
 @triton.jit
 def tap_elements(o, c, CI, tap, taps):
-    """Logical numbers (int64) of a weight's elements at one tap, [outputs, inputs]."""
+    """Logical numbers of a weight's elements at one tap, [outputs, inputs]."""
     return (o[:, None] * CI + c[None, :]) * taps + tap
 
 
@@ -29,7 +31,7 @@ def tap_kept(bits, element, inside):
 
 @triton.jit
 def tap_offsets(o, c, kh, kw, strides):
-    """Offsets (int64) of a weight-shaped tensor's elements at one tap."""
+    """Offsets of a weight-shaped tensor's elements at one tap."""
     return (o * strides[0])[:, None] + (c * strides[1])[None, :] + kh * strides[2] + kw * strides[3]
 
 
@@ -37,7 +39,7 @@ def tap_offsets(o, c, kh, kw, strides):
 def tap_uniform(seed, step, layer, element, MODE: tl.constexpr):
     """u of elements; zeros, never read, for rules without noise."""
     if MODE <= GUMBEL_SOFT:
-        return element_uniform(seed, step, layer, element)
+        return element_uniform(seed, step, layer, element.to(tl.int64))
     else:
         return tl.zeros_like(element).to(tl.float32)
 
@@ -82,10 +84,10 @@ def opposite(at, tap, stride, padding, dilation, size, BACK: tl.constexpr):
 
 
 @triton.jit
-def held(first, size, BLOCK: tl.constexpr):
-    """Numbers first .. of an axis (int64), the last repeated beyond the end, and which are inside."""
+def held(first, size, BLOCK: tl.constexpr, INDEX: tl.constexpr):
+    """Numbers first .. of an axis, the last repeated beyond the end, and which are inside."""
     index = first + tl.arange(0, BLOCK)
-    return tl.minimum(index, size - 1).to(tl.int64), index < size
+    return tl.minimum(index, size - 1).to(INDEX), index < size
 
 
 @triton.jit(do_not_specialize=["layer", "step_offset"])
@@ -93,7 +95,8 @@ def conv_product_kernel(
     x, weight, source, bias, y, rng_state, tau, M, sizes, sources, OG, CI, KW, taps, x_strides, w_strides, s_strides,
     y_strides, stride, padding, dilation, layer, threshold, step_offset,
     MODE: tl.constexpr, BACK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """y, images of `sizes` (rows, columns), from x, images of `sources`.
 
@@ -106,15 +109,15 @@ def conv_product_kernel(
         seed, step = seed_and_step(rng_state, step_offset)
         inverse_tau = 1.0 / tl.load(tau)
     layer = layer.to(tl.uint32)
-    group = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(1).to(INDEX)
     R, C = OG, CI
     if BACK:
         R, C = CI, OG
     BLOCK_R: tl.constexpr = BLOCK_I if BACK else BLOCK_O
     BLOCK_C: tl.constexpr = BLOCK_O if BACK else BLOCK_I
     tiles = tl.cdiv(M, BLOCK_M)
-    m, m_inside = held(tl.program_id(0) % tiles * BLOCK_M, M, BLOCK_M)
-    r, r_inside = held(tl.program_id(0) // tiles * BLOCK_R, R, BLOCK_R)
+    m, m_inside = held(tl.program_id(0) % tiles * BLOCK_M, M, BLOCK_M, INDEX)
+    r, r_inside = held(tl.program_id(0) // tiles * BLOCK_R, R, BLOCK_R, INDEX)
     b, row, column = pixel(m, sizes[0], sizes[1])
     acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     for tap in range(taps):
@@ -122,8 +125,8 @@ def conv_product_kernel(
         i, i_valid = opposite(row, kh, stride[0], padding[0], dilation[0], sources[0], BACK)
         j, j_valid = opposite(column, kw, stride[1], padding[1], dilation[1], sources[1], BACK)
         places = b * x_strides[0] + i * x_strides[2] + j * x_strides[3]
-        for c0 in range(0, C, BLOCK_C):
-            c, c_inside = held(c0, C, BLOCK_C)
+        for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+            c, c_inside = held(c0, C, BLOCK_C, INDEX)
             valid = c_inside[:, None] & (i_valid & j_valid & m_inside)[None, :]
             values = tl.load(x + ((group * C + c) * x_strides[1])[:, None] + places[None, :], mask=valid, other=0.0)
             if BACK:
@@ -147,21 +150,22 @@ def conv_mask_gradient_kernel(
     grad, x, weight, source, dsource, dweight, rng_state, tau, M, sizes, sources, OG, CI, KW, taps, g_strides,
     x_strides, w_strides, s_strides, ds_strides, dw_strides, stride, padding, dilation, layer, threshold, step_offset,
     MODE: tl.constexpr, NEED_LOGITS: tl.constexpr, NEED_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """The masked weight's gradient in registers, and from it those of logits and weight.
 
     Grid (tiles of outputs and, fastest, of inputs; taps; groups).
     """
     tiles = tl.cdiv(CI, BLOCK_I)
-    c, c_inside = held(tl.program_id(0) % tiles * BLOCK_I, CI, BLOCK_I)
-    r, r_inside = held(tl.program_id(0) // tiles * BLOCK_O, OG, BLOCK_O)
+    c, c_inside = held(tl.program_id(0) % tiles * BLOCK_I, CI, BLOCK_I, INDEX)
+    r, r_inside = held(tl.program_id(0) // tiles * BLOCK_O, OG, BLOCK_O, INDEX)
     kh, kw = tl.program_id(1) // KW, tl.program_id(1) % KW
-    group = tl.program_id(2).to(tl.int64)
+    group = tl.program_id(2).to(INDEX)
     o = group * OG + r
     acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    for m0 in range(0, M, BLOCK_M):
-        m, m_inside = held(m0, M, BLOCK_M)
+    for m0 in tl.range(0, M, BLOCK_M, num_stages=STAGES):
+        m, m_inside = held(m0, M, BLOCK_M, INDEX)
         b, row, column = pixel(m, sizes[0], sizes[1])
         i, i_valid = opposite(row, kh, stride[0], padding[0], dilation[0], sources[0], False)
         j, j_valid = opposite(column, kw, stride[1], padding[1], dilation[1], sources[1], False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
-from dwm_fast.kernels._product_launch import convolution_tiles, packed_words, precision
+from dwm_fast.kernels._product_launch import convolution_tiles, packed_words, precision, whole_index_dtype
 from dwm_fast.kernels.conv import conv_mask_gradient_kernel, conv_product_kernel
 from dwm_fast.kernels.linear import from_bits, multiply
 from dwm_fast.kernels.linear_grad import empty_like, gradients
@@ -121,7 +121,7 @@ def _multiply(
     """y from x under the masked weight; `back`: the gradient of the input from that of the output."""
     geometry, problem = found
     layer, threshold, mode, step_offset = rule
-    tiles = convolution_tiles(problem)
+    tiles = convolution_tiles(problem, back)
     out, inner = weight.shape[0] // geometry.groups, weight.shape[1]
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
     if not y.numel():
@@ -133,7 +133,8 @@ def _multiply(
             tuple(x.shape[2:]), out, inner, weight.shape[3], problem.taps, tuple(x.stride()), tuple(weight.stride()),
             _four(source), tuple(y.stride()), *geometry.arguments, layer, threshold, step_offset, MODE=mode, BACK=back,
             HAS_BIAS=bias is not None, PRECISION=precision(problem), BLOCK_O=tiles.block_n, BLOCK_I=tiles.block_k,
-            BLOCK_M=tiles.block_m, num_warps=tiles.num_warps, num_stages=tiles.stages, **OPTIONS,
+            BLOCK_M=tiles.block_m, STAGES=tiles.stages, INDEX=whole_index_dtype(x, y, weight, source),
+            num_warps=tiles.num_warps, **OPTIONS,
         )  # fmt: skip
     return y
 
@@ -157,8 +158,8 @@ def _mask_gradients(
             out, inner, weight.shape[3], problem.taps, tuple(grad.stride()), tuple(x.stride()), tuple(weight.stride()),
             _four(source), _four(dsource), _four(dweight), *geometry.arguments, layer, threshold, step_offset,
             MODE=mode, NEED_LOGITS=need_logits, NEED_WEIGHT=need_weight, PRECISION=precision(problem),
-            BLOCK_O=tiles.block_n, BLOCK_I=tiles.block_k, BLOCK_M=tiles.block_m, num_warps=tiles.num_warps,
-            num_stages=tiles.stages, **OPTIONS,
+            BLOCK_O=tiles.block_n, BLOCK_I=tiles.block_k, BLOCK_M=tiles.block_m, STAGES=tiles.stages,
+            INDEX=whole_index_dtype(grad, x, weight, source), num_warps=tiles.num_warps, **OPTIONS,
         )  # fmt: skip
     return dsource, dweight
 

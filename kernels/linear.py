@@ -6,6 +6,7 @@ the sum is split over programs, whose parts a second launch adds in a fixed orde
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,14 @@ from torch import Tensor
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
 from dwm_fast.kernels._math import narrow
-from dwm_fast.kernels._product_launch import index_dtype, packed_words, precision, product_tiles, run_of
+from dwm_fast.kernels._product_launch import (
+    ProductTiles,
+    index_dtype,
+    packed_words,
+    precision,
+    product_tiles,
+    run_of,
+)
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, activated, load_tile, masked_tile, product
 from dwm_fast.kernels.philox import seed_and_step
 from dwm_fast.ops._dispatch import Problem, matmul_tf32, one_pass, problem_on
@@ -128,7 +136,22 @@ def parts_kernel(
     tl.store(y + m * y_m + r * y_r, narrow(activated(sums, ACTIVATION), y.dtype.element_ty), mask=inside)
 
 
-_PARTS_BLOCK = 1024
+PARTS_BLOCK = 1024
+
+
+def product_constants(
+    problem: Problem, tiles: ProductTiles, mode: int, back: bool, has_bias: bool, activation: int, index: tl.dtype
+) -> dict[str, Any]:
+    """Compile-time arguments of `masked_product_kernel`."""
+    outputs, summed = (problem.k, problem.n) if back else (problem.n, problem.k)
+    block_r, block_c = (tiles.block_k, tiles.block_n) if back else (tiles.block_n, tiles.block_k)
+    return {
+        "MODE": mode, "BACK": back, "HAS_BIAS": has_bias, "ACTIVATION": activation,
+        "WHOLE": problem.k % (32 if mode == PACKED.value else 4) == 0,
+        "EDGE": FULL.value if outputs % block_r == 0 else CLAMP.value, "TAIL": summed % block_c != 0,
+        "RUN": run_of(problem.k) if back else 1, "INDEX": index, "PRECISION": precision(problem), "BLOCK_R": block_r,
+        "BLOCK_C": block_c, "BLOCK_M": tiles.block_m, "SPLITS": tiles.splits, "STAGES": tiles.stages,
+    }  # fmt: skip
 
 
 def multiply(
@@ -137,7 +160,7 @@ def multiply(
 ) -> Tensor:  # fmt: skip
     """x (M, C) times the masked weight -> (M, R); rule: layer, threshold, mode, step offset."""
     (n, k), m = weight.shape, problem.m
-    outputs, summed = (k, n) if back else (n, k)
+    outputs = k if back else n
     y = _tables.empty((m, outputs), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
@@ -153,21 +176,18 @@ def multiply(
     parts, start = y, y if bias is None else bias.contiguous()
     if tiles.splits > 1:
         parts = _tables.empty((tiles.splits, m, outputs), dtype=torch.float32, device=x.device)
-    shared = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SPLITS": tiles.splits, **OPTIONS}
+    constants = product_constants(problem, tiles, mode, back, bias is not None, activation, index)
     grid = (triton.cdiv(outputs, block_r) * triton.cdiv(m, tiles.block_m), tiles.splits)
     with _tables.device_guard(x.device):
         masked_product_kernel[grid](
-            x, weight, source, start, parts, *noise, m, n, k, words, *x.stride(), *strides,
-            m * outputs, *parts.stride()[-2:], layer, threshold, step_offset, MODE=mode, BACK=back,
-            WHOLE=k % (32 if mode == PACKED.value else 4) == 0,
-            EDGE=FULL.value if outputs % block_r == 0 else CLAMP.value, TAIL=summed % block_c != 0,
-            RUN=run_of(k) if back else 1, INDEX=index, PRECISION=precision(problem), BLOCK_R=block_r,
-            BLOCK_C=block_c, BLOCK_M=tiles.block_m, STAGES=tiles.stages, num_warps=tiles.num_warps, **shared,
+            x, weight, source, start, parts, *noise, m, n, k, words, *x.stride(), *strides, m * outputs,
+            *parts.stride()[-2:], layer, threshold, step_offset, **constants, num_warps=tiles.num_warps, **OPTIONS,
         )  # fmt: skip
         if tiles.splits > 1:
-            parts_kernel[(triton.cdiv(y.numel(), _PARTS_BLOCK),)](
-                parts, start, y, m, outputs, *y.stride(), BLOCK=_PARTS_BLOCK, **shared
-            )
+            parts_kernel[(triton.cdiv(y.numel(), PARTS_BLOCK),)](
+                parts, start, y, m, outputs, *y.stride(), HAS_BIAS=bias is not None, ACTIVATION=activation,
+                SPLITS=tiles.splits, BLOCK=PARTS_BLOCK, **OPTIONS,
+            )  # fmt: skip
     return y
 
 

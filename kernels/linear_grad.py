@@ -3,6 +3,8 @@
 The dense gradient G = grad^T x of a tile stays in registers, where the mask is drawn or read again.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
 from dwm_fast.kernels._masks import logit_gradient, weight_gradient
 from dwm_fast.kernels._math import narrow
-from dwm_fast.kernels._product_launch import gradient_tiles, index_dtype, packed_words, precision, run_of
+from dwm_fast.kernels._product_launch import ProductTiles, gradient_tiles, index_dtype, packed_words, precision, run_of
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, kept_tile, load_tile, noise_tile, product
 from dwm_fast.kernels.linear import linear_problem, rows_of
 from dwm_fast.kernels.philox import seed_and_step
@@ -76,6 +78,19 @@ def empty_like(t: Tensor, needed: bool) -> Tensor:
     return fresh.as_strided(t.shape, strides) if needed else fresh
 
 
+def gradient_constants(
+    problem: Problem, tiles: ProductTiles, mode: int, need_logits: bool, need_weight: bool, index: tl.dtype
+) -> dict[str, Any]:
+    """Compile-time arguments of `mask_gradient_kernel`."""
+    block_m = max(tiles.block_m, 16)
+    return {
+        "MODE": mode, "NEED_LOGITS": need_logits, "NEED_WEIGHT": need_weight,
+        "WHOLE": problem.k % (32 if mode == PACKED.value else 4) == 0, "TAIL": problem.m % block_m != 0,
+        "RUN_N": run_of(problem.n), "RUN_K": run_of(problem.k), "INDEX": index, "PRECISION": precision(problem),
+        "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "BLOCK_M": block_m, "STAGES": tiles.stages,
+    }  # fmt: skip
+
+
 def gradients(
     problem: Problem, grad: Tensor, x: Tensor, weight: Tensor, source: Tensor, noise: tuple[Tensor, Tensor],
     rule: tuple[int, float, int, int], need_logits: bool, need_weight: bool,
@@ -97,10 +112,8 @@ def gradients(
         mask_gradient_kernel[(triton.cdiv(n, block_n) * triton.cdiv(k, block_k),)](
             grad, x, weight, source, dsource, dweight, *noise, m, n, k, source.numel() if mode == PACKED.value else 0,
             *grad.stride(), *x.stride(), *(s for pair in strides for s in pair), layer, threshold, step_offset,
-            MODE=mode, NEED_LOGITS=need_logits, NEED_WEIGHT=need_weight,
-            WHOLE=k % (32 if mode == PACKED.value else 4) == 0, TAIL=m % block_m != 0, RUN_N=run_of(n), RUN_K=run_of(k),
-            INDEX=index, PRECISION=precision(problem), BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_M=block_m,
-            STAGES=tiles.stages, num_warps=tiles.num_warps, **OPTIONS,
+            **gradient_constants(problem, tiles, mode, need_logits, need_weight, index), num_warps=tiles.num_warps,
+            **OPTIONS,
         )  # fmt: skip
     return dsource, dweight
 

@@ -54,11 +54,12 @@ def test_products_from_bits_are_exact_on_integers_in_every_direction(geometry, w
     bits, masked = ops.pack([keep]), (weight * keep).float()
     lists = [list(pair) for pair in geometry[:3]]
     expected = F.conv2d(x.float(), masked, bias.float(), *geometry)
-    y = torch.ops.dwm_fast.conv2d_packed(x, weight, bits, bias, *lists, geometry[3])
-    grad = integers(device, *y.shape, seed=5).to(dtype)
-    arguments = (grad, x, weight, bits, *lists, geometry[3])
-    dx = torch.ops.dwm_fast.conv2d_packed_input_grad(*arguments)
-    dw = torch.ops.dwm_fast.conv2d_packed_weight_grad(*arguments)
+    with override_product(TILES, wide=last):
+        y = torch.ops.dwm_fast.conv2d_packed(x, weight, bits, bias, *lists, geometry[3])
+        grad = integers(device, *y.shape, seed=5).to(dtype)
+        arguments = (grad, x, weight, bits, *lists, geometry[3])
+        dx = torch.ops.dwm_fast.conv2d_packed_input_grad(*arguments)
+        dw = torch.ops.dwm_fast.conv2d_packed_weight_grad(*arguments)
     exact = torch.ops.aten.convolution_backward(
         grad.float(), x.float(), masked, None, *lists, False, [0, 0], geometry[3], [True, True, False]
     )
