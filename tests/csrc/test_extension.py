@@ -316,7 +316,7 @@ def test_linear_from_bits_matches_fp64(rows: int, width: int) -> None:
     mask, bias = torch.rand(19, width, generator=generator) < 0.5, torch.randn(19, generator=generator)
     bits = _extension.pack([mask])
     for part in (x[:1], x[0], x[0, 0]):
-        got = _extension.linear_packed(part, weight, bits, bias)
+        got = _extension.linear_packed(part, weight, bits, bias, "none")
         exact = torch.nn.functional.linear(part.double(), weight.double() * mask, bias.double())
         budget = 1e-6 * (part.double().abs() @ (weight.double() * mask).abs().t() + 1)
         assert got.shape == exact.shape
