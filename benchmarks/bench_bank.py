@@ -41,6 +41,9 @@ def linear(context: Context, domains: int, rows: int) -> Case:
         copies = [torch.where(m, weight, torch.zeros_like(weight)) for m in masks]
         return lambda: torch.cat([F.linear(p, w) for p, w in zip(parts, copies, strict=True)])
 
+    def unpacked_masks() -> Any:
+        return torch.cat([F.linear(p, weight * m) for p, m in zip(parts, masks, strict=True)])
+
     def by_hand() -> Any:
         ways = zip(parts, bits, strict=True)
         return torch.cat([F.linear(p, weight * unpacked(b, weight.shape)) for p, b in ways])
@@ -57,6 +60,7 @@ def linear(context: Context, domains: int, rows: int) -> Case:
     ways = [
         Way("one dense product, no masks", lambda: lambda: F.linear(x, weight), moved, flops, graph=True),
         Way("loop over domains, weight copies", make_copies, flops=flops, graph=True),
+        Way("loop over domains, unpacked masks", lambda: unpacked_masks, flops=flops, graph=True),
         Way("loop over domains, unpack and multiply", lambda: by_hand, flops=flops, graph=True),
         Way("ours", lambda: ours, moved, flops, graph=backend != "reference", backend=backend),
     ]

@@ -69,9 +69,8 @@ def _frozen_case(
         Way(f"torch's fused {name}, nothing frozen", make_torch, moved, graph=True),
         copy_way(moved, context.device),
         Way("ours", lambda: make_ours(False), moved + t.count // 8, graph=True, backend=backend),
+        Way("ours, compact state", lambda: make_ours(True), graph=True, backend=backend),
     ]
-    if context.on_gpu or (name == "AdamW" and not context.quick):
-        ways.append(Way("ours, compact state", lambda: make_ours(True), graph=True))
     return Case(f"update Frozen{name}", {"weights": t.count, "kept": _KEEP, "dtype": "float32"}, ways, gate)
 
 

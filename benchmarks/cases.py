@@ -60,6 +60,7 @@ ENTRIES = (
     Entry("update-mask-adam", (*_SAMPLE, "update", "mask_adam"), bench_update.mask_adam),
     Entry("update-frozen-adamw", ("update", "frozen"), bench_update.frozen_adamw),
     _linear(1),
+    _linear(4, ("cpu",)),
     _linear(16),
     _linear(64),
     _bank(16),

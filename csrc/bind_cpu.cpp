@@ -334,24 +334,58 @@ AdamRule adam_rule(double step, double lr, double beta1, double beta2, double ep
   return rule;
 }
 
+// Tensors with compact state: `ranks` counts the free lanes of a tensor before each 128 of them. Checked against the
+// bits where the kernels read it, at the beginning of every chunk, and against the states' lengths.
+void check_compact(const Tensors& weights, const std::vector<const Tensors*>& states, const Tensor& bits,
+                   const Integers& offsets, const Tensor& ranks) {
+  STD_TORCH_CHECK(ranks.scalar_type() == ScalarType::Long && ranks.is_contiguous() &&
+                      16 * ranks.numel() == bits.numel(),
+                  "dwm_fast: ranks must be one int64 per 16 bytes of bits");
+  for (const Tensors* state : states) check_count(*state, weights.size(), "state");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t numel = weights[i].numel(), step = chunk_elements(shape_of(weights[i]));
+    const int64_t* before = static_cast<const int64_t*>(ranks.data_ptr()) + offsets[i] / 16;
+    int64_t free = 0;
+    for (int64_t begin = 0; begin < numel; begin += step) {
+      STD_TORCH_CHECK(before[begin / 128] == free, "dwm_fast: ranks do not count the free lanes of bits");
+      const int64_t lanes = std::min(step, numel - begin);
+      free += lanes - kernels().count(bytes(bits) + offsets[i] + begin / 8, packed_nbytes(lanes));
+    }
+    for (const Tensors* state : states) {
+      const Tensor& t = (*state)[i];
+      check_float(t, "state");
+      STD_TORCH_CHECK(t.numel() == free && t.is_contiguous(), "dwm_fast: compact state has another length than lanes");
+    }
+  }
+}
+
+// Where the ranks of the tensor whose bits begin at `offset` lie; nullptr for dense state.
+const int64_t* ranks_at(const Tensor& ranks, int64_t offset) {
+  return ranks.numel() == 0 ? nullptr : static_cast<const int64_t*>(ranks.data_ptr()) + offset / 16;
+}
+
 void check_gradients(const Tensors& grads, const Tensors& weights) {
   check_count(grads, weights.size(), "grads");
   for (size_t i = 0; i < grads.size(); ++i) check_like(grads[i], shape_of(weights[i]), "grads");
 }
 
-void frozen_adamw(Tensors weights, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensor bits, Tensor steps,
-                  Tensor lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+void frozen_adamw(Tensors weights, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensor bits, Tensor ranks,
+                  Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
                   bool maximize) {
   check_gradients(grads, weights);
-  check_state(exp_avg, weights, "exp_avg");
-  check_state(exp_avg_sq, weights, "exp_avg_sq");
   const Integers offsets = offsets_of(bits, numels_of(weights));
+  if (ranks.numel() > 0) {
+    check_compact(weights, {&exp_avg, &exp_avg_sq}, bits, offsets, ranks);
+  } else {
+    check_state(exp_avg, weights, "exp_avg");
+    check_state(exp_avg_sq, weights, "exp_avg_sq");
+  }
   const Schedule schedule = schedule_of(steps, lr, weights.size());
   const UpdateTypes types{common_type(weights, "weights"), common_type(grads, "grads")};
   std::vector<AdamWTensor> tensors;
   for (size_t i = 0; i < weights.size(); ++i) {
     tensors.push_back({shape_of(weights[i]), weights[i].data_ptr(), grads[i].data_ptr(), floats(exp_avg[i]),
-                       floats(exp_avg_sq[i]), bytes(bits) + offsets[i],
+                       floats(exp_avg_sq[i]), bytes(bits) + offsets[i], ranks_at(ranks, offsets[i]),
                        adam_rule(schedule.steps[i], schedule.lr, beta1, beta2, eps, weight_decay, decoupled,
                                  maximize)});
   }
@@ -360,12 +394,17 @@ void frozen_adamw(Tensors weights, Tensors grads, Tensors exp_avg, Tensors exp_a
   });
 }
 
-void frozen_sgd(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensor bits, Tensor steps, Tensor lr,
-                double momentum, double dampening, double weight_decay, bool nesterov, bool decoupled, bool maximize) {
+void frozen_sgd(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensor bits, Tensor ranks, Tensor steps,
+                Tensor lr, double momentum, double dampening, double weight_decay, bool nesterov, bool decoupled,
+                bool maximize) {
   check_gradients(grads, weights);
   const bool moving = momentum != 0.0;
-  if (moving) check_state(momentum_buffers, weights, "momentum_buffers");
   const Integers offsets = offsets_of(bits, numels_of(weights));
+  if (moving && ranks.numel() > 0) {
+    check_compact(weights, {&momentum_buffers}, bits, offsets, ranks);
+  } else if (moving) {
+    check_state(momentum_buffers, weights, "momentum_buffers");
+  }
   const Schedule schedule = schedule_of(steps, lr, weights.size());
   const UpdateTypes types{common_type(weights, "weights"), common_type(grads, "grads")};
   SgdRule rule{static_cast<float>(schedule.lr),
@@ -380,7 +419,8 @@ void frozen_sgd(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensor
   for (size_t i = 0; i < weights.size(); ++i) {
     rule.first = schedule.steps[i] == 1.0f;
     tensors.push_back({shape_of(weights[i]), weights[i].data_ptr(), grads[i].data_ptr(),
-                       moving ? floats(momentum_buffers[i]) : nullptr, bytes(bits) + offsets[i], rule});
+                       moving ? floats(momentum_buffers[i]) : nullptr, bytes(bits) + offsets[i],
+                       ranks_at(ranks, offsets[i]), rule});
   }
   for_pieces(tensors, [&](int64_t, const SgdTensor& t, int64_t begin, int64_t end) {
     kernels().frozen_sgd(types, t, begin, end);
@@ -414,7 +454,8 @@ void mask_adam(Tensors logits, Tensors weights, Tensors grads, Tensors exp_avg, 
   });
 }
 
-void linear_packed(Tensor x, Tensor weight, Tensor bits, std::optional<Tensor> bias, Tensor out) {
+// bits: (domains, nbytes), rows may lie apart. bias: (n,), or (domains, n). parts: (domain, begin, end) rows of x, flat.
+void linear_packed(Tensor x, Tensor weight, Tensor bits, std::optional<Tensor> bias, Integers parts, Tensor out) {
   for (const Tensor* t : {&x, &weight, &out}) {
     check_float(*t, "linear_packed's operand");
     STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous(), "dwm_fast: linear_packed takes contiguous matrices");
@@ -422,16 +463,31 @@ void linear_packed(Tensor x, Tensor weight, Tensor bits, std::optional<Tensor> b
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   STD_TORCH_CHECK(x.size(1) == k && out.size(0) == m && out.size(1) == n,
                   "dwm_fast: linear_packed got matrices that do not fit each other");
-  offsets_of(bits, {n * k});
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.dim() == 2 && bits.size(1) == packed_nbytes(n * k) &&
+                      (bits.size(1) == 0 || bits.stride(1) == 1),
+                  "dwm_fast: bits must be uint8 of one packed row per domain");
+  const int64_t domains = bits.size(0);
+  const bool own_bias = bias && bias->dim() == 2;
   if (bias) {
     check_float(*bias, "bias");
-    STD_TORCH_CHECK(bias->numel() == n && bias->is_contiguous(), "dwm_fast: bias has another length");
+    STD_TORCH_CHECK(bias->numel() == (own_bias ? domains * n : n) && bias->is_contiguous(),
+                    "dwm_fast: bias has another length");
   }
-  const LinearPacked job{floats(x), floats(weight), bytes(bits), bias ? floats(*bias) : nullptr,
-                              floats(out), m, n, k};
-  const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, k));
-  const int64_t jobs = (n + rows - 1) / rows;
-  parallel(jobs, jobs, [&](int64_t i) { kernels().linear_packed(job, i * rows, std::min(n, (i + 1) * rows)); });
+  std::vector<LinearPart> jobs;
+  STD_TORCH_CHECK(parts.size() % 3 == 0, "dwm_fast: parts come as domain, begin, end");
+  for (size_t i = 0; i < parts.size(); i += 3) {
+    const int64_t domain = parts[i], begin = parts[i + 1], end = parts[i + 2];
+    STD_TORCH_CHECK(domain >= 0 && domain < domains && begin >= 0 && begin <= end && end <= m,
+                    "dwm_fast: a part lies outside of the matrices");
+    const float* shift = bias ? floats(*bias) + (own_bias ? domain * n : 0) : nullptr;
+    jobs.push_back({bytes(bits) + domain * bits.stride(0), shift, begin, end});
+  }
+  const LinearPacked job{floats(x), floats(weight), floats(out), jobs.data(), static_cast<int64_t>(jobs.size()), n, k};
+  constexpr int64_t kRows = 16;  // of the weight, handed to one thread at a time
+  const int64_t count = (n + kRows - 1) / kRows;
+  parallel(count, count, [&](int64_t i) {
+    kernels().linear_packed(job, i * kRows, std::min(n, (i + 1) * kRows));
+  });
 }
 
 // Weights (out, in, ...) in contiguous or channels_last order, with one number a kernel.
@@ -543,18 +599,18 @@ STABLE_TORCH_LIBRARY(dwm_fast_cpu, m) {
   m.def("combine(Tensor a, Tensor b, int op, Tensor(a!) out) -> ()");
   m.def(
       "frozen_adamw(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor bits, "
-      "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, "
+      "Tensor ranks, Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, "
       "bool maximize) -> ()");
   m.def(
-      "frozen_sgd(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor bits, Tensor steps, "
-      "Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool decoupled, bool maximize) "
+      "frozen_sgd(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor bits, Tensor ranks, "
+      "Tensor steps, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool decoupled, bool maximize) "
       "-> ()");
   m.def(
       "mask_adam(Tensor(a!)[] logits, Tensor[] weights, Tensor[] grads, Tensor(b!)[] exp_avg, "
       "Tensor(c!)[] exp_avg_sq, Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mask_mode, "
       "int step_offset, Tensor penalty_scale, Tensor steps, Tensor lr, float beta1, float beta2, float eps, "
       "float weight_decay, bool decoupled) -> ()");
-  m.def("linear_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("linear_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, int[] parts, Tensor(a!) out) -> ()");
   m.def("kernel_soft(Tensor(a!)[] masked, Tensor[] reals, Tensor[] weights, float threshold) -> ()");
   m.def(
       "kernel_soft_backward(Tensor(a!)[] dreals, Tensor[] grads, Tensor[] reals, Tensor[] weights, float threshold) "

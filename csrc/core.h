@@ -109,7 +109,8 @@ struct ApplyTensor {
 };
 
 // Optimiser steps. Lanes whose bit is 1 keep weight and state as they are. Every tensor has its own step count, so its
-// own rule.
+// own rule. Where `ranks` is given, state is compact: one entry per free lane in logical order, ranks[b] of them before
+// lane 128 b.
 struct UpdateTypes {
   Type weight;
   Type grad;
@@ -134,6 +135,7 @@ struct AdamWTensor {
   float* exp_avg;
   float* exp_avg_sq;
   const uint8_t* bits;
+  const int64_t* ranks;
   AdamRule rule;
 };
 
@@ -154,6 +156,7 @@ struct SgdTensor {
   const void* grad;
   float* momentum;  // nullptr: momentum is 0
   const uint8_t* bits;
+  const int64_t* ranks;
   SgdRule rule;
 };
 
@@ -194,13 +197,20 @@ struct SoftTensor {
   bool whole;
 };
 
+// Rows [begin, end) of x that belong to one domain.
+struct LinearPart {
+  const uint8_t* bits;  // n * k bits
+  const float* bias;    // (n,) or nullptr
+  int64_t begin, end;
+};
+
 struct LinearPacked {
   const float* x;       // (m, k)
   const float* weight;  // (n, k)
-  const uint8_t* bits;  // n * k bits
-  const float* bias;    // (n,) or nullptr
   float* out;           // (m, n)
-  int64_t m, n, k;
+  const LinearPart* parts;
+  int64_t part_count;
+  int64_t n, k;
 };
 
 // Every function works on elements [begin, end) of one tensor in logical order; begin is a multiple of 128 and, for

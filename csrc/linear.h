@@ -1,71 +1,172 @@
-// y = x (W * bits)^T + bias for a few rows of x, straight from packed bits: each weight is read and masked once.
+// y = x (W * bits)^T + bias for rows of x that belong to several domains: a piece of W is brought into the cache once
+// and masked in registers by the bits of each domain in turn.
+//
+// One output is the sum of sixteen lanes, lane j over the columns c with c % 16 = j in rising order, and the lanes are
+// added in a fixed order. So it depends on its own row of x, row of W, bits and bias and on nothing else: not on other
+// rows or domains, tiles, threads or instruction sets.
 #pragma once
 
-#include "bits.h"
-#include "core.h"
+#include "lanes.h"
 
 namespace dwm::DWM_ISA {
 
-constexpr int kLanes = 16;
+constexpr int kTall = 4;           // rows of x that share a masked piece of W
+constexpr int kWide = 16;          // rows of W that stay in the second-level cache while all domains use them
+constexpr int kSlots = 16;         // groups of at most kTall rows of x that are worked on at a time
+constexpr int64_t kPiece = 4096;   // floats of x that take half of a first-level cache
 
-// n bytes of 0 or 1 from bit `first` on, wherever it lies in its byte.
-static inline void unpack_from(const uint8_t* bits, int64_t first, int64_t n, uint8_t* bytes) {
-  int64_t i = 0;
-  for (; i < n && (first + i) % 8 != 0; ++i) bytes[i] = (bits[(first + i) / 8] >> ((first + i) % 8)) & 1u;
-  unpack_bytes(bits + (first + i) / 8, n - i, bytes + i);
+// Columns at a time, by the rows of x.
+constexpr int64_t kColumns[kTall + 1] = {0, kPiece, kPiece / 2, kPiece / 4, kPiece / 4};
+
+// Rows of W at a time, by the rows of x: as many sums as there are registers for.
+#if defined(__AVX2__)
+constexpr int kGroup[kTall + 1] = {0, 4, 2, 1, 1};
+#else
+constexpr int kGroup[kTall + 1] = {0, 1, 1, 1, 1};
+#endif
+
+// At most kTall rows of x of one domain.
+struct Slot {
+  const LinearPart* part;
+  int64_t row;
+  int rows;
+};
+
+// Rows of W, columns of it, and the pitch of both matrices.
+struct WeightPiece {
+  const float* weight;
+  int64_t first;  // its first element in W, so also its first bit
+  int64_t pitch;
+  int64_t columns;
+  int rows;
+};
+
+// `count` bits from bit `first` on, beginning with a byte: where they lie, or moved into `scratch`.
+static inline const uint8_t* aligned_bits(const uint8_t* bits, int64_t first, int64_t count, uint8_t* scratch) {
+  const uint8_t* from = bits + first / 8;
+  const int shift = static_cast<int>(first % 8);
+  if (shift == 0) return from;
+  const int64_t last = (shift + count - 1) / 8;
+  for (int64_t i = 0; i < last; ++i) scratch[i] = static_cast<uint8_t>(from[i] >> shift | from[i + 1] << (8 - shift));
+  scratch[last] = static_cast<uint8_t>(from[last] >> shift);
+  return scratch;
 }
 
-DWM_NOINLINE static void mask_piece(const float* __restrict w, const uint8_t* __restrict keep, float* __restrict out,
-                                    int n) {
-  for (int i = 0; i < n; ++i) out[i] = keep[i] ? w[i] : 0.0f;
-}
-
-// kRows dot products of one piece of a masked weight row with rows of x.
-template <int kRows>
-DWM_NOINLINE static void dot_piece(const float* __restrict w, const float* __restrict x, int64_t pitch, int n,
-                                   float* __restrict sums) {
-  float lanes[kRows][kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kLanes; ++j) lanes[r][j] += w[i + j] * x[r * pitch + i + j];
+// Adds the products of n columns to the lanes of kN rows of W and kM rows of x. kFetch: W comes from memory, and the
+// rows after these are asked for in time.
+template <int kN, int kM, bool kFetch>
+DWM_NOINLINE static void dot_run(const float* w, const uint8_t* const* bits, const float* x, int64_t pitch, int64_t n,
+                                 float* sums) {
+  Lanes sum[kN][kM];
+  for (int i = 0; i < kN; ++i) {
+    for (int r = 0; r < kM; ++r) sum[i][r] = load(sums + (i * kTall + r) * kLanes);
+  }
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    Lanes kept[kN];
+#pragma GCC unroll 4
+    for (int i = 0; i < kN; ++i) {
+      if constexpr (kFetch) fetch(w + (kN + i) * pitch + c);
+      kept[i] = load_kept(w + i * pitch + c, bits[i] + c / 8);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kM; ++r) {
+      const Lanes row = load(x + r * pitch + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kN; ++i) add_product(sum[i][r], kept[i], row);
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    float sum = 0.0f;
-    for (int j = 0; j < kLanes; ++j) sum += lanes[r][j];
-    for (int j = i; j < n; ++j) sum += w[j] * x[r * pitch + j];
-    sums[r] += sum;
+  if (c < n) {
+    const size_t left = static_cast<size_t>(n - c);
+    for (int i = 0; i < kN; ++i) {
+      float rest[kLanes] = {};
+      uint8_t keep[2] = {};
+      std::memcpy(rest, w + i * pitch + c, left * sizeof(float));
+      std::memcpy(keep, bits[i] + c / 8, left > 8 ? 2 : 1);
+      const Lanes kept = load_kept(rest, keep);
+      for (int r = 0; r < kM; ++r) {
+        float padded[kLanes] = {};
+        std::memcpy(padded, x + r * pitch + c, left * sizeof(float));
+        add_product(sum[i][r], kept, load(padded));
+      }
+    }
+  }
+  for (int i = 0; i < kN; ++i) {
+    for (int r = 0; r < kM; ++r) store(sum[i][r], sums + (i * kTall + r) * kLanes);
   }
 }
 
-static inline void dot_rows(int rows, const float* w, const float* x, int64_t pitch, int n, float* sums) {
-  switch (rows) {
-    case 1: return dot_piece<1>(w, x, pitch, n, sums);
-    case 2: return dot_piece<2>(w, x, pitch, n, sums);
-    case 3: return dot_piece<3>(w, x, pitch, n, sums);
-    default: return dot_piece<4>(w, x, pitch, n, sums);
+template <int kM, bool kFetch>
+static inline void dot_piece(const WeightPiece& piece, const uint8_t* bits, const float* x, float* sums) {
+  constexpr int kN = kGroup[kM];
+  uint8_t scratch[kN][kPiece / 8 + 1];
+  const uint8_t* where[kN];
+  const auto align = [&](int i, int j) {
+    where[j] = aligned_bits(bits, piece.first + (i + j) * piece.pitch, piece.columns, scratch[j]);
+  };
+  int i = 0;
+  for (; i + kN <= piece.rows; i += kN) {
+    for (int j = 0; j < kN; ++j) align(i, j);
+    const float* w = piece.weight + i * piece.pitch;
+    dot_run<kN, kM, kFetch>(w, where, x, piece.pitch, piece.columns, sums + i * kTall * kLanes);
+  }
+  for (; i < piece.rows; ++i) {
+    align(i, 0);
+    const float* w = piece.weight + i * piece.pitch;
+    dot_run<1, kM, kFetch>(w, where, x, piece.pitch, piece.columns, sums + i * kTall * kLanes);
+  }
+}
+
+template <bool kFetch>
+static inline void dot_slot(const WeightPiece& piece, const Slot& slot, const float* x, float* sums) {
+  switch (slot.rows) {
+    case 1: return dot_piece<1, kFetch>(piece, slot.part->bits, x, sums);
+    case 2: return dot_piece<2, kFetch>(piece, slot.part->bits, x, sums);
+    case 3: return dot_piece<3, kFetch>(piece, slot.part->bits, x, sums);
+    default: return dot_piece<4, kFetch>(piece, slot.part->bits, x, sums);
+  }
+}
+
+// All outputs of `count` slots and `wide` rows of W from `row` on.
+static void dot_block(const LinearPacked& job, const Slot* slots, int count, int64_t row, int wide) {
+  alignas(64) float sums[kSlots][kWide * kTall * kLanes];
+  std::memset(sums, 0, static_cast<size_t>(count) * sizeof sums[0]);
+  int tallest = 1;
+  for (int s = 0; s < count; ++s) tallest = slots[s].rows > tallest ? slots[s].rows : tallest;
+  const int64_t columns = kColumns[tallest];
+  for (int64_t k = 0; k < job.k; k += columns) {
+    const int64_t first = row * job.k + k;
+    const WeightPiece piece{job.weight + first, first, job.k, job.k - k < columns ? job.k - k : columns, wide};
+    dot_slot<true>(piece, slots[0], job.x + slots[0].row * job.k + k, sums[0]);
+    for (int s = 1; s < count; ++s) dot_slot<false>(piece, slots[s], job.x + slots[s].row * job.k + k, sums[s]);
+  }
+  for (int s = 0; s < count; ++s) {
+    const float* bias = slots[s].part->bias;
+    for (int r = 0; r < slots[s].rows; ++r) {
+      float* out = job.out + (slots[s].row + r) * job.n + row;
+      for (int i = 0; i < wide; ++i) {
+        const float sum = total(sums[s] + (i * kTall + r) * kLanes);
+        out[i] = bias ? sum + bias[row + i] : sum;
+      }
+    }
   }
 }
 
 static void linear_packed(const LinearPacked& job, int64_t first_row, int64_t last_row) {
-  constexpr int64_t kPiece = 2048;
-  alignas(64) uint8_t keep[kPiece];
-  alignas(64) float masked[kPiece];
-  for (int64_t row = first_row; row < last_row; ++row) {
-    const float start = job.bias ? job.bias[row] : 0.0f;
-    for (int64_t m = 0; m < job.m; ++m) job.out[m * job.n + row] = start;
-    for (int64_t k = 0; k < job.k; k += kPiece) {
-      const int n = static_cast<int>(job.k - k < kPiece ? job.k - k : kPiece);
-      unpack_from(job.bits, row * job.k + k, n, keep);
-      mask_piece(job.weight + row * job.k + k, keep, masked, n);
-      for (int64_t m = 0; m < job.m; m += 4) {
-        const int rows = static_cast<int>(job.m - m < 4 ? job.m - m : 4);
-        float sums[4] = {};
-        dot_rows(rows, masked, job.x + m * job.k + k, job.k, n, sums);
-        for (int r = 0; r < rows; ++r) job.out[(m + r) * job.n + row] += sums[r];
+  Slot slots[kSlots];
+  for (int64_t row = first_row; row < last_row; row += kWide) {
+    const int wide = static_cast<int>(last_row - row < kWide ? last_row - row : kWide);
+    int count = 0;
+    for (int64_t p = 0; p < job.part_count; ++p) {
+      const LinearPart& part = job.parts[p];
+      for (int64_t r = part.begin; r < part.end; r += kTall) {
+        slots[count++] = {&part, r, static_cast<int>(part.end - r < kTall ? part.end - r : kTall)};
+        if (count < kSlots) continue;
+        dot_block(job, slots, count, row, wide);
+        count = 0;
       }
     }
+    if (count > 0) dot_block(job, slots, count, row, wide);
   }
 }
 

@@ -97,7 +97,92 @@ static inline void update_free(UpdateTypes types, const Tensor& t, int64_t begin
       });
 }
 
+// Lanes of one tile of a tensor with compact state: small enough that offsets and values stay in a first-level cache.
+constexpr int64_t kFreeTile = 1024;
+
+// Memory offsets of the free ones among elements [begin, begin + n), in logical order; returns their number.
+// begin: a multiple of 8 and of shape.spatial; n <= kFreeTile.
+DWM_NOINLINE static int free_offsets(const Shape& shape, const uint8_t* bits, int64_t begin, int64_t n,
+                                     int64_t* __restrict offsets) {
+  alignas(64) uint8_t keep[kFreeTile];
+  unpack_bytes(bits + begin / 8, n, keep);
+  int count = 0;
+  if (shape.spatial == 1) {
+    for (int64_t e = 0; e < n; ++e) {
+      offsets[count] = begin + e;
+      count += 1 - keep[e];
+    }
+    return count;
+  }
+  const uint8_t* next = keep;
+  for (int64_t column = begin / shape.spatial; next < keep + n; ++column) {
+    const int64_t first = column / shape.inner * shape.spatial * shape.inner + column % shape.inner;
+    for (int64_t s = 0; s < shape.spatial; ++s) {
+      offsets[count] = first + s * shape.inner;
+      count += 1 - *next++;
+    }
+  }
+  return count;
+}
+
+template <typename T>
+static inline void gather(const void* base, const int64_t* offsets, int n, T* out) {
+  for (int i = 0; i < n; ++i) out[i] = static_cast<const T*>(base)[offsets[i]];
+}
+
+template <typename T>
+static inline void scatter(const T* values, const int64_t* offsets, int n, void* base) {
+  for (int i = 0; i < n; ++i) static_cast<T*>(base)[offsets[i]] = values[i];
+}
+
+DWM_NOINLINE static void gather_lanes(Type type, const void* base, const int64_t* offsets, int n, float* values) {
+  if (type == Type::f32) return gather(base, offsets, n, values);
+  alignas(64) uint16_t raw[kFreeTile];
+  gather(base, offsets, n, raw);
+  load_run(type, raw, 0, n, values);
+}
+
+DWM_NOINLINE static void scatter_lanes(Type type, const float* values, const int64_t* offsets, int n, void* base) {
+  if (type == Type::f32) return scatter(values, offsets, n, base);
+  alignas(64) uint16_t raw[kFreeTile];
+  store_run(type, values, raw, 0, n);
+  scatter(raw, offsets, n, base);
+}
+
+// step(at, n, weights, gradients, moved) for the free lanes of a tile, whose state begins at `at`.
+template <typename Tensor, typename Step>
+static inline void update_compact(UpdateTypes types, const Tensor& t, int64_t begin, int64_t end, Step&& step) {
+  alignas(64) float weight[kFreeTile], grad[kFreeTile], moved[kFreeTile];
+  alignas(64) int64_t offsets[kFreeTile];
+  const int64_t tile = t.shape.spatial == 1 ? kFreeTile : kFreeTile / t.shape.spatial / 8 * 8 * t.shape.spatial;
+  int64_t at = t.ranks[begin / 128];
+  for (int64_t e = begin; e < end; e += tile) {
+    const int n = free_offsets(t.shape, t.bits, e, end - e < tile ? end - e : tile, offsets);
+    gather_lanes(types.weight, t.weight, offsets, n, weight);
+    gather_lanes(types.grad, t.grad, offsets, n, grad);
+    step(at, n, weight, grad, moved);
+    scatter_lanes(types.weight, moved, offsets, n, t.weight);
+    at += n;
+  }
+}
+
+// No lane of a tile is kept.
+alignas(64) constexpr uint8_t kAllFree[kFreeTile] = {};
+
+static void compact_adamw(UpdateTypes types, const AdamWTensor& t, int64_t begin, int64_t end) {
+  update_compact(types, t, begin, end, [&](int64_t at, int n, const float* w, const float* g, float* moved) {
+    adamw_run(t.rule, w, g, t.exp_avg + at, t.exp_avg_sq + at, kAllFree, moved, n);
+  });
+}
+
+static void compact_sgd(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end) {
+  update_compact(types, t, begin, end, [&](int64_t at, int n, const float* w, const float* g, float* moved) {
+    sgd_momentum_run(t.rule, w, g, t.momentum + at, kAllFree, moved, n);
+  });
+}
+
 static void frozen_adamw(UpdateTypes types, const AdamWTensor& t, int64_t begin, int64_t end) {
+  if (t.ranks) return compact_adamw(types, t, begin, end);
   if (types.weight == Type::f32 && types.grad == Type::f32) {
     walk<Wanted{.bits_in = true}>(
         t.shape, TileSource{.bits_in = t.bits}, begin, end,
@@ -114,6 +199,7 @@ static void frozen_adamw(UpdateTypes types, const AdamWTensor& t, int64_t begin,
 }
 
 static void frozen_sgd(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end) {
+  if (t.ranks && t.momentum) return compact_sgd(types, t, begin, end);
   update_free(types, t, begin, end,
               [&](int64_t at, int n, const float* w, const float* g, const uint8_t* keep, float* moved) {
                 if (t.momentum) {

@@ -410,4 +410,4 @@ def _entries_of(key: tuple[Any, ...]) -> tuple[Any, ...]:
     return key[2] if key[0] == "served" else ()
 
 
-_NO_PATCH: Patch = {}
+_NO_PATCH = Patch()

@@ -6,7 +6,7 @@ are equal bit for bit. On other devices the parts are found on the device, witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwm_fast.ops.bank import bank_conv2d, bank_linear
+from dwm_fast.ops.bank import bank_conv2d, bank_linear, multiplies_bits
+from dwm_fast.ops.bits import apply
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -69,16 +70,33 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 
 class BankLinear:
-    """A Linear whose weight is shared and masked per domain: bits (D, nbytes); bias (N,), (D, N) or None."""
+    """A Linear whose weight is shared and masked per domain: bits (D, nbytes); bias (N,), (D, N) or None.
 
-    def __init__(self, weight: Tensor, bits: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bits, self.bias = weight, bits, bias
+    plain: the domains that have no mask for it; their bits are all ones.
+    """
+
+    def __init__(self, weight: Tensor, bits: Tensor, bias: Tensor | None, plain: Container[int]) -> None:
+        self.weight, self.bits, self.bias, self.plain = weight, bits, bias, plain
 
     def __call__(self, input: Tensor) -> Tensor:
         batch = current_batch.get()
         batch.check(input.shape[0])
         x = input.to(_compute_dtype(input))
-        return bank_linear(x, self.weight, self.bits, _cast(self.bias, x), batch.offsets, batch.samples)
+        bias = _cast(self.bias, x)
+        if x.device.type == "cpu" and not multiplies_bits(self.weight):
+            return by_part(x, lambda domain, part: self._part(domain, part, bias))
+        y = bank_linear(x, self.weight, self.bits, bias, batch.offsets, batch.samples)
+        if x.device.type == "cpu":
+            for domain, part in batch.parts(x.shape[0]):
+                if domain in self.plain:
+                    y[part] = self._part(domain, x[part], bias)
+        return y
+
+    def _part(self, domain: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Rows of one domain as a network under that domain alone computes them."""
+        plain = domain in self.plain
+        weight = self.weight if plain else apply(self.bits[domain], [self.weight])[0]
+        return F.linear(x, weight.to(x.dtype), bias[domain] if bias is not None and bias.dim() == 2 else bias)
 
 
 class BankConv2d:

@@ -119,7 +119,8 @@ class _Builder:
         bias = self._stacked(names["bias"], _detached(module.bias))
         self.done.add(names["weight"])
         if isinstance(module, nn.Linear):
-            return BankLinear(weight, bits, bias)
+            plain = [i for i, d in enumerate(self._domains) if names["weight"] not in d.info.layout.names]
+            return BankLinear(weight, bits, bias, plain)
         return BankConv2d(module, weight, bits, bias)
 
     def _own_linear(self, names: Mapping[str, str], module: Any) -> Layer | None:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwm_fast import ops
-from dwm_fast.bank.mixed import share_copy
+from dwm_fast.bank.mixed import network_bits, share_copy
 from dwm_fast.bank.record import DomainMasks, effective_weight
-
-Patch = Mapping[str, Tensor]
-"""Tensors by state dict name that stand in for the backbone's."""
+from dwm_fast.ops.bank import is_large, reads_bits
 
 
-def domain_patch(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """What a domain puts in the place of the backbone's tensors.
+
+    tensors: by state dict name. bits: by name, a large weight of the backbone and the domain's packed bits of it: a
+    linear layer multiplies few rows straight from them, as mixed batches do.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    bits: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def domain_patch(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> tuple[Patch, int]:
     """The tensors of the backbone under a domain, on its device and in its dtypes, and their size in bytes."""
     layout = domain.info.layout
     weights = [tensors[name].detach() for name in layout.names]
@@ -35,7 +47,10 @@ def domain_patch(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> tuple[di
     for name, own in domain.state.items():
         like = tensors[name]
         patch[name] = own.to(like.device, like.dtype if own.is_floating_point() else own.dtype)
-    return patch, sum(t.numel() * t.element_size() for t in patch.values())
+    large = {n: w for n, w in zip(layout.names, weights, strict=True) if is_large(w)}
+    straight = {n: (w, network_bits(domain, n, w)) for n, w in large.items()} if domain.info.form == "binary" else {}
+    kept = [*patch.values(), *(row for _, row in straight.values())]
+    return Patch(patch, straight), sum(t.numel() * t.element_size() for t in kept)
 
 
 class Runner:
@@ -68,18 +83,24 @@ class _Shell:
     def __init__(self, module: nn.Module, aliases: Mapping[str, list[str]]) -> None:
         self.module = module
         self._aliases = aliases
-        self._worn: Patch = {}
+        self._worn = Patch()
         self._plain: dict[str, Tensor | None] = {}
+        self._straight: list[Any] = []
 
     def put_on(self, patch: Patch) -> None:
         if patch is self._worn:
             return
         for name, plain in self._plain.items():
             self._set(name, plain)
-        self._plain = {}
-        for name, tensor in patch.items():
+        for module in self._straight:
+            del module.forward
+        self._plain, self._straight = {}, []
+        for name, tensor in patch.tensors.items():
             for alias in self._aliases[name]:
                 self._plain[alias] = self._set(alias, tensor)
+        for name, (weight, bits) in patch.bits.items():
+            for alias in self._aliases[name]:
+                self._read_bits(alias, weight, bits)
         self._worn = patch
 
     def _set(self, name: str, tensor: Tensor | None) -> Tensor | None:
@@ -89,3 +110,22 @@ class _Shell:
         old: Tensor | None = home[attribute]
         home[attribute] = tensor
         return old
+
+    def _read_bits(self, name: str, weight: Tensor, bits: Tensor) -> None:
+        path, _, attribute = name.rpartition(".")
+        module: Any = self.module.get_submodule(path)
+        if type(module) is nn.Linear and attribute == "weight" and "forward" not in vars(module):
+            module.forward = _LinearFromBits(module, weight, bits)
+            self._straight.append(module)
+
+
+class _LinearFromBits:
+    """The forward of a linear layer that wears a masked weight: few rows are multiplied from the bits instead."""
+
+    def __init__(self, module: nn.Linear, weight: Tensor, bits: Tensor) -> None:
+        self._module, self._weight, self._bits = module, weight, bits
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if reads_bits(input, self._weight):
+            return ops.linear_packed(input, self._weight, self._bits, self._module.bias)
+        return F.linear(input, self._module.weight, self._module.bias)

@@ -3,6 +3,7 @@
 from dwm_fast.ops._backends import BACKENDS, use_backend
 from dwm_fast.ops._dispatch import WAYS, use_way
 from dwm_fast.ops._modes import Mode
+from dwm_fast.ops.bank import bank_conv2d, bank_linear
 from dwm_fast.ops.bits import (
     apply,
     combine,
@@ -28,6 +29,8 @@ __all__ = [
     "Mode",
     "advance",
     "apply",
+    "bank_conv2d",
+    "bank_linear",
     "combine",
     "conv2d",
     "conv2d_packed",

@@ -66,6 +66,7 @@ CONV_OPS = (
     "conv2d", "conv2d_packed", "conv2d_input_grad", "conv2d_packed_input_grad", "conv2d_mask_grad",
     "conv2d_packed_weight_grad",
 )  # fmt: skip
+BANK_OPS = ("bank_linear", "bank_conv2d")
 _EXTENSION = "dwm_fast.ops._extension"
 
 register_table("dwm_fast.kernels.sample", "triton", SAMPLE_OPS)
@@ -74,7 +75,8 @@ register_table("dwm_fast.kernels.update", "triton", UPDATE_OPS)
 register_table("dwm_fast.kernels.linear", "triton", LINEAR_OPS)
 register_table("dwm_fast.kernels.linear_grad", "triton", LINEAR_GRAD_OPS)
 register_table("dwm_fast.kernels.conv2d", "triton", CONV_OPS)
-register_table(_EXTENSION, "cpp", (*SAMPLE_OPS, *BIT_OPS, *UPDATE_OPS, "linear_packed"))
+register_table("dwm_fast.kernels.bank", "triton", BANK_OPS)
+register_table(_EXTENSION, "cpp", (*SAMPLE_OPS, *BIT_OPS, *UPDATE_OPS, "linear_packed", "bank_linear"))
 register_table("dwm_fast.ops._extension_cuda", "cuda", BIT_OPS)
 
 

@@ -34,6 +34,10 @@ TABLE_FORMAT = "dwm-fast dispatch 1"
 
 CPU_ROWS = 8
 """Rows up to which the C++ extension reads bits itself; beyond, unpacking once and the vendor's product win."""
+LARGE_WEIGHT = 1 << 22
+"""Weights (16 MiB in fp32) that no second-level cache holds: reading them is what a product of few rows costs."""
+CPU_ROWS_LARGE = 16
+"""The same limit for large weights, whose masked copy would have to be written to memory and read again."""
 PACKED_ROWS = 64
 """One tile of M: bits are expanded once, and each weight is read once."""
 DRAWN_ROWS = 16
@@ -167,7 +171,7 @@ def _by_theory(problem: Problem) -> Choice:
     if problem.op.startswith("conv2d"):
         return Choice(STAGED, "convolutions run in one pass only where a table of this device says that it is faster")
     if problem.device == "cpu":
-        limit = CPU_ROWS
+        limit = CPU_ROWS_LARGE if problem.n * problem.k >= LARGE_WEIGHT else CPU_ROWS
     elif problem.dtype == torch.float32 and not problem.tf32:
         limit = FMA_ROWS
     elif problem.packed or problem.op.endswith("mask_grad"):

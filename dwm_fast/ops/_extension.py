@@ -7,6 +7,8 @@ order of float32, bfloat16 or float16; anything else takes a copy in such an ord
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +21,7 @@ _build.load("cpu")
 
 from dwm_fast.ops._dispatch import Problem, one_pass  # noqa: E402
 from dwm_fast.ops._layout import COMBINATIONS, FLOATS, PACKABLE, in_order, known, order_of, restored  # noqa: E402
+from dwm_fast.ops.bank import multiply_by_blocks, product_by_blocks, segments  # noqa: E402
 from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402 - only where the extension loads
 from dwm_fast.ops.linear import ACTIVATIONS  # noqa: E402
 from dwm_fast.ops.sample import sample_backward_reference, sample_reference  # noqa: E402
@@ -122,7 +125,9 @@ def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
     return sizes
 
 
-def _alike(weights: TensorList, grads: TensorList, *states: TensorList) -> list[Tensor] | None:
+def _alike(
+    weights: TensorList, grads: TensorList, *states: TensorList, compact: bool = False
+) -> list[Tensor] | None:
     """Gradients in the weights' memory order, or None where the kernels cannot work in place on these tensors."""
     if not (_uniform(weights, FLOATS) and _uniform(grads, FLOATS)):
         return None
@@ -130,7 +135,7 @@ def _alike(weights: TensorList, grads: TensorList, *states: TensorList) -> list[
     for state in states:
         if not _uniform(state, (torch.float32,)):
             return None
-        if any(order_of(s) is not order for s, order in zip(state, orders, strict=True)):
+        if not compact and any(order_of(s) is not order for s, order in zip(state, orders, strict=True)):
             return None
     aligned = []
     for grad, order in zip(grads, orders, strict=True):
@@ -152,15 +157,15 @@ def frozen_adamw(
     ranks: Tensor, steps: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
     decoupled: bool, maximize: bool,
 ) -> None:  # fmt: skip
-    aligned = None if ranks.numel() else _alike(weights, grads, exp_avg, exp_avg_sq)
+    aligned = _alike(weights, grads, exp_avg, exp_avg_sq, compact=ranks.numel() > 0)
     if aligned is None:
         return frozen_adamw_reference(
             weights, grads, exp_avg, exp_avg_sq, bits, ranks, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
             maximize,
         )  # fmt: skip
     _OPS.frozen_adamw.default(
-        weights, aligned, exp_avg, exp_avg_sq, _lane_bits(bits, weights), steps.contiguous(), lr, beta1, beta2, eps,
-        weight_decay, decoupled, maximize,
+        weights, aligned, exp_avg, exp_avg_sq, _lane_bits(bits, weights), ranks.contiguous(), steps.contiguous(), lr,
+        beta1, beta2, eps, weight_decay, decoupled, maximize,
     )  # fmt: skip
 
 
@@ -170,15 +175,15 @@ def frozen_sgd(
     decoupled: bool, maximize: bool,
 ) -> None:  # fmt: skip
     states = [momentum_buffers] if momentum != 0 else []
-    aligned = None if ranks.numel() else _alike(weights, grads, *states)
+    aligned = _alike(weights, grads, *states, compact=ranks.numel() > 0)
     if aligned is None:
         return frozen_sgd_reference(
             weights, grads, momentum_buffers, bits, ranks, steps, lr, momentum, dampening, weight_decay, nesterov,
             decoupled, maximize,
         )  # fmt: skip
     _OPS.frozen_sgd.default(
-        weights, aligned, momentum_buffers, _lane_bits(bits, weights), steps.contiguous(), lr, momentum, dampening,
-        weight_decay, nesterov, decoupled, maximize,
+        weights, aligned, momentum_buffers, _lane_bits(bits, weights), ranks.contiguous(), steps.contiguous(), lr,
+        momentum, dampening, weight_decay, nesterov, decoupled, maximize,
     )  # fmt: skip
 
 
@@ -202,17 +207,47 @@ def mask_adam(
     )  # fmt: skip
 
 
-def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    rows = x.numel() // max(1, weight.shape[1])
+def _reads_bits(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Whether `rows` rows of x of one domain are multiplied straight from bits."""
     dtype = weight.dtype if x.dtype == torch.float32 else x.dtype
-    problem = Problem("linear_packed", "cpu", dtype, rows, *weight.shape)
-    if not (rows and one_pass(problem)):
-        return ACTIVATIONS[activation](F.linear(x, apply(bits, [weight])[0].to(x.dtype), bias))
-    out = torch.empty((rows, weight.shape[0]), dtype=torch.float32)
-    flat = x.reshape(rows, weight.shape[1]).contiguous()
-    start = None if bias is None else bias.float().contiguous()
-    _OPS.linear_packed.default(flat, weight.contiguous(), bits.contiguous(), start, out)
-    return ACTIVATIONS[activation](out.view(*x.shape[:-1], weight.shape[0]))
+    return rows > 0 and one_pass(Problem("linear_packed", "cpu", dtype, rows, *weight.shape))
+
+
+def _straight(rows: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, parts: Sequence[int], y: Tensor) -> None:
+    """y[begin:end] = rows[begin:end] (W * bits[domain])^T + bias for every (domain, begin, end) of the flat `parts`."""
+    shift = None if bias is None else bias.float().contiguous()
+    _OPS.linear_packed.default(rows.contiguous(), weight.contiguous(), bits, shift, parts, y)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    rows, network = _matrix(x), bits.contiguous().unsqueeze(0)
+    if not _reads_bits(x, weight, rows.shape[0]):
+        return ACTIVATIONS[activation](product_by_blocks(x, weight, network, bias))
+    y = torch.empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
+    _straight(rows, weight, network, bias, [0, 0, rows.shape[0]], y)
+    return ACTIVATIONS[activation](y.view(*x.shape[:-1], weight.shape[0]))
+
+
+def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:
+    rows = _matrix(x)
+    y = x.new_empty((rows.shape[0], weight.shape[0]))
+    few: list[int] = []
+    many = []
+    reads = functools.cache(lambda count: _reads_bits(x, weight, count))
+    for domain, part in segments(offsets, rows.shape[0], samples):
+        if reads(part.stop - part.start):
+            few += [domain, part.start, part.stop]
+        else:
+            many.append((domain, part))
+    if few:
+        _straight(rows, weight, bits, bias, few, y)
+    if many:
+        multiply_by_blocks(y, rows, weight, bits, bias, many)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def conv2d_packed(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops import _backends
-from dwm_fast.ops._library import define
+from dwm_fast.ops._dispatch import LARGE_WEIGHT, Problem, one_pass
+from dwm_fast.ops._library import autocast_dtype, define
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import packed_nbytes
 
@@ -41,12 +42,51 @@ def bank_linear_reference(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     y = x.new_zeros((rows.shape[0], weight.shape[0]))
-    parts = list(segments(offsets, rows.shape[0], samples))
+    multiply_by_blocks(y, rows, weight, bits, bias, list(segments(offsets, rows.shape[0], samples)))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def multiply_by_blocks(
+    y: Tensor, rows: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, parts: list[tuple[int, slice]]
+) -> None:
+    """y[part] = rows[part] (W * bits[domain])^T + the domain's bias for each (domain, part), by torch's own product."""
     for block, where in _row_blocks(weight):
         for domain, part in parts:
-            masked = apply_bits(bits[domain, where], [weight[block]])[0].to(x.dtype)
+            masked = apply_bits(bits[domain, where], [weight[block]])[0].to(rows.dtype)
             shift = _bias_of(bias, domain)
             y[part, block] = F.linear(rows[part], masked, None if shift is None else shift[block])
+
+
+def is_large(weight: Tensor) -> bool:
+    """Whether a linear layer's weight is one that networks multiply from bits where that can be done."""
+    large = weight.dim() == 2 and weight.numel() >= LARGE_WEIGHT
+    return large and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def multiplies_bits(weight: Tensor) -> bool:
+    """Whether few rows of x are multiplied with this weight straight from bits: it is large, and the extension there.
+
+    Smaller weights stay in a cache once they are masked: torch's product of them costs less than reading bits again
+    in every call.
+    """
+    return is_large(weight) and _backends.chosen("linear_packed", "cpu") == "cpp"
+
+
+def reads_bits(x: Tensor, weight: Tensor) -> bool:
+    """Whether x (..., K) is multiplied with `weight` (N, K) straight from bits."""
+    if not multiplies_bits(weight) or autocast_dtype(x) != torch.float32:
+        return False
+    rows = x.numel() // max(x.shape[-1], 1)
+    return rows > 0 and one_pass(Problem("linear_packed", "cpu", torch.float32, rows, *weight.shape))
+
+
+def product_by_blocks(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+    """x (W * bits[0])^T + bias for one domain by torch's product, the masked weight never there as a whole if large."""
+    if len(_row_blocks(weight)) == 1:
+        return F.linear(x, apply_bits(bits[0], [weight])[0].to(x.dtype), bias)
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty((rows.shape[0], weight.shape[0]))
+    multiply_by_blocks(y, rows, weight, bits, bias, [(0, slice(0, rows.shape[0]))])
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

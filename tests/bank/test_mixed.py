@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +60,65 @@ def test_a_mixed_batch_equals_the_loop_over_domains_exactly(
     bank = _bank(own)
     _assert_equals_loop(bank, x, domains)
     assert bank.serve(sorted(set(domains))).layerwise
+
+
+class _Wide(nn.Module):
+    """A weight so large that few rows are multiplied straight from bits, between small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 2048)
+        self.large = nn.Linear(2048, 2048)
+        self.fc = nn.Linear(2048, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.large(torch.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize("shape", [(24,), (3, 24)], ids=["rows", "tokens"])
+def test_large_layers_give_a_mixed_batch_exactly_what_they_give_a_domain_alone(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net = _Wide().eval()
+    bank = MaskBank(net)
+    small, large = "first.weight", "large.weight"
+    by_output = {small: torch.rand(2048, 24) < 0.5, large: torch.rand(2048, 1) < 0.5}
+    bank.add("photo", nets.masks_for(net, 0, names=(small, large)), state={"large.bias": torch.randn(2048)})
+    bank.add("art", by_output)  # a bit for every output
+    bank.add("cartoon", nets.masks_for(net, 2, names=(small,)))  # the large weight as it is
+    bank.add("sketch", nets.masks_for(net, 3, names=(large,)), state={"large.bias": torch.randn(2048)})
+    domains = ["sketch", "photo", "art", "cartoon", "photo", "sketch", *["art"] * 17]
+    x = torch.randn(len(domains), *shape)
+    with torch.no_grad():
+        assert bank.serve(DOMAINS).layerwise
+        y = bank(x, domains=domains)
+        for name in DOMAINS:
+            rows = [i for i, d in enumerate(domains) if d == name]
+            bank.activate(name)
+            assert torch.equal(y[rows], bank(x[rows]))
+        bank.activate(None)
+        assert torch.equal(bank(x), net(x))
+
+
+def test_a_large_layer_read_from_bits_passes_gradients_on() -> None:
+    torch.manual_seed(0)
+    net = _Wide().eval()
+    bank = MaskBank(net)
+    masks = nets.masks_for(net, 0, names=("large.weight",))
+    bank.add("photo", masks)
+    bank.activate("photo")
+    x = torch.randn(2, 24, dtype=torch.float64)
+    exact = copy.deepcopy(net).double()
+    with torch.no_grad():
+        exact.large.weight.mul_(masks["large.weight"])
+    found = []
+    for call in (bank, lambda x: bank(x, domains=["photo"] * 2)):
+        inputs = x.float().requires_grad_()
+        call(inputs).sum().backward()
+        found.append(inputs.grad)
+    inputs = x.clone().requires_grad_()
+    exact(inputs).sum().backward()
+    for grad in found:
+        torch.testing.assert_close(grad.double(), inputs.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_missing_classes_never_win() -> None:

@@ -145,9 +145,9 @@ std::vector<uint8_t> results(const Kernels& k, const Shape& shape, int mode, Typ
   for_chunks(shape, [&](int64_t b, int64_t e) { k.sample_backward(back_rule, back, b, e); });
   const MaskAdamTensor masks{shape, logits.get(), weight.get(), grad.get(), exp_avg.get(), exp_avg_sq.get(), 3, 0.25f, adam};
   for_chunks(shape, [&](int64_t b, int64_t e) { k.mask_adam(back_rule, masks, b, e); });
-  const AdamWTensor adamw{shape, weight.get(), grad.get(), exp_avg.get(), exp_avg_sq.get(), bits.get(), adam};
+  const AdamWTensor adamw{shape, weight.get(), grad.get(), exp_avg.get(), exp_avg_sq.get(), bits.get(), nullptr, adam};
   for_chunks(shape, [&](int64_t b, int64_t e) { k.frozen_adamw({type, type}, adamw, b, e); });
-  const SgdTensor sgd{shape, weight.get(), grad.get(), exp_avg.get(), bits.get(),
+  const SgdTensor sgd{shape, weight.get(), grad.get(), exp_avg.get(), bits.get(), nullptr,
                       {0.1f, 0.9f, 1.0f, 1.0f, 0.01f, 1.0f, true, false}};
   for_chunks(shape, [&](int64_t b, int64_t e) { k.frozen_sgd({type, type}, sgd, b, e); });
 
@@ -161,21 +161,89 @@ std::vector<uint8_t> results(const Kernels& k, const Shape& shape, int mode, Typ
   return all;
 }
 
-void check_linear(const Kernels& k, int64_t m, int64_t n, int64_t width) {
-  Block<float> x(m * width), w(n * width), bias(n), out(m * n);
-  Block<uint8_t> bits(packed_nbytes(n * width));
-  for (int64_t i = 0; i < x.size; ++i) x[i] = static_cast<float>(std::rand() % 7 - 3);
-  for (int64_t i = 0; i < w.size; ++i) w[i] = static_cast<float>(std::rand() % 7 - 3);
-  for (int64_t i = 0; i < n; ++i) bias[i] = static_cast<float>(i);
-  for (int64_t e = 0; e < n * width; ++e) bits[e / 8] = static_cast<uint8_t>(bits[e / 8] | (std::rand() % 2) << (e % 8));
-  k.linear_packed({x.get(), w.get(), bits.get(), bias.get(), out.get(), m, n, width}, 0, n);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      float expected = bias[j];
-      for (int64_t c = 0; c < width; ++c) expected += bit(bits, j * width + c) ? x[i * width + c] * w[j * width + c] : 0.0f;
-      require(out[i * n + j] == expected, "linear from bits is exact on small integers", k.name);
+// Compact state after two steps of each optimiser is dense state without the kept lanes; weights are the same.
+void check_compact(const Kernels& k, const Shape& shape, Type type) {
+  std::srand(6);
+  const int64_t n = shape.numel, width = type == Type::f32 ? 4 : 2;
+  Block<uint8_t> bits(packed_nbytes(n));
+  Block<int64_t> ranks(packed_nbytes(n) / 16), place(n);
+  int64_t free = 0;
+  for (int64_t e = 0; e < n; ++e) {
+    if (e % 128 == 0) ranks[e / 128] = free;
+    const bool keep = std::rand() % 3 == 0;
+    bits[e / 8] = static_cast<uint8_t>(bits[e / 8] | keep << (e % 8));
+    place[e] = keep ? -1 : free++;
+  }
+  Block<float> grad(n), m(n), v(n), compact_m(free), compact_v(free);
+  Block<uint8_t> weight(n * width), compact_weight(n * width);
+  for (int64_t i = 0; i < n; ++i) {
+    grad[i] = next_float();
+    const float value = next_float();
+    uint32_t raw;
+    std::memcpy(&raw, &value, 4);
+    if (type != Type::f32) raw >>= 16;
+    for (const Block<uint8_t>* block : {&weight, &compact_weight}) {
+      std::memcpy(block->get() + i * width, &raw, static_cast<size_t>(width));
     }
   }
+  const AdamRule adam{0.1f, 0.999f, 0.001f, 0.01f, 1.5f, 1e-8f, 0.99f, 0.0f, 1.0f};
+  const SgdRule rule{0.1f, 0.9f, 1.0f, 1.0f, 0.01f, 1.0f, true, false};
+  const UpdateTypes types{type, Type::f32};
+  for (int step = 0; step < 2; ++step) {
+    for_chunks(shape, [&](int64_t b, int64_t e) {
+      k.frozen_adamw(types, {shape, weight.get(), grad.get(), m.get(), v.get(), bits.get(), nullptr, adam}, b, e);
+      k.frozen_adamw(types, {shape, compact_weight.get(), grad.get(), compact_m.get(), compact_v.get(), bits.get(),
+                             ranks.get(), adam}, b, e);
+      k.frozen_sgd(types, {shape, weight.get(), grad.get(), m.get(), bits.get(), nullptr, rule}, b, e);
+      k.frozen_sgd(types, {shape, compact_weight.get(), grad.get(), compact_m.get(), bits.get(), ranks.get(), rule}, b, e);
+    });
+  }
+  require(std::memcmp(weight.get(), compact_weight.get(), static_cast<size_t>(n * width)) == 0,
+          "compact state moves weights as dense state does", k.name);
+  for (int64_t e = 0; e < n; ++e) {
+    const int64_t i = memory_index(shape, e), j = place[e];
+    if (j < 0) continue;
+    require(compact_m[j] == m[i] && compact_v[j] == v[i], "compact state is dense state's free lanes in order", k.name);
+  }
+}
+
+// Rows of three domains, and x and W of small integers (products are exact) or of any numbers; returns the outputs.
+std::vector<float> check_linear(const Kernels& k, int64_t n, int64_t width, bool integers) {
+  std::srand(7);
+  const int64_t rows[] = {5, 1, 66}, m = 72;
+  Block<float> x(m * width), w(n * width), bias(n), out(m * n), alone(m * n);
+  std::vector<Block<uint8_t>> bits;
+  std::vector<LinearPart> parts;
+  const auto number = [&] { return integers ? static_cast<float>(std::rand() % 7 - 3) : next_float(); };
+  for (int64_t i = 0; i < x.size; ++i) x[i] = number();
+  for (int64_t i = 0; i < w.size; ++i) w[i] = number();
+  for (int64_t i = 0; i < n; ++i) bias[i] = static_cast<float>(i);
+  int64_t begin = 0;
+  for (const int64_t count : rows) {
+    bits.emplace_back(packed_nbytes(n * width));
+    for (int64_t e = 0; e < n * width; ++e) {
+      bits.back()[e / 8] = static_cast<uint8_t>(bits.back()[e / 8] | (std::rand() % 2) << (e % 8));
+    }
+    parts.push_back({bits.back().get(), parts.empty() ? nullptr : bias.get(), begin, begin + count});
+    begin += count;
+  }
+  k.linear_packed({x.get(), w.get(), out.get(), parts.data(), 3, n, width}, 0, n);
+  for (size_t p = 0; p < 3; ++p) {
+    for (int64_t i = parts[p].begin; i < parts[p].end; ++i) {
+      const LinearPart one{parts[p].bits, parts[p].bias, i, i + 1};
+      k.linear_packed({x.get(), w.get(), alone.get(), &one, 1, n, width}, 0, n);
+      for (int64_t j = 0; j < n; ++j) {
+        require(out[i * n + j] == alone[i * n + j], "a row's outputs do not depend on other rows", k.name);
+        if (!integers) continue;
+        float expected = p == 0 ? 0.0f : bias[j];
+        for (int64_t c = 0; c < width; ++c) {
+          expected += bit(bits[p], j * width + c) ? x[i * width + c] * w[j * width + c] : 0.0f;
+        }
+        require(out[i * n + j] == expected, "linear from bits is exact on small integers", k.name);
+      }
+    }
+  }
+  return {out.get(), out.get() + out.size};
 }
 
 // Small integers: products and sums are exact, in whatever order they are formed.
@@ -240,7 +308,7 @@ int main() {
   for (const Kernels* k : tables) {
     check_words(*k);
     for (const Shape& shape : shapes) check_bits(*k, shape);
-    for (const int64_t width : {1, 7, 33, 2050}) check_linear(*k, 5, 3, width);
+    for (const int64_t width : {1, 7, 33, 2050}) check_linear(*k, 3, width, true);
     for (const int64_t taps : {1, 4, 9, 49}) {
       for (const bool last : {false, true}) {
         check_filters(*k, 3, 33, taps, last);
@@ -252,7 +320,16 @@ int main() {
       require(soft_step(*k, 40001, whole) == soft_step(*tables.front(), 40001, whole), "sets agree on SPG", k->name);
     }
   }
+  for (const int64_t n : {1, 3, 18}) {
+    for (const int64_t width : {5, 16, 1027, 4112}) {
+      const auto first = check_linear(*tables.front(), n, width, false);
+      require(first == check_linear(*tables.back(), n, width, false), "instruction sets multiply alike", "linear");
+    }
+  }
   for (const Shape& shape : shapes) {
+    for (const Kernels* k : tables) {
+      for (const Type type : {Type::f32, Type::bf16}) check_compact(*k, shape, type);
+    }
     for (int mode = kGumbelHard; mode <= kEdit; ++mode) {
       for (const Type type : {Type::f32, Type::bf16, Type::f16}) {
         for (const float inverse_tau : {1.0f, 1.7f}) {

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwm_fast.ops import _build, _extension
+from dwm_fast.ops import _build, _extension, update
+from dwm_fast.ops.update import free_ranks
 
 MODES = range(6)
 SHAPES = [(64, 3, 7, 7), (130, 33, 3, 3), (96, 64, 1, 1), (10, 513), (5,), (3, 2, 3, 3, 3), (1, 1, 1, 1)]
@@ -308,19 +309,83 @@ def test_wrong_lengths_are_refused_before_memory_is_touched() -> None:
         torch.ops.dwm_fast_cpu.apply(torch.zeros(16, dtype=torch.uint8), [torch.ones(3)], [])
 
 
-@pytest.mark.parametrize("width", [1, 7, 33, 512, 2049])
-@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+ROWS = [1, 3, 8, 9]
+
+
+def masked_product(width: int, seed: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight (19, width), two masks, and a bias for each."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(19, width, generator=generator)
+    masks = torch.rand(2, 19, width, generator=generator) < 0.5
+    return weight, masks, torch.randn(2, 19, generator=generator), torch.randn(40, width, generator=generator)
+
+
+@pytest.mark.parametrize("width", [1, 7, 33, 512, 5003])
+@pytest.mark.parametrize("rows", ROWS)
 def test_linear_from_bits_matches_fp64(rows: int, width: int) -> None:
-    generator = torch.Generator().manual_seed(6)
-    x, weight = torch.randn(2, rows, width, generator=generator), torch.randn(19, width, generator=generator)
-    mask, bias = torch.rand(19, width, generator=generator) < 0.5, torch.randn(19, generator=generator)
-    bits = _extension.pack([mask])
+    weight, masks, biases, x = masked_product(width)
+    masked, bits, x = weight.double() * masks[0], _extension.pack([masks[0]]), x[: 2 * rows].view(2, rows, width)
     for part in (x[:1], x[0], x[0, 0]):
-        got = _extension.linear_packed(part, weight, bits, bias, "none")
-        exact = torch.nn.functional.linear(part.double(), weight.double() * mask, bias.double())
-        budget = 1e-6 * (part.double().abs() @ (weight.double() * mask).abs().t() + 1)
+        got = _extension.linear_packed(part, weight, bits, biases[0], "none")
+        exact = torch.nn.functional.linear(part.double(), masked, biases[0].double())
+        # Each lane adds ceil(width / 16) rounded products, four levels add the lanes and one the bias.
+        terms = -(-width // 16) + 6
+        size = part.double().abs() @ masked.abs().t() + biases[0].double().abs()
         assert got.shape == exact.shape
-        assert ((got - exact).abs() <= budget).all()
+        assert ((got - exact).abs() <= terms * 2.0**-24 / (1 - terms * 2.0**-24) * size).all()
+
+
+@pytest.mark.parametrize("width", [5, 128, 5003])
+def test_a_row_from_bits_is_the_same_bit_for_bit_in_any_company(width: int) -> None:
+    weight, masks, biases, x = masked_product(width)
+    bits = torch.stack([_extension.pack([mask]) for mask in masks])
+    expected = []
+    for row in range(7):
+        domain = int(row >= 2)
+        expected.append(_extension.linear_packed(x[row], weight, bits[domain], biases[domain], "none"))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y = _extension.bank_linear(x[:7], weight, bits, biases, torch.tensor([0, 2, 7]), 7)
+            assert torch.equal(y, torch.stack(expected))
+    finally:
+        torch.set_num_threads(before)
+    shared = _extension.bank_linear(x[:7], weight, bits, biases[0], torch.tensor([0, 2, 7]), 7)
+    assert torch.equal(shared[:2], y[:2])
+    assert not torch.equal(shared[2:], y[2:])
+
+
+def test_integers_multiply_exactly_from_bits() -> None:
+    """Sums of at most 5003 products of magnitude 9 stay below 2^24, so every order of adding gives the same."""
+    generator = torch.Generator().manual_seed(9)
+    weight, x = (torch.randint(-3, 4, (n, 5003), generator=generator).float() for n in (33, 60))
+    masks = torch.rand(4, 33, 5003, generator=generator) < 0.6
+    bits = torch.stack([_extension.pack([mask]) for mask in masks])
+    wide = torch.full((4, bits.shape[1] + 48), 255, dtype=torch.uint8)
+    wide[:, 16:-32] = bits  # rows of bits may lie apart
+    counts = [1, 0, 10, 4]  # ten are too many to be read from bits
+    ends = torch.tensor([0, *counts]).cumsum(0)
+    y = _extension.bank_linear(x.view(15, 4, 5003), weight, wide[:, 16:-32], None, ends, 15)
+    for domain, count in enumerate(counts):
+        part = slice(int(ends[domain]), int(ends[domain]) + count)
+        assert torch.equal(y[part], torch.nn.functional.linear(x.view(15, 4, 5003)[part], weight * masks[domain]))
+
+
+def test_infinite_inputs_meet_masked_weights_as_in_a_product() -> None:
+    weight, masks, _, x = masked_product(33)
+    x[0, 5], x[1, 7] = torch.inf, torch.nan
+    got = _extension.linear_packed(x[:3], weight, _extension.pack([masks[0]]), None, "none")
+    expected = torch.nn.functional.linear(x[:3], torch.where(masks[0], weight, 0.0))
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("parts", [[0, 0, 5], [0, -1, 2], [2, 0, 1], [-1, 0, 1], [0, 3, 2], [0, 0]])
+def test_parts_outside_of_the_matrices_are_refused_before_memory_is_touched(parts: list[int]) -> None:
+    weight, masks, _, x = masked_product(33)
+    bits = torch.stack([_extension.pack([mask]) for mask in masks])
+    with pytest.raises(RuntimeError, match=r"dwm_fast: (a part lies outside|parts come as)"):
+        torch.ops.dwm_fast_cpu.linear_packed(x[:4], weight, bits, None, parts, torch.empty(4, 19))
 
 
 def free_run(optimizer: str, order: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -367,6 +432,93 @@ def test_frozen_steps_match_torch_on_free_lanes(optimizer: str, order: str) -> N
         assert torch.allclose(ours.double()[~mask], theirs[~mask], rtol=1e-5, atol=1e-6)
 
 
+class Compact:
+    """A network whose weights take the same steps with dense state and with compact state."""
+
+    def __init__(self, order: str, dtype: torch.dtype, fraction: float = 0.5) -> None:
+        self.generator = torch.Generator().manual_seed(17)
+        weights = [w.contiguous() if order == "strided" else w for w in network(order, dtype)[1]]
+        self.masks = [torch.rand(s, generator=self.generator) < fraction for s in SHAPES]
+        self.bits, numels = _extension.pack(self.masks), [w.numel() for w in weights]
+        self.ranks = free_ranks(self.bits, numels)
+        self.weights = {True: [w.clone() for w in weights], False: weights}
+        free = [int((~mask).sum()) for mask in self.masks]
+        wide = torch.promote_types(dtype, torch.float32)
+        self.states = {
+            False: [[torch.zeros_like(w, dtype=wide) for w in weights] for _ in range(2)],
+            True: [[torch.zeros(n, dtype=wide) for n in free] for _ in range(2)],
+        }
+        self.lr, self.steps = torch.tensor(0.01, dtype=torch.float64), torch.zeros(len(weights))
+
+    def step(self, optimizer: str, grads: list[Tensor], kernels: bool = True) -> None:
+        self.steps += 1
+        for compact, weights in self.weights.items():
+            ranks = self.ranks if compact else self.ranks[:0]
+            first, second = self.states[compact]
+            where = _extension if kernels else update
+            suffix = "" if kernels else "_reference"
+            if optimizer == "adamw":
+                getattr(where, f"frozen_adamw{suffix}")(
+                    weights, grads, first, second, self.bits, ranks, self.steps, self.lr, 0.9, 0.999, 1e-8, 0.1, True,
+                    False,
+                )  # fmt: skip
+            else:
+                getattr(where, f"frozen_sgd{suffix}")(
+                    weights, grads, first, self.bits, ranks, self.steps, self.lr, 0.9, 0.3, 0.1, False, False, False
+                )
+
+    def gradients(self) -> list[Tensor]:
+        grads = [torch.randn(s, generator=self.generator) for s in SHAPES]
+        return [g.masked_fill(m, float("nan")) for g, m in zip(grads, self.masks, strict=True)]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_compact_state_takes_the_same_steps_bit_for_bit(
+    optimizer: str, order: str, dtype: torch.dtype, fraction: float
+) -> None:
+    net = Compact(order, dtype, fraction)
+    for _ in range(3):
+        net.step(optimizer, net.gradients())
+    for compact, dense in zip(net.weights[True], net.weights[False], strict=True):
+        assert torch.equal(compact, dense)
+        assert compact.stride() == dense.stride()
+    for compact_states, dense_states in zip(net.states[True], net.states[False], strict=True):
+        for compact, dense, mask in zip(compact_states, dense_states, net.masks, strict=True):
+            assert torch.equal(compact, dense[~mask])
+            assert not dense[mask].any()
+
+
+@pytest.mark.parametrize("order", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_compact_state_follows_the_reference_step_by_step(optimizer: str, order: str) -> None:
+    ours, theirs, exact = (Compact(order, dtype) for dtype in (torch.float32, torch.float32, torch.float64))
+    for _ in range(5):
+        grads = ours.gradients()
+        ours.step(optimizer, grads)
+        theirs.step(optimizer, grads, kernels=False)
+        exact.step(optimizer, [g.double() for g in grads], kernels=False)
+        for pick in (lambda net: net.states[True][0], lambda net: net.weights[True]):
+            for mine, other, true in zip(pick(ours), pick(theirs), pick(exact), strict=True):
+                error = (other.double() - true).abs().max() + torch.finfo(torch.float32).eps * true.abs().max()
+                assert ((mine.double() - true).abs() <= 2 * error).all()
+
+
+def test_compact_state_of_another_length_is_refused_before_memory_is_touched() -> None:
+    net = Compact("contiguous", torch.float32)
+    net.states[True][1][2] = net.states[True][1][2][1:]
+    with pytest.raises(RuntimeError, match="compact state has another length"):
+        net.step("adamw", net.gradients())
+    wrong = net.ranks.clone()
+    wrong[0] += 1
+    for ranks, message in ((wrong, "do not count the free lanes"), (wrong[1:], "one int64 per 16 bytes")):
+        net.ranks = ranks
+        with pytest.raises(RuntimeError, match=message):
+            net.step("sgd", net.gradients())
+
+
 def test_frozen_steps_round_low_precision_weights() -> None:
     for ours, theirs, mask in zip(*free_run("adamw", "channels_last", torch.bfloat16), strict=True):
         assert torch.allclose(ours.double()[~mask], theirs[~mask], rtol=0, atol=0.05)
@@ -411,5 +563,6 @@ def test_compiler_vectorised_the_lane_loops() -> None:
     listing = subprocess.run([objdump, "-d", "-C", "--no-show-raw-insn", path], capture_output=True, text=True).stdout
     functions = re.findall(r"<(?:\w+ )?dwm::avx2::(\w+)[^\n]*>:\n(.*?)\n\n", listing, re.S)
     loops = {name: body for name, body in functions if name.endswith(("_run", "philox_blocks", "store_free_f32"))}
-    assert {"sample_run", "chain_run", "adamw_run", "adam_run", "sgd_run", "apply_run", "philox_blocks"} <= set(loops)
+    wanted = {"sample_run", "chain_run", "adamw_run", "adam_run", "sgd_run", "apply_run", "dot_run", "philox_blocks"}
+    assert wanted <= set(loops)
     assert not [name for name, body in loops.items() if "%ymm" not in body]

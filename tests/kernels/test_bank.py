@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dwm_fast
 from dwm_fast import ops
 from dwm_fast.kernels import bank as kernels
 from dwm_fast.kernels.bank import FEW, FEW_WIDE, MANY, Tiles, override_tiles
@@ -50,6 +51,19 @@ def test_linear_is_the_loop_over_domains(device, tiles, counts, shape, dtype):
     low = (torch.einsum("mk,mnk->mn", x.float(), masked.float()) + bias.float()).to(dtype)
     assert y.dtype == dtype
     assert_within_budget(y, exact, low)
+
+
+def test_the_operations_are_computed_here_where_triton_computes(device, tiles, monkeypatch):
+    counts = [2, 0, 3]
+    weight, bits, offsets, _ = make_case(device, counts, (6, 4, 3, 3))
+    x = torch.randn(5, 4, 7, 7, device=device)
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    expected = kernels.bank_conv2d(x, weight, bits, None, offsets, 5, *geometry)
+    monkeypatch.setattr(kernels, "bank_linear_reference", None)
+    with dwm_fast.use_backend("triton"):
+        assert torch.equal(ops.bank_conv2d(x, weight, bits, None, offsets, 5, padding=(1, 1)), expected)
+        flat = (x.flatten(1)[:, :36], weight.flatten(1), bits, None, offsets, 5)
+        assert torch.equal(ops.bank_linear(*flat), kernels.bank_linear(*flat))
 
 
 def test_biases_may_be_per_domain_and_samples_may_have_many_rows(device, tiles):

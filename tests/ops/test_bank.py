@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dwm_fast
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.ops.bank import bank_conv2d, bank_linear
@@ -30,15 +31,31 @@ def _parts(counts: list[int]) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
-@pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("shape", [(5, 7), (16, 128), (1, 3), (2049, 515)])
+SHAPES = [(5, 7), (16, 128), (1, 3), (2049, 515)]
+
+
+@pytest.mark.parametrize("counts", [*COUNTS, [20, 2, 0, 9]])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_linear_equals_the_loop_over_domains_exactly(counts: list[int], shape: tuple[int, int], poison: None) -> None:
     weight, masks, bits, offsets = _case(counts, shape)
     x, bias = torch.randn(sum(counts), shape[1]), torch.randn(shape[0])
-    y = bank_linear(x, weight, bits, bias, offsets, len(x))
-    for part, mask in zip(_parts(counts), masks, strict=True):
+    with dwm_fast.use_backend("reference"):
+        plain = bank_linear(x, weight, bits, bias, offsets, len(x))
+    mixed = bank_linear(x, weight, bits, bias, offsets, len(x))
+    for domain, part in enumerate(_parts(counts)):
         if part.start < part.stop:
-            assert torch.equal(y[part], F.linear(x[part], torch.where(mask, weight, 0.0), bias))
+            assert torch.equal(plain[part], F.linear(x[part], torch.where(masks[domain], weight, 0.0), bias))
+            assert torch.equal(mixed[part], ops.linear_packed(x[part], weight, bits[domain], bias))
+
+
+@pytest.mark.parametrize("counts", [*COUNTS, [20, 2, 0, 9]])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_integers_are_exact_whoever_computes_them(counts: list[int], shape: tuple[int, int]) -> None:
+    weight, masks, bits, offsets = _case(counts, shape)
+    x, weight = torch.randint(-3, 4, (sum(counts), shape[1])).float(), weight.mul(2).round()
+    y = bank_linear(x, weight, bits, None, offsets, len(x))
+    for domain, part in enumerate(_parts(counts)):
+        assert torch.equal(y[part], x[part] @ (weight * masks[domain]).T)
 
 
 def test_linear_takes_a_bias_per_domain_and_rows_that_belong_to_one_sample() -> None:
