@@ -115,7 +115,7 @@ class _Shell:
         path, _, attribute = name.rpartition(".")
         module: Any = self.module.get_submodule(path)
         if type(module) is nn.Linear and attribute == "weight" and "forward" not in vars(module):
-            module.forward = _LinearFromBits(module, weight, bits)
+            vars(module)["forward"] = _LinearFromBits(module, weight, bits)
             self._straight.append(module)
 
 
