@@ -263,7 +263,7 @@ def test_repr_shows_the_layer_and_its_mask():
     )
     assert repr(dwm.MaskedLinear(4, 2, bias=False, kind=dwm.Threshold())) == (
         "MaskedLinear(in_features=4, out_features=2, bias=False, "
-        "mask=(kind=threshold, threshold=0.005, init=0.01, ternary=False))"
+        "mask=(kind=threshold, threshold=0.005, init=0.01, ternary=False, scheme=1s))"
     )
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ from .study_for_tests import stages, tiny, tiny_data, without_seconds
 
 SOURCE = "source-photo-seed0"
 TASKS = ["sequence-none-photo-seed0", "sequence-none-photo-sketch-seed0", "sequence-none-photo-sketch-art-seed0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes that are killed: results are those of a number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
