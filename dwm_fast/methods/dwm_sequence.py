@@ -31,10 +31,8 @@ class BinarySequence:
             weights kept; "per-domain" keeps each task's own; "shared" evaluates every task with the newest.
     """
 
-    binary: Binary = field(
-        default_factory=lambda: Binary(options=LearnedMask(epochs=4, lr=0.08, source_budget=0.03))
-    )
-    options: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=3, lr=2e-3, batch_norm="frozen"))
+    binary: Binary = field(default_factory=lambda: Binary(options=LearnedMask(source_budget=0.03)))
+    options: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=3, lr=1e-3, batch_norm="frozen"))
     name: ClassVar[str] = "binary"
 
     def learner(self, network: Callable[[int], nn.Module], head: str) -> BinaryLearner:
