@@ -1,4 +1,4 @@
-"""linear: a product whose weight is masked by packed bits, few rows to many."""
+"""linear: a product whose weight is masked by packed bits or by a drawn mask, few rows to many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dwm_fast.ops import _backends
 
 from .context import Context
 from .measure import Case, Way, require
-from .rivals import unpacked
+from .rivals import gumbel_mask, unpacked
 
 
 def packed_bytes(rows: int, n: int, k: int, element: int) -> int:
@@ -32,7 +32,7 @@ def close_to(found: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> None:
 
 
 def packed(context: Context, rows: int) -> Case:
-    """y = x (W * m)^T from packed bits."""
+    """y = x (W * m)^T from packed bits: the way that the rule chooses, and on a GPU each by force."""
     n = k = 2048 if context.quick and not context.on_gpu else 4096
     device, dtype = context.device, context.compute_dtype
     x, weight = torch.randn(rows, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
@@ -47,6 +47,10 @@ def packed(context: Context, rows: int) -> Case:
     def staged() -> Any:
         return F.linear(x, ops.apply(bits, [weight])[0])
 
+    def one_pass() -> Any:
+        with ops.use_way("one-pass"):
+            return ops.linear_packed(x, weight, bits)
+
     backend = _backends.chosen("linear_packed", device.type)
     moved = packed_bytes(rows, n, k, element)
     ways = [
@@ -56,6 +60,8 @@ def packed(context: Context, rows: int) -> Case:
         Way("ours, apply then dense", lambda: staged, moved, flops, graph=True,
             backend=_backends.chosen("apply", device.type)),
     ]  # fmt: skip
+    if context.on_gpu:
+        ways.append(Way("ours, one pass", lambda: one_pass, moved, flops, graph=True, backend=backend))
 
     def gate() -> None:
         for way in ways[1:]:
@@ -63,3 +69,39 @@ def packed(context: Context, rows: int) -> Case:
 
     parameters = {"M": rows, "N": n, "K": k, "dtype": str(dtype)[6:]}
     return Case("linear from bits", parameters, ways, gate)
+
+
+def drawn(context: Context, rows: int) -> Case:
+    """y = x (W * m)^T and its gradients, the mask drawn on the way."""
+    n = k = 2048 if context.quick and not context.on_gpu else 4096
+    device, dtype = context.device, context.compute_dtype
+    x = torch.randn(rows, k, device=device).to(dtype).requires_grad_(True)
+    weight, bias = torch.randn(n, k, device=device).to(dtype), None
+    logits = torch.randn(n, k, device=device).add_(2).requires_grad_(True)
+    state, tau = torch.tensor([7, 1], device=device), torch.tensor(1.0, device=device)
+    grad = torch.randn(rows, n, device=device).to(dtype)
+
+    def step(way: str | None) -> Any:
+        with ops.use_way(way):
+            y = ops.linear(x, weight, logits, bias, state, tau)
+            return (y, *torch.autograd.grad(y, [x, logits], grad))
+
+    def by_hand() -> Any:
+        y = F.linear(x, weight * gumbel_mask(logits).to(dtype))
+        return (y, *torch.autograd.grad(y, [x, logits], grad))
+
+    def gate() -> None:
+        with torch.no_grad():
+            kept = ops.sample([logits], [weight], state, tau, dtype=dtype)[0][0] != 0
+        close_to(step(None)[0].detach(), x.detach(), weight, kept)
+
+    backend, flops = _backends.chosen("linear", device.type), 6 * rows * n * k
+    ways = [Way("eager: draw, multiply, products", lambda: by_hand, flops=flops, graph=True),
+            Way("ours", lambda: lambda: step(None), flops=flops, graph=True, backend=backend)]  # fmt: skip
+    if context.on_gpu:
+        ways += [
+            Way(f"ours, {way}", lambda way=way: lambda: step(way), flops=flops, graph=True, backend=backend)
+            for way in ops.WAYS
+        ]
+    parameters = {"M": rows, "N": n, "K": k, "dtype": str(dtype)[6:]}
+    return Case("linear with a drawn mask, forward and backward", parameters, ways, gate)

@@ -48,6 +48,11 @@ def _linear(rows: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
     return Entry(f"linear-{rows}", ("bits", "linear"), partial(bench_linear.packed, rows=rows), devices)
 
 
+def _drawn(rows: int) -> Entry:
+    build = partial(bench_linear.drawn, rows=rows)
+    return Entry(f"drawn-linear-{rows}", (*_SAMPLE, "linear"), build)
+
+
 def _bank(domains: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
     return Entry(f"bank-{domains}", ("bits", "bank"), partial(bench_bank.linear, domains=domains, rows=4), devices)
 
@@ -78,12 +83,16 @@ ENTRIES = (
     Entry("update-frozen-sgd", ("update", "frozen"), bench_update.frozen_sgd),
     Entry("bank-serving", ("bits", "bank", "mixed"), partial(bench_bank.serving, pixels=64)),
     Entry("conv2d", ("bits", "conv2d"), partial(bench_conv2d.packed, rows=8, channels=256, pixels=14)),
+    _drawn(16),
     _step("vit_b_16", 64, 224, "cuda"),
     _step("resnet50", 64, 224, "cuda"),
     _step("mlp4096", 256, 0, "cuda"),
     _bank(2, ("cuda",)),
     _bank(4, ("cuda",)),
     _bank(8, ("cuda",)),
+    Entry(
+        "conv2d-wide", ("bits", "conv2d"), partial(bench_conv2d.packed, rows=64, channels=64, pixels=56), ("cuda",)
+    ),
     _linear(256, ("cuda",)),
     _linear(1024, ("cuda",)),
     _linear(4096, ("cuda",)),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# For a machine with a GPU and ten minutes: tests as a gate, sanitizer, then the suite in order of importance.
+# For a machine with a GPU and ten minutes: tests as a gate, sanitizer, tuning, then the suite in order of importance.
 #   bash benchmarks/device.sh [SECONDS] [--only sample,step ...]
 # Runs from a bare checkout: nothing has to be installed and nothing is fetched. Results go to ${OUT:-benchmarks/results}
 # after every case, so a stop loses nothing; take them into a checkout with `python -m benchmarks.merge FILE`.
@@ -32,10 +32,23 @@ say "compute-sanitizer"
 if command -v compute-sanitizer >/dev/null && [ "$(left)" -gt 240 ]; then
     timeout -k 5 75 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.sanitize \
         >"$out/sanitizer.log" 2>&1
-    echo "exit status $? (0 clean, 9 errors found, 124 out of time)"
+    echo "memcheck: exit status $? (0 clean, 9 errors found, 124 out of time)"
     tail -n 3 "$out/sanitizer.log"
+    timeout -k 5 45 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" -m benchmarks.sanitize one_pass \
+        >"$out/racecheck.log" 2>&1
+    echo "racecheck of one-pass products: exit status $?"
+    tail -n 3 "$out/racecheck.log"
 else
     echo "not run: the tool is missing or time is short"
+fi
+
+# The table that the rule of ways reads: into the user's cache, for the suite below, and into $out to be shipped.
+say "ways and tiles of masked products"
+if [ "$(left)" -gt 200 ]; then
+    timeout -k 5 110 "$python" -m benchmarks.tune --seconds "$((($(left) - 100) / 3))" --out "$out" >"$out/tune.log" 2>&1
+    tail -n 12 "$out/tune.log"
+else
+    echo "not run: time is short"
 fi
 
 say "suite"

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dwm_fast.ops._dispatch import slug as slug
+
 from .measure import Budget, Case, Run, Way
 
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
@@ -33,11 +35,6 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
-
-
-def slug(name: str) -> str:
-    """File name for a device: lower case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "device"
 
 
 def facts(device: torch.device) -> dict[str, str]:

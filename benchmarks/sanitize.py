@@ -1,9 +1,12 @@
 """Every operation once on small odd shapes on a GPU: what compute-sanitizer is run over.
 
-compute-sanitizer --tool memcheck python -m benchmarks.sanitize
+compute-sanitizer --tool memcheck python -m benchmarks.sanitize [PART ...]
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,19 +76,44 @@ def _products(device: torch.device) -> None:
         _bank(x, weight, both, offsets)
 
 
+def _one_pass(device: torch.device) -> None:
+    """Every kernel of a masked product, forced: tails in all dimensions, split sums, single rows, strides."""
+    state, tau = torch.tensor([7, 1], device=device), torch.tensor(1.0, device=device)
+    with ops.use_way("one-pass"):
+        for rows, n, k in ((1, 33, 65), (1, 64, 4096), (7, 64, 512), (17, 100, 257), (70, 130, 96)):
+            for dtype in (torch.float32, torch.bfloat16):
+                weight, bias = torch.randn(n, k, device=device).to(dtype), torch.randn(n, device=device).to(dtype)
+                x = torch.randn(k, rows, device=device).t().to(dtype).requires_grad_(True)
+                logits = torch.randn(n, k, device=device, requires_grad=True)
+                y = ops.linear_packed(x, weight.requires_grad_(True), ops.pack([logits > 0]), bias)
+                (y + ops.linear(x, weight, logits, bias, state, tau)).sum().backward()
+        for window, groups, last in ((3, 1, True), (1, 1, True), (2, 2, False)):
+            weight = torch.randn(6, 4 // groups, window, window, device=device, requires_grad=True)
+            x = torch.randn(2, 4, 9, 7, device=device)
+            x = x.to(memory_format=torch.channels_last) if last else x
+            logits = torch.randn(weight.shape, device=device, requires_grad=True)
+            where = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": groups} if window > 1 else {}
+            y = ops.conv2d_packed(x.requires_grad_(True), weight, ops.pack([logits > 0]), None, **where)
+            (y + ops.conv2d(x, weight, logits, None, state, tau, **where)).sum().backward()
+
+
 def _bank(x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor) -> None:
     from dwm_fast.ops.bank import bank_linear
 
     bank_linear(x, weight, bits, None, offsets, x.shape[0])
 
 
-def main() -> None:
+_PARTS = {part.__name__.strip("_"): part for part in (_sampling, _bits, _updates, _network, _products, _one_pass)}
+
+
+def main(names: Sequence[str]) -> None:
+    """Run the parts called `names`, all of them by default."""
     device = torch.device("cuda")
-    for part in (_sampling, _bits, _updates, _network, _products):
-        part(device)
+    for name in names or _PARTS:
+        _PARTS[name](device)
         torch.cuda.synchronize()
-        print(f"sanitize: {part.__name__.strip('_')} done", flush=True)
+        print(f"sanitize: {name} done", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -33,8 +33,8 @@ def product_configurations() -> Iterator[Configuration]:
     yield _product(_HARD, _BF16, 16, back=True)
     yield _product(_HARD, _FP32, 16, tf32=True)
     yield Configuration(
-        "linear parts", linear.parts_kernel, ("*fp32", "*bf16", "*bf16", "i32", "i32", "i32"),
-        {"HAS_BIAS": True, "ACTIVATION": 2, "SPLITS": 8, "BLOCK": linear.PARTS_BLOCK, "y_r": 1}, 4,
+        "linear parts", linear.parts_kernel, ("*fp32", "*bf16", "*bf16", *("i32",) * 4),
+        {"HAS_BIAS": True, "ACTIVATION": 2, "BLOCK": linear.PARTS_BLOCK, "y_r": 1}, 4,
     )  # fmt: skip
     yield _gradient(_HARD, 64)
     yield _gradient(_BITS, 64)

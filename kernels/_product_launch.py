@@ -82,7 +82,7 @@ def product_tiles(problem: _dispatch.Problem, back: bool) -> ProductTiles:
 def _product_by_size(problem: _dispatch.Problem, back: bool) -> ProductTiles:
     rows, whole = problem.m, problem.k % (32 if problem.packed else 4) == 0
     if rows == 1:
-        return ProductTiles(16, 256 if problem.packed and whole else 128, 1)
+        return ProductTiles(16, 128, 1, stages=4 if problem.packed and whole else 3)
     if problem.dtype == torch.float32 and not problem.tf32:
         return ProductTiles(32, 32, 16, stages=2)
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
@@ -92,7 +92,7 @@ def _product_by_size(problem: _dispatch.Problem, back: bool) -> ProductTiles:
         return ProductTiles(64, 64, block_m)
     if rows > _dispatch.PACKED_ROWS:
         return ProductTiles(128, 64, 128, num_warps=8)
-    return ProductTiles(64, 128, block_m)
+    return ProductTiles(64, 128 if whole else 64, block_m)
 
 
 def gradient_tiles(problem: _dispatch.Problem) -> ProductTiles:

@@ -42,12 +42,12 @@ def masked_product_kernel(
     layer, threshold, step_offset,
     MODE: tl.constexpr, BACK: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
     EDGE: tl.constexpr, TAIL: tl.constexpr, RUN: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum over k of Wm[n, k] x[m, k]; BACK: y[m, k] = sum over n of Wm[n, k] x[m, n].
 
-    r counts outputs, c what is summed over. Grid (tiles of r and, fastest, of m; splits of c). With SPLITS > 1, y holds
-    fp32 parts and the bias and activation are left to `parts_kernel`.
+    r counts outputs, c what is summed over. Grid (tiles of r and, fastest, of m; parts of c). With SPLIT, y holds fp32
+    parts and the bias and activation are left to `parts_kernel`.
     """
     if MODE == PACKED:
         seed, step, inverse_tau = 0, 0, 1.0
@@ -64,8 +64,9 @@ def masked_product_kernel(
     m0 = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M
     r0 = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R
     full = C // BLOCK_C
-    first = tl.program_id(1) * tl.cdiv(full, SPLITS)
-    last = tl.minimum(first + tl.cdiv(full, SPLITS), full)
+    each = tl.cdiv(full, tl.num_programs(1))
+    first = tl.program_id(1) * each
+    last = tl.minimum(first + each, full)
     zero = tl.zeros([], tl.int64)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if BLOCK_M == 1 else tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
@@ -74,7 +75,7 @@ def masked_product_kernel(
             M, N, K, x_m, x_c, w_n, w_k, s_n, s_k, MODE, BACK, WHOLE, EDGE, FULL, RUN, INDEX, PRECISION,
             BLOCK_N, BLOCK_K, BLOCK_M,
         )  # fmt: skip
-    if TAIL and tl.program_id(1) == SPLITS - 1:
+    if TAIL and tl.program_id(1) == tl.num_programs(1) - 1:
         acc = product_step(
             acc, x, weight, source, words, seed, step, layer, threshold, inverse_tau, m0, r0, zero + full * BLOCK_C,
             M, N, K, x_m, x_c, w_n, w_k, s_n, s_k, MODE, BACK, WHOLE, EDGE, ZERO, RUN, INDEX, PRECISION,
@@ -82,7 +83,7 @@ def masked_product_kernel(
         )  # fmt: skip
     sums = tl.sum(acc, axis=0 if BACK else 1)[:, None] if BLOCK_M == 1 else acc
     r, m = r0 + tl.arange(0, BLOCK_R), m0 + tl.arange(0, BLOCK_M)
-    if SPLITS == 1:
+    if not SPLIT:
         if HAS_BIAS:
             sums += tl.load(bias + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
         sums = activated(sums, ACTIVATION)
@@ -115,20 +116,19 @@ def product_step(
         return product(left, columns, acc, PRECISION)
     else:
         row = columns if BACK else tl.trans(columns)
-        return acc + masked.to(tl.float32) * row.to(tl.float32)
+        return tl.fma(masked.to(tl.float32), row.to(tl.float32), acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def parts_kernel(
-    parts, bias, y, M, R, y_m, y_r, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    parts, bias, y, splits, M, R, y_m, y_r, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """y (M, R) from fp32 parts (SPLITS, M, R), added in order; then bias and activation."""
+    """y (M, R) from fp32 parts (splits, M, R), added in order; then bias and activation."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = M * R + tl.zeros([], tl.int64)
     inside = index < total
     sums = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         sums += tl.load(parts + split * total + index, mask=inside, other=0.0)
     m, r = index // R, index % R
     if HAS_BIAS:
@@ -150,7 +150,7 @@ def product_constants(
         "WHOLE": problem.k % (32 if mode == PACKED.value else 4) == 0,
         "EDGE": FULL.value if outputs % block_r == 0 else CLAMP.value, "TAIL": summed % block_c != 0,
         "RUN": run_of(problem.k) if back else 1, "INDEX": index, "PRECISION": precision(problem), "BLOCK_R": block_r,
-        "BLOCK_C": block_c, "BLOCK_M": tiles.block_m, "SPLITS": tiles.splits, "STAGES": tiles.stages,
+        "BLOCK_C": block_c, "BLOCK_M": tiles.block_m, "SPLIT": tiles.splits > 1, "STAGES": tiles.stages,
     }  # fmt: skip
 
 
@@ -185,8 +185,8 @@ def multiply(
         )  # fmt: skip
         if tiles.splits > 1:
             parts_kernel[(triton.cdiv(y.numel(), PARTS_BLOCK),)](
-                parts, start, y, m, outputs, *y.stride(), HAS_BIAS=bias is not None, ACTIVATION=activation,
-                SPLITS=tiles.splits, BLOCK=PARTS_BLOCK, **OPTIONS,
+                parts, start, y, tiles.splits, m, outputs, *y.stride(), HAS_BIAS=bias is not None,
+                ACTIVATION=activation, BLOCK=PARTS_BLOCK, **OPTIONS,
             )  # fmt: skip
     return y
 

@@ -37,7 +37,7 @@ class Explanation:
         return "\n".join(f"{f.name.replace('_', ' ')}: {getattr(self, f.name)}" for f in fields(self))
 
 
-_STAGED_ALONE = Choice(STAGED, "on a CPU a masked layer makes its masked weight first and keeps it for the backward")
+_STAGED_ALONE = Choice(STAGED, "the layer makes its masked weight first and keeps it for the backward")
 _STAGED_TOGETHER = Choice(STAGED, "its masked model makes the masked weights of all layers at once")
 _ONE_WAY = Choice(STAGED, "the backend 'reference' computes it and has one way")
 
@@ -48,7 +48,7 @@ def explain(layer: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype 
     Args:
         layer: MaskedLinear, MaskedConv2d, PackedLinear or PackedConv2d; its device and the measured tables of
             that device count (docs/kernels.md).
-        input_shape: (..., in_features) or (B, C, H, W).
+        input_shape: (..., in_features) or (B, C, H, W); for a 1x1 convolution taken to be channels_last.
         dtype: of the input; the weight's own (autocast's, where it is on) by default.
 
     Raises:
@@ -120,6 +120,8 @@ def _convolution(
     ):
         pixels *= max(0, (size + padding - dilation * (window - 1) - 1) // stride + 1)
     out, inner, taps = weight.shape[0] // layer.groups, weight.shape[1], weight.shape[2] * weight.shape[3]
+    linear = taps == layer.groups == 1 and layer.stride == (1, 1) and not any((left, right, top, bottom))
     return problem_on(
-        op, weight.device, dtype, weight.dtype, pixels, out, inner * taps, convolution_tf32(), taps, layer.groups
-    )
+        op.replace("conv2d", "linear") if linear else op, weight.device, dtype, weight.dtype, pixels, out, inner * taps,
+        convolution_tf32(), taps, layer.groups,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""What tuning writes is what the rule of ways reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dwm_fast._bench import tune
+from dwm_fast._bench.measure import Timing
+from dwm_fast.ops import _dispatch
+
+CPU = torch.device("cpu")
+NAME = "NVIDIA Test 2"
+
+
+@pytest.fixture(autouse=True)
+def _device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device of that name, whose one-pass kernels take `seconds` of the staged way's second."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "operation", lambda shape, device: lambda: torch.ones(3))
+
+    def problem_of(shape: tune.Shape, device: torch.device) -> _dispatch.Problem:
+        sizes = (shape.m, shape.n, shape.k)
+        return _dispatch.Problem(shape.op, "cuda", torch.bfloat16, *sizes, taps=shape.taps, name=NAME)
+
+    monkeypatch.setattr(tune, "problem_of", problem_of)
+    _dispatch.forget_tables()
+    yield
+    _dispatch.forget_tables()
+
+
+def _measure_as(monkeypatch: pytest.MonkeyPatch, best: int, seconds: float) -> None:
+    """Every candidate takes 3 s but the one numbered `best`, which takes `seconds`; staged takes 1 s."""
+
+    def measure(case: object, device: object, budget: object) -> tuple[dict[str, Timing], dict[str, str]]:
+        names = [way.name for way in case.ways]  # type: ignore[attr-defined]
+        times = {name: Timing([3.0]) for name in names}
+        times[names[1 + best]], times["staged"] = Timing([seconds]), Timing([1.0])
+        return times, {}
+
+    monkeypatch.setattr(tune, "measure", measure)
+
+
+@pytest.mark.parametrize(("seconds", "way"), [(0.5, _dispatch.ONE_PASS), (2.0, _dispatch.STAGED)])
+def test_the_rule_follows_what_was_measured_and_launches_use_the_best_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, way: str
+) -> None:
+    from dwm_fast.kernels._product_launch import product_tiles
+
+    _measure_as(monkeypatch, best=2, seconds=seconds)
+    shape = tune.Shape("linear_packed", 16, 4096, 4096)
+    paths = [_dispatch.table_paths(NAME)[0], tmp_path / "out" / "table.json"]
+    assert len(list(tune.tune(CPU, [shape], 1e9, paths))) == 1
+    problem = tune.problem_of(shape, CPU)
+    assert _dispatch.choose(problem).way == way
+    assert product_tiles(problem, False) == tune.candidates(shape)[2]
+    assert paths[0].read_text() == paths[1].read_text()
+
+
+def test_a_new_measurement_replaces_the_row_of_its_problem_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "table.json"
+    shapes = [tune.Shape("linear", m, 64, 64) for m in (1, 16)]
+    _measure_as(monkeypatch, best=0, seconds=0.5)
+    list(tune.tune(CPU, shapes, 1e9, [path]))
+    _measure_as(monkeypatch, best=0, seconds=0.25)
+    list(tune.tune(CPU, shapes[:1], 1e9, [path]))
+    assert {row["m"]: row["one_pass_us"] for row in _dispatch.read_table(path)} == {1: 0.25e6, 16: 0.5e6}
+    assert json.loads(path.read_text())["format"] == _dispatch.TABLE_FORMAT
+
+
+def test_time_that_is_over_starts_no_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _measure_as(monkeypatch, best=0, seconds=0.5)
+    assert list(tune.tune(CPU, tune.grid(), -1.0, [tmp_path / "table.json"])) == []
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_the_grid_names_each_problem_once_and_has_what_the_aims_are_about() -> None:
+    shapes = tune.grid()
+    assert len(shapes) == len(set(shapes))
+    first = [(s.m, s.n, s.k) for s in shapes[:3]]
+    assert first == [(m, 4096, 4096) for m in (1, 16, 64)]
+    assert {s.m for s in shapes if (s.n, s.k) == (4096, 4096)} >= {1, 8192}
+    assert all(tune.candidates(s) for s in shapes)
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert "torch sees none" in capsys.readouterr().err
