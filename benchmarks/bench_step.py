@@ -1,8 +1,9 @@
-"""End-to-end training steps: mask training and frozen fine-tuning, beside the dense step."""
+"""End-to-end steps beside the dense ones: mask training, frozen fine-tuning, and inference from bits."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from dwm_fast.optim import FrozenAdamW, MaskAdam
 from .context import Context
 from .measure import Case, Run, Way, require
 from .networks import batch, network
-from .rivals import eager_masked, eager_penalty
+from .rivals import EagerPackedConv2d, EagerPackedLinear, eager_masked, eager_penalty
 
 _COEFFICIENT = 10.0
 _KEEP = 0.5
@@ -222,3 +223,45 @@ def frozen_tuning(context: Context, name: str, rows: int, pixels: int) -> Case:
         ways.append(compact)
     parameters = {**setting.parameters, "kept": _KEEP}
     return Case("step frozen fine-tuning", parameters, ways, lambda: _check_frozen_step(setting))
+
+
+def _eager_bits(model: nn.Module, packed: nn.Module) -> nn.Module:
+    """The network with layers that unpack their bits in every forward, in plain PyTorch."""
+    model = copy.deepcopy(model)
+    for name, layer in maskable_layers(model).items():
+        layer.register_buffer("bits", packed.get_submodule(name).bits)
+        layer.__class__ = EagerPackedConv2d if isinstance(layer, nn.Conv2d) else EagerPackedLinear
+    return model
+
+
+def packed_inference(context: Context, name: str, rows: int, pixels: int) -> Case:
+    """A forward pass of a network that holds one copy of the weights and a domain's bits."""
+    setting = _Setting(context, name, rows, pixels)
+    masked = mask_model(setting.model, GumbelSigmoid(), seed=7)
+    with torch.no_grad():
+        for logits in masked.mask_parameters():
+            logits.normal_(0.0, 2.0)
+    merged, packed = dwm_fast.merge(masked).eval(), dwm_fast.pack(masked)
+    eager = _eager_bits(setting.model, packed).eval()
+
+    def forward(model: nn.Module) -> Run:
+        def run() -> Tensor:
+            with torch.inference_mode(), setting.autocast():
+                return model(setting.images)
+
+        return run
+
+    def gate() -> None:
+        expected = forward(merged)().double()
+        eps = torch.finfo(torch.bfloat16 if context.on_gpu else torch.float32).eps
+        for model in (packed, eager):
+            error = float((forward(model)().double() - expected).abs().max() / expected.abs().max())
+            require(error <= 64 * eps, f"the network's output is off by {error:.1e} of its largest entry")
+
+    backend = _backends.chosen("linear_packed", context.device.type)
+    ways = [
+        Way("dense, a masked copy of its own", lambda: forward(merged), graph=True),
+        Way("eager: unpack, multiply, forward", lambda: forward(eager), graph=True),
+        Way("ours", lambda: forward(packed), graph=True, backend=backend),
+    ]
+    return Case("step packed inference", setting.parameters, ways, gate)

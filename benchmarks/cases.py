@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from . import bench_bank, bench_bits, bench_conv2d, bench_linear, bench_sample, bench_step, bench_update
+from . import bench_bank, bench_bits, bench_conv2d, bench_linear, bench_sample, bench_step, bench_study, bench_update
 from .context import Context
 from .measure import Case
 
@@ -44,6 +44,11 @@ def _tune(name: str, batch: int, pixels: int, device: str) -> Entry:
     return Entry(f"step-frozen-{name}", ("update", "frozen", "graphs"), build, (device,))
 
 
+def _infer(batch: int, pixels: int, device: str) -> Entry:
+    build = partial(bench_step.packed_inference, name="resnet18", rows=batch, pixels=pixels)
+    return Entry("step-packed-resnet18", ("bits", "packed"), build, (device,))
+
+
 def _linear(rows: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
     return Entry(f"linear-{rows}", ("bits", "linear"), partial(bench_linear.packed, rows=rows), devices)
 
@@ -74,6 +79,8 @@ ENTRIES = (
     Entry("sample-forward-bits", (*_SAMPLE, "bits"), bench_sample.forward_bits),
     _tune("resnet18", 64, 224, "cuda"),
     _tune("resnet18", 32, 64, "cpu"),
+    _infer(64, 224, "cuda"),
+    _infer(8, 64, "cpu"),
     Entry("bits-apply", ("bits",), bench_bits.apply),
     Entry("bits-count", ("bits",), bench_bits.count),
     Entry("bits-and", ("bits",), bench_bits.set_and),
@@ -96,6 +103,7 @@ ENTRIES = (
     _linear(256, ("cuda",)),
     _linear(1024, ("cuda",)),
     _linear(4096, ("cuda",)),
+    Entry("study", (*_SAMPLE, "update", "frozen", "mask_adam", "bits"), bench_study.pair, quick=False),
 )
 
 

@@ -4,8 +4,8 @@ python -m benchmarks.report            rewrite the generated blocks and figures
 python -m benchmarks.report --check    exit with 1 when a block is not what the result files say
 python -m benchmarks.report --short FILE...    one line per case, for a terminal
 
-A block lies between `<!-- generated: results -->` (every case) or `<!-- generated: summary -->` (the leading ones)
-and `<!-- end generated -->`.
+A block lies between `<!-- generated: results -->` (every way of every case) or `<!-- generated: summary -->` (a line
+for each of the leading cases) and `<!-- end generated -->`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkout import TREE
-from .figures import bars, draw_all, figure_name
+from .figures import bars, draw_all, figure_name, limit_of
 from .results import Row, merged, read
 from .source import RESULTS
 from .table import by_case, case_lines, console, results_table, shown_number
 
 PAGES = ("README.md", "docs/benchmarks.md")
 FIGURES = Path("docs/figures")
-_LEADING = ("sample forward", "step mask training", "linear from bits", "bank linear", "bits pack")
+_LEADING = (
+    "sample forward", "step mask training", "update frozen AdamW", "linear from bits", "bank linear", "bits pack",
+    "bits jaccard",
+)  # fmt: skip
+"""Cases of the summary, in its order."""
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 _NONE = "No results are recorded yet; `dwm-fast bench` records them.\n"
 
@@ -49,19 +53,48 @@ def _case_table(case: str, parameters: str, rows: Sequence[Row]) -> list[str]:
     return [*out, *("| " + " | ".join(line) + " |" for line in case_lines(rows)), ""]
 
 
-def results_block(rows: Sequence[Row], only: Sequence[str] = ()) -> str:
-    """Markdown of all cases, or of those named, device by device."""
+def results_block(rows: Sequence[Row]) -> str:
+    """Markdown of all cases, device by device, a table each."""
     if not rows:
         return _NONE
     lines = []
     for device in sorted({r.device for r in rows}):
         here = [r for r in rows if r.device == device]
         lines += [f"### {device}", "", _device_note(here), ""]
-        if not only and bars(here):
+        if bars(here):
             lines += [f"![time of every way over the limit's](figures/{figure_name(device, 'bars')})", ""]
         for (case, parameters, _), group in by_case(here).items():
-            if not only or case in only:
-                lines += _case_table(case, parameters, group)
+            lines += _case_table(case, parameters, group)
+    return "\n".join(lines)
+
+
+def _summary_line(case: str, parameters: str, rows: Sequence[Row]) -> str | None:
+    """Ours, and how many times as fast it is as the limit and as each rival of eager PyTorch, its compiler or NumPy."""
+    times = {r.way: r for r in rows if r.metric == "time"}
+    over = {r.metric.removeprefix("speed-up over "): r.p50 for r in rows if r.way == "ours"}
+    if "ours" not in times:
+        return None
+    limit = limit_of(list(times))
+    rivals = [f"{way}: {shown_number(over[way])}x" for way in times if way in over and way != limit]
+    cells = [
+        f"{case} ({parameters.replace(';', ', ')})", f"{shown_number(times['ours'].p50)} ms",
+        f"{limit}: {shown_number(over[limit])}x" if limit in over else "", "; ".join(rivals),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def summary_block(rows: Sequence[Row]) -> str:
+    """Markdown of the leading cases, a line each, device by device."""
+    if not rows:
+        return _NONE
+    lines = []
+    for device in sorted({r.device for r in rows}):
+        here = [r for r in rows if r.device == device]
+        groups = sorted(by_case(r for r in here if r.case in _LEADING).items(), key=lambda g: _LEADING.index(g[0][0]))
+        found = [_summary_line(case, parameters, group) for (case, parameters, _), group in groups]
+        lines += [f"**{device}** ({_device_note(here).rstrip('.')})", ""]
+        lines += ["| what | ours | ours over the limit | ours over the others |", "|---|---:|---|---|"]
+        lines += [*(line for line in found if line), ""]
     return "\n".join(lines)
 
 
@@ -81,7 +114,7 @@ def short_lines(rows: Sequence[Row]) -> list[str]:
 
 def filled(page: str, rows: Sequence[Row]) -> str:
     """The page with its generated blocks written anew."""
-    blocks = {"results": results_block(rows), "summary": results_block(rows, _LEADING)}
+    blocks = {"results": results_block(rows), "summary": summary_block(rows)}
     return _BLOCK.sub(lambda m: m.group(1) + blocks[m.group(2)] + m.group(3), page)
 
 

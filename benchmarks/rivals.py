@@ -35,6 +35,24 @@ class EagerMaskedConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight * gumbel_mask(self.mask_logits), self.bias)
 
 
+class EagerPackedLinear(nn.Linear):
+    """nn.Linear that unpacks the bits of its mask in every forward."""
+
+    bits: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * unpacked(self.bits, self.weight.shape), self.bias)
+
+
+class EagerPackedConv2d(nn.Conv2d):
+    """nn.Conv2d that unpacks the bits of its mask in every forward."""
+
+    bits: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * unpacked(self.bits, self.weight.shape), self.bias)
+
+
 def eager_masked(model: nn.Module, init: float = 2.0) -> tuple[nn.Module, list[nn.Parameter]]:
     """A copy of the network with eager masked layers, and its logits, the only trainable parameters."""
     model = copy.deepcopy(model)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dwm_fast._bench import bench_bank, bench_conv2d, bench_linear, bench_sample, bench_update, rivals
+from dwm_fast._bench import bench_bank, bench_conv2d, bench_linear, bench_sample, bench_step, bench_update, rivals
 from dwm_fast._bench.cases import ENTRIES, chosen
 from dwm_fast._bench.context import Context
 from dwm_fast._bench.measure import Budget, measure
@@ -83,3 +83,11 @@ def test_a_real_case_passes_its_gate_and_is_timed() -> None:
     timings, missing = measure(case, CPU.device, Budget(seconds=0.0, min_rounds=1, max_rounds=1, warmup=1))
     assert not missing
     assert set(timings) == {w.name for w in case.ways}
+
+
+def test_inference_from_bits_is_that_of_the_merged_network_for_the_rival_too() -> None:
+    case = bench_step.packed_inference(CPU, "mlp4096", 2, 0)
+    case.gate()
+    outputs = [way.make()() for way in case.ways]
+    assert len(outputs) == 3
+    assert not torch.equal(outputs[0], torch.zeros_like(outputs[0]))

@@ -75,6 +75,16 @@ def test_a_block_is_replaced_and_the_rest_of_the_page_stays() -> None:
     assert report.filled(text, ROWS) == text
 
 
+def test_the_summary_has_a_line_a_case_with_ours_over_the_limit_and_over_the_rivals() -> None:
+    rival = [_row("eager", "time", "ms", 9.0, "M=16"), _row("ours", "speed-up over eager", "x", 2.77)]
+    other = replace(ROWS[0], case="conv2d from bits")
+    page = "<!-- generated: summary -->\nold\n<!-- end generated -->"
+    text = report.filled(page, [*ROWS, *rival, other])
+    assert "| linear from bits (M=16) | 3.25 ms | dense product: 0.462x | eager: 2.77x |" in text
+    assert text.count("linear from bits") == 1
+    assert "conv2d" not in text
+
+
 def test_a_page_without_results_says_so() -> None:
     page = "<!-- generated: results -->\n<!-- end generated -->"
     assert "No results are recorded yet" in report.filled(page, [])
