@@ -25,7 +25,7 @@ from .table import by_case, case_lines, console, results_table, shown_number
 PAGES = ("README.md", "docs/benchmarks.md")
 FIGURES = Path("docs/figures")
 _LEADING = (
-    "sample forward", "step mask training", "update frozen AdamW", "linear from bits", "bank linear", "bits pack",
+    "sample forward", "step mask training", "update FrozenAdamW", "linear from bits", "bank linear", "bits pack",
     "bits jaccard",
 )  # fmt: skip
 """Cases of the summary, in its order."""
