@@ -5,6 +5,7 @@ DWM_FAST_KILLS sets how often a saving process is killed (default 6; a full camp
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -223,6 +224,13 @@ def _versions(folder: Path, who: str) -> set[int]:
     return {writer.version_of(bank.masks(name)) for name in bank.domains if name.startswith(who)}
 
 
+def _await_end(pid: int) -> None:
+    until = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < until, f"process {pid} was killed and is still there"
+        time.sleep(0.001)
+
+
 class Nursery:
     """A process that has torch loaded and forks writers at once; its lines are what they report."""
 
@@ -231,7 +239,9 @@ class Nursery:
         root = Path(__file__).parents[2]
         pipe = subprocess.PIPE
         plain = {**os.environ, "DWM_FAST_BACKEND": "reference"}
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root, env=plain)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, cwd=root, env=plain, start_new_session=True
+        )
 
     def start(self, folder: Path, who: str, version: int) -> int:
         """Fork a writer and return its process id."""
@@ -241,6 +251,14 @@ class Nursery:
         while (line := self.line())[0] != "pid":
             pass
         return line[1]
+
+    def end(self) -> None:
+        """Kill it and every writer that lives."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
 
     def line(self) -> tuple[str, int]:
         """The next report: ("pid", process id) or ("saved", version)."""
@@ -253,8 +271,8 @@ class Nursery:
 def nursery() -> Iterator[Nursery]:
     made = Nursery()
     yield made
-    made.process.kill()
-    made.process.communicate()
+    if made.process.returncode is None:
+        made.end()
 
 
 def test_a_save_that_is_killed_leaves_the_old_or_the_new_state(tmp_path: Path, nursery: Nursery) -> None:
@@ -268,8 +286,7 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new_state(tmp_path: Path, n
             done = max(done, number if what == "saved" else 0)
         time.sleep(rng.random() * 0.05)
         os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.001)
+        _await_end(pid)
         found = _versions(tmp_path, "w")
         assert len(found) == 1
         assert min(found) >= done
@@ -283,30 +300,32 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new_state(tmp_path: Path, n
 def test_two_writers_and_ten_readers_never_see_half_a_save(tmp_path: Path, nursery: Nursery) -> None:
     for who in ("v", "w"):
         writer.save(tmp_path, who, 1)
-    pids = [nursery.start(tmp_path, who, 1) for who in ("v", "w")]
+    for who in ("v", "w"):
+        nursery.start(tmp_path, who, 1)
     seen: dict[str, set[int]] = {"v": set(), "w": set()}
     wrong: list[str] = []
-    stop = time.monotonic() + 60
+    names = [f"{who}-{letter}" for who in seen for letter in "ab"]
+    stop = time.monotonic() + 120
 
     def enough() -> bool:
-        return all(len(versions) > 3 for versions in seen.values()) or time.monotonic() > stop
+        return bool(wrong) or time.monotonic() > stop or all(len(versions) > 3 for versions in seen.values())
 
     def read() -> None:
-        while not wrong and not enough():
+        for name in itertools.cycle(names):
+            if enough():
+                return
             try:
-                for who in seen:
-                    for name in (f"{who}-a", f"{who}-b"):
-                        seen[who].add(writer.version_of(load_domain(tmp_path, name).masks()))
+                seen[name[0]].add(writer.version_of(load_domain(tmp_path, name).masks()))
             except Exception as error:
                 wrong.append(repr(error))
 
-    readers = [threading.Thread(target=read) for _ in range(10)]
+    readers = [threading.Thread(target=read, daemon=True) for _ in range(10)]
     for reader in readers:
         reader.start()
     for reader in readers:
-        reader.join()
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        reader.join(timeout=max(0.0, stop + 60 - time.monotonic()))
+    assert not any(reader.is_alive() for reader in readers), "a reader waits for a lock that nobody gives up"
+    nursery.end()
     assert wrong == []
-    assert min(len(versions) for versions in seen.values()) > 3
+    assert min(len(versions) for versions in seen.values()) > 3, seen
     assert len(_versions(tmp_path, "v")) == len(_versions(tmp_path, "w")) == 1

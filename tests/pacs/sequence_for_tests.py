@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,10 +17,11 @@ from dwm_fast import methods as all_methods
 from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS, TrainOptions
 from dwm_fast.methods.sequence import Task
-from dwm_fast.pacs import backbones, sequence_options
+from dwm_fast.pacs import backbones, sequence_figures, sequence_options
 from dwm_fast.pacs.config import DOMAINS, StudyConfig, from_dict
 from dwm_fast.pacs.sequence import SequenceStudy
 
+from .killing import serve
 from .study_for_tests import CONFIG, NarrowNet, tiny_data
 
 SEQUENCE = ("photo", "sketch", "art")
@@ -154,22 +152,16 @@ def draw_nothing(monkeypatch: Any) -> None:
     monkeypatch.setattr("dwm_fast.pacs.sequence_figures.draw_all", lambda results, folder: [])
 
 
-def serve() -> None:
-    """For each folder named on stdin: run the sequence in a forked process, slowed down for a killer; print its pid."""
+def serve_sequence() -> None:
+    """Run the sequence of `sequence_config` for a `killing.Runner`, without figures."""
     backbones.SmallResNet = NarrowNet
     all_methods.sequential_methods = toys
     all_methods.presets = toy_presets
     sequence_options.BUILTIN = {}
+    sequence_figures.draw_all = lambda results, folder: []
     data = tiny_data()
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            torch.set_num_threads(1)
-            SequenceStudy(sequence_config(), line.strip(), data).run(report_step=lambda _: time.sleep(0.05))
-            os._exit(0)
-        print(pid, flush=True)
-        print(os.waitpid(pid, 0)[1], flush=True)
+    serve(lambda folder, report: SequenceStudy(sequence_config(), folder, data).run(report_step=lambda _: report()))
 
 
 if __name__ == "__main__":
-    serve()
+    serve_sequence()

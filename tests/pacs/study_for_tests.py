@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import sys
-import time
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from dwm_fast.pacs.backbones import SmallResNet
 from dwm_fast.pacs.config import METHODS, StudyConfig, from_dict
 from dwm_fast.pacs.data import PacsData
 from dwm_fast.pacs.procedural import procedural
+
+from .killing import CALLS, serve
 
 # With fewer channels torch 2.15 corrupts memory in the backward of strided 1x1 convolutions, channels_last.
 NarrowNet = functools.partial(SmallResNet, width=8)
@@ -64,31 +65,24 @@ def without_seconds(results: Any) -> Any:
     return [without_seconds(value) for value in results] if isinstance(results, list) else results
 
 
-def serve() -> None:
-    """For each folder named on stdin: run the study in a forked process, print its pid and then its exit status.
-
-    Training steps are slowed down, so that a killer comes in time, and no figures are drawn.
-    """
-    import torch._dynamo  # torch's optimisers import it; once for all children
-
-    def draw_nothing(results: Any, folder: Path) -> list[Any]:
-        time.sleep(0.3)
-        return []
-
+def serve_one_pair() -> None:
+    """Run the study of one pair for a `killing.Runner`, without figures."""
+    importlib.import_module("torch._dynamo")  # torch's optimisers import it; once for all children
     backbones.SmallResNet = NarrowNet
-    study.figures.draw_all = draw_nothing
-    slow = 0.02
     data = tiny_data()
     one_pair = dataclasses.replace(CONFIG, sources=("photo",), targets=("sketch",), methods=("none", "binary"))
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            torch.set_num_threads(1)
-            study.Study(one_pair, line.strip(), data).run(report_step=lambda _: time.sleep(slow))
-            os._exit(0)
-        print(pid, flush=True)
-        print(os.waitpid(pid, 0)[1], flush=True)
+
+    def run(folder: Path, report: Callable[[], None]) -> None:
+        def draw_nothing(results: Any, folder: Path) -> list[Any]:
+            for _ in range(CALLS):
+                report()
+            return []
+
+        study.figures.draw_all = draw_nothing
+        study.Study(one_pair, folder, data).run(report_step=lambda _: report())
+
+    serve(run)
 
 
 if __name__ == "__main__":
-    serve()
+    serve_one_pair()

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +14,33 @@ from dwm_fast.errors import InputError
 from dwm_fast.pacs.lab import Lab
 from dwm_fast.pacs.study import Study
 
-from . import study_for_tests
+from .killing import Runner
 from .study_for_tests import CONFIG, config, stages, tiny, tiny_data, without_seconds
 
-Run = Callable[[Path, Callable[[], bool] | None], int]
 SOURCE, MASK = "source-photo-seed0", "mask-binary-photo-seed0"
 PLAIN = "tune-photo-sketch-none---per-domain-lr0.01-seed0"
 TUNED = "tune-photo-sketch-binary-S_start-per-domain-lr0.01-seed0"
 
 
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Runs the study in a folder in a process of its own; kills it when a condition holds; returns its status."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        [sys.executable, study_for_tests.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-    assert server.stdin
-    assert server.stdout
-
-    def once(folder: Path, kill_when: Callable[[], bool] | None = None) -> int:
-        print(folder, file=server.stdin, flush=True)
-        pid = int(server.stdout.readline())
-        if kill_when is not None:
-            until = time.monotonic() + 120
-            while not kill_when() and time.monotonic() < until:
-                time.sleep(0.001)
-            os.kill(pid, signal.SIGKILL)
-        return int(server.stdout.readline())
-
-    yield once
-    server.stdin.close()
-    server.wait(timeout=60)
-
-
-def test_killed_in_every_kind_of_stage_it_ends_with_the_same_results(run: Run, tmp_path: Path) -> None:
+def test_killed_in_every_kind_of_stage_it_ends_with_the_same_results(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(whole, None) == 0
     kills = [
-        (lambda: (killed / "config.json").exists(), []),
-        (lambda: stages(killed) == [SOURCE], [SOURCE]),
-        (lambda: MASK in stages(killed), [MASK, SOURCE]),
-        (lambda: PLAIN in stages(killed), [MASK, SOURCE, PLAIN]),
-        (lambda: (killed / "results.json").exists(), [MASK, SOURCE, TUNED, PLAIN]),
+        ("config.json", []),
+        (f"stages/{SOURCE}.safetensors", [SOURCE]),
+        (f"stages/{MASK}.safetensors", [MASK, SOURCE]),
+        (f"stages/{PLAIN}.safetensors", [MASK, SOURCE, PLAIN]),
+        ("results.json", [MASK, SOURCE, TUNED, PLAIN]),
     ]
-    for condition, done in kills:
-        assert run(killed, condition) == signal.SIGKILL
-        assert stages(killed) == sorted(done)
-    assert not (killed / "report.html").exists()
-    assert run(killed, None) == 0
+    run = Runner("tests.pacs.study_for_tests")
+    try:
+        assert run(whole) == 0
+        for file, done in kills:
+            assert run(killed, kill_after=file) == signal.SIGKILL
+            assert stages(killed) == sorted(done)
+        assert not (killed / "report.html").exists()
+        assert run(killed) == 0
+    finally:
+        run.close()
 
     results = [json.loads((folder / "results.json").read_text()) for folder in (whole, killed)]
     assert without_seconds(results[0]) == without_seconds(results[1])

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +17,12 @@ from dwm_fast.pacs.config import from_dict
 from dwm_fast.pacs.sequence import SequenceStudy
 from dwm_fast.pacs.sequence_lab import SequenceLab, last_linear
 
+from .killing import Runner
 from .sequence_for_tests import BASE, SEQUENCE, draw_nothing, offer_toys, sequence_config
 from .study_for_tests import stages, tiny, tiny_data, without_seconds
 
 SOURCE = "source-photo-seed0"
 TASKS = ["sequence-none-photo-seed0", "sequence-none-photo-sketch-seed0", "sequence-none-photo-sketch-art-seed0"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the processes that are killed: results are those of a number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -173,27 +160,21 @@ def test_stopped_after_every_stage_it_ends_with_the_same_results(
         assert tensors(tmp_path, name) == tensors(finished[0], name), name
 
 
-def test_killed_within_a_stage_it_ends_with_the_same_results(finished: Any, tmp_path: Path, toys: None) -> None:
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.pacs.sequence_for_tests"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert server.stdin
-    assert server.stdout
-    for done in ([SOURCE], [SOURCE, TASKS[0]], [SOURCE, *TASKS[:2]]):
-        print(tmp_path, file=server.stdin, flush=True)
-        pid = int(server.stdout.readline())
-        until = time.monotonic() + 60
-        while done[-1] not in stages(tmp_path) and time.monotonic() < until:
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGKILL)
-        assert int(server.stdout.readline()) == signal.SIGKILL
-        assert set(stages(tmp_path)) - {TASKS[0]} == set(done) - {TASKS[0]}
-    server.stdin.close()
-    assert server.wait(timeout=60) == 0
-    results = SequenceStudy(sequence_config(), tmp_path).run()
-    first = [without_seconds(r) for r in finished[1]["rows"] if r["seed"] == 0]
-    assert without_seconds(results["rows"]) == first
+def test_killed_within_a_stage_it_ends_with_the_same_results(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run = Runner("tests.pacs.sequence_for_tests")
+    try:
+        assert run(whole) == 0
+        assert run(killed, kill_after="config.json") == signal.SIGKILL
+        assert stages(killed) == []
+        for number in (1, 2):
+            assert run(killed, kill_after=f"stages/{TASKS[number - 1]}.safetensors") == signal.SIGKILL
+            assert stages(killed) == sorted([SOURCE, *TASKS[:number]])
+        assert run(killed) == 0
+    finally:
+        run.close()
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, killed)]
+    assert without_seconds(results[0]) == without_seconds(results[1])
 
 
 @pytest.mark.parametrize("broken", [TASKS[1], TASKS[2]])
