@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from . import bench_bank, bench_bits, bench_conv2d, bench_linear, bench_sample, bench_step, bench_study, bench_update
+from . import (
+    bench_bank,
+    bench_bits,
+    bench_conv2d,
+    bench_files,
+    bench_linear,
+    bench_sample,
+    bench_step,
+    bench_study,
+    bench_update,
+)
 from .context import Context
 from .measure import Case
 
@@ -89,6 +99,9 @@ ENTRIES = (
     Entry("bits-jaccard", ("bits",), bench_bits.jaccard),
     Entry("update-frozen-sgd", ("update", "frozen"), bench_update.frozen_sgd),
     Entry("bank-serving", ("bits", "bank", "mixed"), partial(bench_bank.serving, pixels=64)),
+    Entry("bank-coding", ("file",), partial(bench_files.coding, kept=0.2), ("cpu",)),
+    Entry("bank-decoding", ("file",), partial(bench_files.decoding, kept=0.2), ("cpu",)),
+    Entry("bank-switch", ("file", "folder"), partial(bench_files.switching, domains=8), ("cpu",)),
     Entry("conv2d", ("bits", "conv2d"), partial(bench_conv2d.packed, rows=8, channels=256, pixels=14)),
     _drawn(16),
     _step("vit_b_16", 64, 224, "cuda"),

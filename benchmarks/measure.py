@@ -34,6 +34,7 @@ class Way:
         flops: floating-point operations of one call's matrix products; 0 where they are not counted.
         graph: whether a GPU may replay the call as a CUDA graph; False where the call decides that itself.
         backend: who computes, for ways of ours.
+        stored: whether the call returns bytes whose number is a result too.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Way:
     flops: int = 0
     graph: bool = False
     backend: str = ""
+    stored: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -60,10 +62,14 @@ class Case:
 
 @dataclass
 class Timing:
-    """Seconds per call, one entry a round; peak GPU memory in bytes, the way's own tensors included, or None."""
+    """Seconds per call, one entry a round; peak GPU memory in bytes, the way's own tensors included, or None.
+
+    stored: number of bytes that a call returned, where they are counted.
+    """
 
     seconds: list[float] = field(default_factory=list)
     peak: int | None = None
+    stored: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ def measure(case: Case, device: torch.device, budget: Budget) -> tuple[dict[str,
                 raise
             missing[way.name] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
-        timings[way.name] = Timing(peak=peak)
+        timings[way.name] = Timing(peak=peak, stored=len(clocks[way.name].run()) if way.stored else None)
     names = list(clocks)
     gc.collect()
     gc.disable()

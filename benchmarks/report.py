@@ -49,7 +49,7 @@ def _device_note(rows: Sequence[Row]) -> str:
 
 def _case_table(case: str, parameters: str, rows: Sequence[Row]) -> list[str]:
     out = [f"**{case}** ({parameters.replace(';', ', ')})", ""]
-    out += ["| way | ms | p20..p80 | rate | ours is |", "|---|---:|---:|---:|---:|"]
+    out += ["| way | ms | p20..p80 | rate, size | ours is |", "|---|---:|---:|---:|---:|"]
     return [*out, *("| " + " | ".join(line) + " |" for line in case_lines(rows)), ""]
 
 

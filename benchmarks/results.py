@@ -76,7 +76,7 @@ def rows_of(
         ceilings: "copy" in GB/s and "product" in TFLOP/s, as far as they are known.
 
     Time in ms; GB/s of the counted bytes; TFLOP/s of the counted operations; each of them over its ceiling; peak
-    GPU memory in MiB; and for ours the speed-up over each other way, round by round.
+    GPU memory in MiB; bytes stored; and for ours the speed-up over each other way, round by round.
     """
     rows: list[Row] = []
     for way in case.ways:
@@ -104,6 +104,8 @@ def _metrics(
             yield metric, unit, rates
             if ceiling in ceilings:
                 yield f"{metric} over {ceiling} ceiling", "fraction", [r / ceilings[ceiling] for r in rates]
+    if timing.stored is not None:
+        yield "size", "bytes", [float(timing.stored)]
     if timing.peak is not None:
         yield "peak memory", "MiB", [timing.peak / 2**20]
     if way.is_ours:

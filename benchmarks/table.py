@@ -21,7 +21,9 @@ def shown_number(value: float) -> str:
 
 
 def shown_rate(row: Row) -> str:
-    """Number and unit of a bandwidth or throughput."""
+    """Number and unit of a bandwidth, a throughput or a size."""
+    if row.metric == "size":
+        return f"{shown_number(row.p50 / 1e3)} kB"
     if row.unit == "TFLOP/s" and row.p50 < 1:
         return f"{shown_number(row.p50 * 1e3)} GFLOP/s"
     return f"{shown_number(row.p50)} {row.unit}"
@@ -36,11 +38,11 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 
 def case_lines(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
-    """One line per way of a case: name, time, spread, rate and ours over it."""
+    """One line per way of a case: name, time, spread, rate or size, and ours over it."""
     lines = []
     times = {r.way: r for r in rows if r.metric == "time"}
     over = {r.metric.removeprefix("speed-up over "): r for r in rows if r.way == "ours"}
-    counts = {m: sum(r.metric == m for r in rows) for m in ("bandwidth", "throughput")}
+    counts = {m: sum(r.metric == m for r in rows) for m in ("bandwidth", "throughput", "size")}
     shown = max(counts, key=lambda m: counts[m])
     for way, row in times.items():
         backend = row.parameter("backend")
@@ -66,7 +68,7 @@ def title(case: str, parameters: str) -> str:
 
 def results_table(rows: Sequence[Row]) -> Group:
     """All cases, each a heading and one way a line; "ours is" so many times as fast as that way."""
-    parts: list[RenderableType] = [_line("way", "ms", "p20..p80", "rate", "ours is", style="dim")]
+    parts: list[RenderableType] = [_line("way", "ms", "p20..p80", "rate, size", "ours is", style="dim")]
     for (case, parameters, _), group in by_case(rows).items():
         lines = case_lines(group)
         if lines:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from dwm_fast._bench import bench_bank, bench_conv2d, bench_linear, bench_sample, bench_step, bench_update, rivals
+from dwm_fast._bench import (
+    bench_bank,
+    bench_conv2d,
+    bench_files,
+    bench_linear,
+    bench_sample,
+    bench_step,
+    bench_update,
+    rivals,
+)
 from dwm_fast._bench.cases import ENTRIES, chosen
 from dwm_fast._bench.context import Context
 from dwm_fast._bench.measure import Budget, measure
+from dwm_fast._bench.results import rows_of
+from tests.benchmarks.test_results import FACTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Context(torch.device("cpu"), quick=True)
@@ -91,3 +103,12 @@ def test_inference_from_bits_is_that_of_the_merged_network_for_the_rival_too() -
     outputs = [way.make()() for way in case.ways]
     assert len(outputs) == 3
     assert not torch.equal(outputs[0], torch.zeros_like(outputs[0]))
+
+
+def test_sizes_are_those_of_what_the_ways_return() -> None:
+    case = bench_files.coding(CPU, kept=0.2)
+    raw = next(way for way in case.ways if way.name == "ours, raw")
+    timings, _ = measure(replace(case, ways=[raw]), CPU.device, Budget(0.0, min_rounds=1, max_rounds=1, warmup=1))
+    rows = rows_of(case, timings, {}, FACTS, "abc")
+    assert [(r.metric, r.unit) for r in rows] == [("time", "ms"), ("size", "bytes")]
+    assert 1_395_864 < rows[1].p50 < 1_395_864 + (16 << 10)
