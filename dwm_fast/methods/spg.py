@@ -31,17 +31,20 @@ class SPG:
             has not fallen for more than `patience` epochs, until the rate is below `min_lr` (paper).
         factor, patience, min_lr: of "plateau"; patience and min_lr are ours.
         head_clip: bound on the gradient's norm over the head (code: 1e4).
+        head_factor: rate of the head over that of everything else (ours; paper: 1). A head is new with every task,
+            and mean importance slows it down with all that was learned before.
         batch_norm: "per-domain" (ours) keeps statistics and affine parameters of each task; "shared" evaluates every
             task with the newest; "frozen" leaves the first task's. The authors' networks have none.
     """
 
     epochs: int = 3
-    lr: float = 0.1
+    lr: float = 0.03
     schedule: Literal["cosine", "plateau"] = "cosine"
     factor: float = 1 / 3
     patience: int = 5
     min_lr: float = 1e-3
     head_clip: float = 1e4
+    head_factor: float = 5.0
     batch_norm: BatchNormPolicy = "per-domain"
     name: ClassVar[str] = "spg"
 
@@ -54,6 +57,7 @@ class SPG:
             ("patience", self.patience >= 0, "a whole number of at least 0"),
             ("min_lr", self.min_lr >= 0, "a rate of at least 0"),
             ("head_clip", self.head_clip > 0, "a norm above 0"),
+            ("head_factor", self.head_factor > 0, "a factor above 0"),
             ("batch_norm", self.batch_norm in BATCH_NORM_POLICIES, f"one of {', '.join(BATCH_NORM_POLICIES)}"),
         ):
             if not fine:
@@ -64,7 +68,7 @@ class SPG:
         return SPGLearner(network, head, self)
 
 
-SPG_PAPER = SPG(epochs=1000, lr=0.25, schedule="plateau")
+SPG_PAPER = SPG(epochs=1000, lr=0.25, schedule="plateau", head_factor=1.0)
 """spg-paper: SGD 0.25, x1/3 on a plateau; batches of 64 are the caller's. It ends when the rate is below min_lr."""
 
 
@@ -122,6 +126,9 @@ class SPGLearner(SequenceLearner):
             loss = F.cross_entropy(output.float(), labels)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(head, method.head_clip)
+            for weight in head:
+                if weight.grad is not None:
+                    weight.grad.mul_(method.head_factor)
             reached = [(w, w.grad, g) for w, g in zip(weights, gammas, strict=True) if w.grad is not None]
             soft_masked_sgd([w for w, _, _ in reached], [d for _, d, _ in reached], [g for _, _, g in reached], lr)
             return loss.detach()

@@ -20,7 +20,7 @@ BUILTIN: Options = {
     "none": {"options": {"epochs": 5, "lr": 1e-2}},
     "piggyback": {"options": {"epochs": 10, "lr": 3e-3, "head_lr": 1e-2, "batch_norm": "per-domain"}},
     "ksm": {"options": {"epochs": 10, "lr": 3e-3, "head_lr": 1e-2}},
-    "spg": {"epochs": 12, "lr": 0.25},
+    "spg": {"epochs": 12, "lr": 0.25, "head_factor": 1.0},
     "packnet": {"training": {"epochs": 8, "lr": 2e-2}, "retraining": {"epochs": 4, "lr": 1e-2}},
     "binary": {
         "options": {"epochs": 5, "lr": 1e-2, "batch_norm": "per-domain"},

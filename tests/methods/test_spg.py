@@ -97,8 +97,9 @@ def test_importance_of_a_later_task_is_the_maximum_over_heads_and_tasks_on_its_o
     assert any((now > old).any() for now, old in zip(gammas(learner), before, strict=True))
 
 
-def test_training_scales_the_bodys_gradients_by_1_minus_gamma_and_the_heads_by_1_minus_its_mean():
-    method = SPG(epochs=2, lr=0.2, schedule="plateau")
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_training_scales_the_bodys_gradients_by_1_minus_gamma_and_the_heads_by_1_minus_its_mean(factor):
+    method = SPG(epochs=2, lr=0.2, schedule="plateau", head_factor=factor)
     learner = method.learner(make, "head")
     learner.begin(task("a"), net())
     gamma = [g.double() for g in gammas(learner)]
@@ -118,7 +119,7 @@ def test_training_scales_the_bodys_gradients_by_1_minus_gamma_and_the_heads_by_1
                 for p, g in zip(expected.body.parameters(), gamma, strict=True):
                     p -= 0.2 * (1 - g) * p.grad
                 for p in expected.head.parameters():
-                    p -= 0.2 * (1 - mean) * p.grad
+                    p -= 0.2 * factor * (1 - mean) * p.grad
     mine = learner.network("bb").state_dict()
     for key, value in expected.state_dict().items():
         # the loss is taken in fp32 logits: four steps with gradients near 1 and rounding 2**-24
@@ -136,7 +137,7 @@ def test_a_weight_of_full_importance_never_moves_again():
 
 def test_the_heads_gradient_is_clipped_before_it_is_scaled():
     def head_after(clip):
-        learner = SPG(epochs=1, lr=1.0, schedule="plateau", head_clip=clip).learner(make, "head")
+        learner = SPG(epochs=1, lr=1.0, schedule="plateau", head_clip=clip, head_factor=1.0).learner(make, "head")
         learner.begin(task("a"), net())
         rate = 1 - float(learner.mean_importance())
         learner.learn(task("bb", steps=1, seed=4))
@@ -248,7 +249,7 @@ def test_domains_of_a_bank_predict_the_same_bits():
 @pytest.mark.parametrize(
     "wrong",
     [{"epochs": -1}, {"lr": 0.0}, {"schedule": "step"}, {"factor": 1.0}, {"patience": -1}, {"min_lr": -1.0},
-     {"head_clip": 0.0}, {"batch_norm": "none"}],
+     {"head_clip": 0.0}, {"head_factor": 0.0}, {"batch_norm": "none"}],
 )  # fmt: skip
 def test_options_out_of_range_are_named(wrong):
     with pytest.raises(InputError, match=f"{next(iter(wrong))} is .*; expected"):
@@ -257,4 +258,5 @@ def test_options_out_of_range_are_named(wrong):
 
 def test_the_papers_preset():
     paper = presets()["spg-paper"]
-    assert (paper.lr, paper.schedule, paper.factor, paper.head_clip) == (0.25, "plateau", 1 / 3, 1e4)
+    assert (paper.lr, paper.schedule, paper.factor) == (0.25, "plateau", 1 / 3)
+    assert (paper.head_clip, paper.head_factor) == (1e4, 1)
