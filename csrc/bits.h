@@ -47,9 +47,16 @@ DWM_NOINLINE static void pack_bytes(const uint8_t* bytes, int64_t n, uint8_t* bi
   int64_t i = 0;
 #if defined(__AVX2__)
   const __m256i zero = _mm256_setzero_si256();
+  const auto word_at = [&](int64_t at) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + at));
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(x, zero)));
+  };
+  for (; i + 128 <= n; i += 128) {
+    const uint32_t words[4] = {word_at(i), word_at(i + 32), word_at(i + 64), word_at(i + 96)};
+    std::memcpy(bits + i / 8, words, sizeof(words));
+  }
   for (; i + 32 <= n; i += 32) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i));
-    const uint32_t word = ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(x, zero)));
+    const uint32_t word = word_at(i);
     std::memcpy(bits + i / 8, &word, 4);
   }
 #endif
@@ -68,13 +75,20 @@ DWM_NOINLINE static void unpack_bytes(const uint8_t* bits, int64_t n, uint8_t* b
   const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
   const __m256i pick = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
   const __m256i one = _mm256_set1_epi8(1);
-  for (; i + 32 <= n; i += 32) {
+  const auto spread_word = [&](int64_t at) {
     int32_t word;
-    std::memcpy(&word, bits + i / 8, 4);
+    std::memcpy(&word, bits + at / 8, 4);
     const __m256i x = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(word), spread), pick);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i),
-                        _mm256_and_si256(_mm256_cmpeq_epi8(x, pick), one));
+    return _mm256_and_si256(_mm256_cmpeq_epi8(x, pick), one);
+  };
+  for (; i + 128 <= n; i += 128) {
+    const __m256i a = spread_word(i), b = spread_word(i + 32), c = spread_word(i + 64), d = spread_word(i + 96);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i), a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i + 32), b);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i + 64), c);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i + 96), d);
   }
+  for (; i + 32 <= n; i += 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i), spread_word(i));
 #endif
   for (; i + 8 <= n; i += 8) store64(bytes + i, kUnpack[bits[i / 8]]);
   for (; i < n; ++i) bytes[i] = (bits[i / 8] >> (i % 8)) & 1u;
