@@ -75,7 +75,8 @@ def _summary_line(case: str, parameters: str, rows: Sequence[Row]) -> str | None
     if "ours" not in times:
         return None
     limit = limit_of(list(times))
-    rivals = [f"{way}: {shown_number(over[way])}x" for way in times if way in over and way != limit]
+    others = [way for way in times if way in over and way != limit and not way.startswith("ours")]
+    rivals = [f"{way}: {shown_number(over[way])}x" for way in others]
     cells = [
         f"{case} ({parameters.replace(';', ', ')})", f"{shown_number(times['ours'].p50)} ms",
         f"{limit}: {shown_number(over[limit])}x" if limit in over else "", "; ".join(rivals),
