@@ -36,7 +36,8 @@ def _published(rows: list[Row]) -> set[str]:
     """Every number that a table may show, as text, straight from the rows."""
     out: set[str] = set()
     for row in rows:
-        for value in (row.p20, row.p50, row.p80, 1e3 * row.p50):
+        scaled = {"size": row.p50 / 1e3}.get(row.metric, 1e3 * row.p50)
+        for value in (row.p20, row.p50, row.p80, scaled):
             out |= {f"{value:.{d}f}" for d in range(6)} | {f"{value:.2e}"}
         out |= set(_CELL.findall(" ".join([row.case, row.way, row.metric, row.parameters.replace("=", " ")])))
         out |= set(_CELL.findall(" ".join([row.device, row.torch, row.triton, row.python, row.commit, row.date[:10]])))
