@@ -100,7 +100,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class _CpuClock:
-    """Blocks of calls long enough for perf_counter; where there are several, after one that warms caches and threads."""
+    """Blocks of calls long enough for perf_counter; several calls come after one that warms caches and threads."""
 
     def __init__(self, run: Run, warmup: int) -> None:
         self.run = run
