@@ -238,7 +238,7 @@ class Nursery:
         command = [sys.executable, "-m", "tests.bank.writer"]
         root = Path(__file__).parents[2]
         pipe = subprocess.PIPE
-        plain = {**os.environ, "DWM_FAST_BACKEND": "reference"}
+        plain = {**os.environ, "DWM_FAST_BACKEND": "reference", "OMP_NUM_THREADS": "1"}  # one thread: safe to fork
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, cwd=root, env=plain, start_new_session=True
         )
