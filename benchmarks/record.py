@@ -1,7 +1,10 @@
-"""Runs of the study -> docs/results: what was run, what it gave, and one page, so that no figure is typed by hand.
+"""Runs of the study -> docs/results and docs/methods: what was run and what it gave; no figure is typed by hand.
 
 python -m benchmarks.record RUN NAME COMMIT    take a run folder in as docs/results/NAME
-python -m benchmarks.record                    write the page's generated block anew
+python -m benchmarks.record                    write the pages' generated blocks anew
+
+docs/results/README.md shows every run; the page of a method, between `<!-- generated: found METHOD -->` and
+`<!-- end generated -->`, its lines of every sequence.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from dwm_fast.pacs import finding, sequence_finding, sequence_table, table
+from dwm_fast.pacs.table import number
 
 from .checkout import TREE
 
 RESULTS = Path("docs/results")
+METHODS = Path("docs/methods")
 _BLOCK = re.compile(r"(<!-- generated: runs -->\n).*?(<!-- end generated -->)", re.DOTALL)
+_FOUND = re.compile(r"(<!-- generated: found (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 _PATHS = ("data", "splits", "weights")
 
 
@@ -58,9 +64,44 @@ def section(name: str, results: Mapping[str, Any]) -> str:
 
 def page(text: str, folder: Path) -> str:
     """The page's text with its generated block written anew from the runs in `folder`."""
-    runs = {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*/results.json"))}
-    body = "\n".join(section(name, results) for name, results in runs.items())
+    body = "\n".join(section(name, results) for name, results in runs_in(folder).items())
     return _BLOCK.sub(lambda m: m.group(1) + "\n" + body + "\n" + m.group(2), text)
+
+
+def runs_in(folder: Path) -> dict[str, Any]:
+    """Name of a recorded run -> its results."""
+    return {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*/results.json"))}
+
+
+def _found_in(name: str, results: Mapping[str, Any], method: str) -> list[str]:
+    """What a recorded sequence gave for a method, beside plain fine-tuning: a list item for each view."""
+    rows = sequence_table.sequence_table(results)
+    plain = next((row for row in rows if row.method == "none"), None)
+    lines = []
+    for row in (row for row in rows if row.method == method):
+        ends = ", ".join(f"{domain} {number(value)}" for domain, value in row.final.items())
+        view = "" if row.view == "shared" else f", view {row.view}"
+        beside = ""
+        if plain is not None and method != "none":
+            beside = f" (plain fine-tuning: {number(plain.average)} and {number(plain.forgetting, True)})"
+        lines.append(
+            f"- [{name}](../results/README.md#{name}){view}: {ends} after the last domain; average "
+            f"{number(row.average)}, forgetting {number(row.forgetting, True)}{beside}; "
+            f"{sequence_table.storage(row.bits_added)} a domain added."
+        )
+    return lines
+
+
+def method_page(text: str, runs: Mapping[str, Any]) -> str:
+    """A method's page with its generated block written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        sequences = {name: results for name, results in runs.items() if results.get("kind") == "sequence"}
+        lines = [line for name, results in sequences.items() for line in _found_in(name, results, match.group(2))]
+        body = "\n".join(lines) or "No sequence is recorded yet."
+        return f"{match.group(1)}{body}\n{match.group(3)}"
+
+    return _FOUND.sub(block, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (folder / "config.json").write_text(json.dumps(results["config"], indent=1) + "\n", encoding="utf-8")
     readme = TREE / RESULTS / "README.md"
     readme.write_text(page(readme.read_text(encoding="utf-8"), TREE / RESULTS), encoding="utf-8")
+    for path in sorted((TREE / METHODS).glob("*.md")):
+        path.write_text(method_page(path.read_text(encoding="utf-8"), runs_in(TREE / RESULTS)), encoding="utf-8")
     return 0
 
 

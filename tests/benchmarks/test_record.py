@@ -10,6 +10,7 @@ import pytest
 
 from dwm_fast._bench import record
 from tests.pacs.results_for_tests import results, two_seeds
+from tests.pacs.sequence_results_for_tests import results as sequence_results
 
 ROOT = Path(__file__).resolve().parents[2] / "docs" / "results"
 RUNS = sorted(path.parent.name for path in ROOT.glob("*/results.json"))
@@ -18,6 +19,28 @@ RUNS = sorted(path.parent.name for path in ROOT.glob("*/results.json"))
 def test_the_page_is_what_the_recorded_results_say() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert record.page(text, ROOT) == text, "run python -m benchmarks.record"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "methods").glob("*.md")), ids=lambda path: path.stem)
+def test_the_page_of_a_method_says_what_the_recorded_sequences_gave(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert record.method_page(text, record.runs_in(ROOT)) == text, "run python -m benchmarks.record"
+    assert "<!-- generated: found " in text
+
+
+def test_a_methods_page_has_a_line_for_each_of_its_views_beside_plain_fine_tuning() -> None:
+    page = "a\n<!-- generated: found binary -->\nold\n<!-- end generated -->\nb\n"
+    given = sequence_results()
+    text = record.method_page(page, {"long": given, "pair": made()})
+    lines = [line for line in text.splitlines() if line.startswith("- ")]
+    assert len(lines) == 2
+    assert lines[0].startswith("- [long](../results/README.md#long)")
+    assert "view masked" in lines[1] or "view masked" in lines[0]
+    assert "plain fine-tuning" in lines[0]
+    assert "old" not in text
+    assert text.endswith("<!-- end generated -->\nb\n")
+    nothing = record.method_page(page, {"pair": made()})
+    assert "No sequence is recorded yet." in nothing
 
 
 @pytest.mark.parametrize("name", RUNS)
