@@ -171,7 +171,7 @@ def real_defaults() -> StudyConfig:
         crop_scale=0.7,
         tune_scale=1.0,
         source=TrainOptions(epochs=5, lr=5e-4),
-        binary=LearnedMask(epochs=6, lr=0.05, source_budget=0.03),
+        binary=LearnedMask(epochs=9, lr=0.05, source_budget=0.03),
         edit=LearnedMask(epochs=6, lr=0.05, source_budget=0.03),
         edit_threshold=0.1,
         tune={
