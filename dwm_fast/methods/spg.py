@@ -189,9 +189,8 @@ class SPGLearner(SequenceLearner):
                     loss = F.cross_entropy(output, labels) if name == task.name else output.sum()
                     more = i + 1 < len(heads)
                     found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
-                    for total, gradient in zip(sums[i], found, strict=True):
-                        if gradient is not None:
-                            total.add_(gradient)
+                    reached = [(total, g) for total, g in zip(sums[i], found, strict=True) if g is not None]
+                    torch._foreach_add_([total for total, _ in reached], [g for _, g in reached])
                 features.clear()
         return sums
 
