@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,17 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         raise DataError(
             f"weights: torchvision's own for '{name}' cannot be had ({reason}); check the network, or give a file"
         ) from error
+
+
+def weights_identity(weights: str | Path | None) -> str | None:
+    """What tells weights apart wherever their file lies: its SHA-256; a name, or a path without a file, as it is."""
+    if weights is None:
+        return None
+    try:
+        with open(weights, "rb") as file:
+            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    except OSError:
+        return str(weights)
 
 
 def load_weights(model: nn.Module, weights: str | Path, backbone: str = "") -> LoadReport:

@@ -37,12 +37,12 @@ from dwm_fast.methods import (
 from dwm_fast.methods.base import Batch
 from dwm_fast.nn import Edit, GumbelSigmoid, maskable_layers
 from dwm_fast.pacs.augment import epoch_batches, normalise, random_resized_crop_flip
-from dwm_fast.pacs.backbones import build_backbone, load_weights
+from dwm_fast.pacs.backbones import build_backbone, load_weights, weights_identity
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, fingerprint
 from dwm_fast.pacs.stages import Finished, StageFolder
 
-_SHARED_SETTINGS = ("backbone", "weights", "image_size", "train_size", "crop_scale", "batch_size", "amp")
+_SHARED_SETTINGS = ("backbone", "image_size", "train_size", "crop_scale", "batch_size", "amp")
 _EVALUATION_BATCH = 128
 _LOSS_IMAGES = 512
 
@@ -88,6 +88,7 @@ class Lab:
         self.device = device
         self.report: Report = lambda _: None
         self._fingerprints = {name: fingerprint({name: domain}) for name, domain in data.domains.items()}
+        self._weights = weights_identity(config.weights)
 
     def network(self, state: Mapping[str, Tensor] | None = None, classes: int | None = None) -> nn.Module:
         """The backbone on the device in channels_last, with `state` where given; `classes` are the data's if None."""
@@ -182,6 +183,7 @@ class Lab:
         config = self.config
         return f"source-{source}-seed{seed}", {
             "source_data": self._fingerprints[source],
+            "weights": self._weights,
             "training": dataclasses.asdict(config.source),
             **{name: getattr(config, name) for name in _SHARED_SETTINGS},
         }

@@ -27,6 +27,23 @@ def test_stage_seeds_are_those_of_every_machine() -> None:
     assert 0 <= min(stage_seed(i) for i in range(100)) <= max(stage_seed(i) for i in range(100)) < 2**63
 
 
+def test_a_stage_depends_on_what_a_weights_file_holds_not_on_where_it_lies(lab: Lab, tmp_path: Path) -> None:
+    for name, content in (("a.pth", b"one"), ("b.pth", b"one"), ("c.pth", b"two")):
+        (tmp_path / name).write_bytes(content)
+
+    def settings(weights: str | None) -> object:
+        changed = dataclasses.replace(config(), weights=weights)
+        return Lab(changed, tiny_data(), tmp_path, torch.device("cpu")).source_stage("photo", 0)[1]["weights"]
+
+    first = settings(str(tmp_path / "a.pth"))
+    assert first == "sha256 7692c3ad3540bb80"  # sha256sum of "one"
+    assert settings(str(tmp_path / "b.pth")) == first
+    assert settings(str(tmp_path / "c.pth")) != first
+    assert settings("torchvision") == "torchvision"
+    assert settings(str(tmp_path / "missing.pth")) == str(tmp_path / "missing.pth")
+    assert settings(None) is None
+
+
 def test_batches_are_those_of_their_key_and_epoch(lab: Lab) -> None:
     def drawn(key: int, epoch: int) -> torch.Tensor:
         return torch.cat([images for images, _ in lab.batches("photo", key)(epoch)])
