@@ -26,7 +26,7 @@ PAGES = ("README.md", "docs/benchmarks.md")
 FIGURES = Path("docs/figures")
 _LEADING = (
     "sample forward", "step mask training", "update FrozenAdamW", "linear from bits", "bank linear", "bits pack",
-    "bits jaccard",
+    "bits Jaccard",
 )  # fmt: skip
 """Cases of the summary, in its order."""
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
