@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import tempfile
 import zlib
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwm_fast.bank import DomainMasks, MaskBank, MaskFile, encode_domain, make_domain
+from dwm_fast.bank import CODINGS, DomainMasks, MaskBank, MaskFile, encode_domain, make_domain
 
 from .context import Context
 from .measure import Case, Way, require
@@ -82,16 +83,19 @@ def decoding(context: Context, kept: float) -> Case:
     """The bytes of a file -> packed bits, checked; the folder is kept as long as the case."""
     record = make_domain("sketch", _masks(kept))
     folder = tempfile.TemporaryDirectory()
-    files = {coding: Path(folder.name) / f"{coding}.safetensors" for coding in ("raw", "coded")}
-    for name, path in files.items():
-        path.write_bytes(encode_domain(record, name))
+
+    def path(coding: str) -> Path:
+        return Path(folder.name) / f"{coding}.safetensors"
+
+    for name in CODINGS:
+        path(name).write_bytes(encode_domain(record, name))
     compressed = lzma.compress(_packed_bytes(record), preset=6)
 
     def read(name: str) -> Any:
-        return lambda: (folder, MaskFile(files[name]).load().bits)[1]
+        return lambda: MaskFile(path(name)).load().bits
 
     def gate() -> None:
-        for name in files:
+        for name in CODINGS:
             require(torch.equal(read(name)(), record.bits), f"{name} masks do not come back")
 
     ways = [
@@ -114,13 +118,13 @@ def switching(context: Context, domains: int) -> Case:
         bank.add(name, masks[name])
     bank.save(folder.name)
     weights = {n: p.detach() for n, p in model.named_parameters() if n in base}
-    x = torch.zeros(1, 3, 32, 32)
+    x = torch.randn(1, 3, 32, 32)
 
     def by_hand() -> Any:
-        turn = iter(range(1 << 60))
+        turn = itertools.cycle(names)
 
         def run() -> list[Tensor]:
-            mask = masks[names[next(turn) % domains]]
+            mask = masks[next(turn)]
             return [weight * mask[n] for n, weight in weights.items()]
 
         return run
@@ -129,21 +133,17 @@ def switching(context: Context, domains: int) -> Case:
         return MaskBank.load(folder.name, model, memory_budget=0)
 
     def ours() -> Any:
-        turn, served = iter(range(1 << 60)), loaded()
-
-        def run() -> str:
-            name = names[next(turn) % domains]
-            served.activate(name)
-            return name
-
-        return run
+        turn, served = itertools.cycle(names), loaded()
+        return lambda: served.activate(next(turn))
 
     def gate() -> None:
-        served = loaded()
+        served, seen = loaded(), []
         for name in names[:2]:
             served.activate(name)
             bank.activate(name)
-            require(torch.equal(served(x), bank(x)), "a domain from a file answers otherwise than from memory")
+            seen.append(bank(x))
+            require(torch.equal(served(x), seen[-1]), "a domain from a file answers otherwise than from memory")
+        require(not torch.equal(*seen), "two domains give the same answer")
 
     parameters = {"network": "resnet18", "domains": domains}
     ways = [Way("eager: bool masks in memory times weights", by_hand), Way("ours", ours)]

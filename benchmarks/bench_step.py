@@ -256,6 +256,7 @@ def packed_inference(context: Context, name: str, rows: int, pixels: int) -> Cas
         eps = torch.finfo(torch.bfloat16 if context.on_gpu else torch.float32).eps
         for model in (packed, eager):
             error = float((forward(model)().double() - expected).abs().max() / expected.abs().max())
+            # About twenty layers, each of which rounds its sums and its output in another order: three eps a layer.
             require(error <= 64 * eps, f"the network's output is off by {error:.1e} of its largest entry")
 
     backend = _backends.chosen("linear_packed", context.device.type)

@@ -53,13 +53,16 @@ def _case_table(case: str, parameters: str, rows: Sequence[Row]) -> list[str]:
     return [*out, *("| " + " | ".join(line) + " |" for line in case_lines(rows)), ""]
 
 
+def _by_device(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    return [(device, [r for r in rows if r.device == device]) for device in sorted({r.device for r in rows})]
+
+
 def results_block(rows: Sequence[Row]) -> str:
     """Markdown of all cases, device by device, a table each."""
     if not rows:
         return _NONE
     lines = []
-    for device in sorted({r.device for r in rows}):
-        here = [r for r in rows if r.device == device]
+    for device, here in _by_device(rows):
         lines += [f"### {device}", "", _device_note(here), ""]
         if bars(here):
             lines += [f"![time of every way over the limit's](figures/{figure_name(device, 'bars')})", ""]
@@ -89,8 +92,7 @@ def summary_block(rows: Sequence[Row]) -> str:
     if not rows:
         return _NONE
     lines = []
-    for device in sorted({r.device for r in rows}):
-        here = [r for r in rows if r.device == device]
+    for device, here in _by_device(rows):
         groups = sorted(by_case(r for r in here if r.case in _LEADING).items(), key=lambda g: _LEADING.index(g[0][0]))
         found = [_summary_line(case, parameters, group) for (case, parameters, _), group in groups]
         lines += [f"**{device}** ({_device_note(here).rstrip('.')})", ""]
