@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dwm_fast.methods._sequence import SequenceLearner, Tensors, as_source, norm_names, seeded
 from dwm_fast.methods.binary import Binary
-from dwm_fast.methods.learned import LearnedMask
 from dwm_fast.methods.sequence import Task
 from dwm_fast.methods.transfer import TrainOptions, train
 from dwm_fast.nn.select import literal
@@ -31,7 +30,7 @@ class BinarySequence:
             weights kept; "per-domain" keeps each task's own; "shared" evaluates every task with the newest.
     """
 
-    binary: Binary = field(default_factory=lambda: Binary(options=LearnedMask(source_budget=0.03)))
+    binary: Binary = field(default_factory=Binary)
     options: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=3, lr=1e-3, batch_norm="frozen"))
     name: ClassVar[str] = "binary"
 

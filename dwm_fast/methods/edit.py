@@ -21,7 +21,7 @@ class EditMask:
     """
 
     kind: Edit = field(default_factory=lambda: Edit(threshold=0.1, spread=0.1))
-    options: LearnedMask = field(default_factory=LearnedMask)
+    options: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=6, lr=0.05))
     name: ClassVar[str] = "edit"
     learns: ClassVar[bool] = True
 

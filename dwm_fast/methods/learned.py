@@ -41,11 +41,11 @@ class LearnedMask:
         include, exclude: shell patterns of the layers to mask.
     """
 
-    epochs: int = 6
-    lr: float = 0.05
+    epochs: int = 9
+    lr: float = 0.025
     decay: float = 0.5
     eps: float = 1e-15
-    source_budget: float = 0.02
+    source_budget: float = 0.01
     control_every: int = 4
     coefficient: float | None = None
     clip_norm: float | None = None

@@ -24,7 +24,7 @@ BUILTIN: Options = {
     "packnet": {"training": {"epochs": 8, "lr": 2e-2}, "retraining": {"epochs": 4, "lr": 1e-2}},
     "binary": {
         "options": {"epochs": 5, "lr": 1e-2, "batch_norm": "per-domain"},
-        "binary": {"options": {"epochs": 12, "source_budget": 0.1}},
+        "binary": {"options": {"epochs": 12, "lr": 0.05, "source_budget": 0.1}},
     },
 }
 """Options of methods for the built-in images and their small network; the methods' own defaults are for real images."""
