@@ -29,6 +29,7 @@ from dwm_fast.pacs.table import (
     METHODS,
     POLICIES,
     Stat,
+    baseline_key,
     in_order,
     key_order,
     rank,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Config = tuple[str, str, str]
+Config = tuple[str, str, str, float | None]
 Runs = list[Mapping[str, Any]]
 
 
@@ -76,19 +77,28 @@ def _by_config(rows: Iterable[Mapping[str, Any]], view: str) -> dict[Config, Run
     groups: dict[Config, Runs] = defaultdict(list)
     for run in rows:
         if run["view"] == view:
-            groups[row_key(run)[:3]].append(run)
-    return {config: groups[config] for config in sorted(groups, key=lambda one: key_order((*one, view)))}
+            method, init, policy, _, lr = row_key(run)
+            groups[method, init, policy, lr].append(run)
+    ordered = sorted(groups, key=lambda one: key_order((*one[:3], view, one[3])))
+    return {config: groups[config] for config in ordered}
 
 
-def _name(config: Config, policies: bool) -> str:
-    method, init, policy = config
-    return " ".join([method, *([init] if init != "-" else []), *([f"· {policy}"] if policies else [])])
+def _name(config: Config, policies: bool, rates: bool) -> str:
+    method, init, policy, lr = config
+    ways = [*([policy] if policies else []), *([f"{lr:g}"] if rates and lr is not None else [])]
+    return " ".join([method, *([init] if init != "-" else []), *(f"· {way}" for way in ways)])
 
 
 def _policies_differ(configs: Iterable[Config]) -> bool:
     """Whether some method and re-initialisation ran under several batch-norm policies."""
+    policies = {config[:3] for config in configs}
+    return len({policy[:2] for policy in policies}) < len(policies)
+
+
+def _rates_differ(configs: Iterable[Config]) -> bool:
+    """Whether some method, re-initialisation and policy ran at several rates."""
     configs = list(configs)
-    return len({config[:2] for config in configs}) < len(configs)
+    return len({config[:3] for config in configs}) < len(configs)
 
 
 def _accuracy(results: Mapping[str, Any]) -> Figure:
@@ -103,7 +113,7 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
     panel = (3.1 if shape[1] > 1 else 5.6, 0.22 * len(configs) + 0.75)
     title, note = "Accuracy after fine-tuning, per pair", seeds_note(rows)
     figure, axes = canvas(results, title, note, shape, panel, sharex=True, sharey=True)
-    several = _policies_differ(configs)
+    several = (_policies_differ(configs), _rates_differ(configs))
     masked_drawn = False
     for line, source in zip(axes, sources, strict=True):
         for axis, target in zip(
@@ -138,7 +148,7 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
                 masked_drawn |= own.mean is not None
                 _dot(axis, own, level, marker="|", color=ink, markersize=9, markeredgewidth=2)
             axis.set_title(f"{source} → {target}")
-            axis.set_yticks(range(len(configs)), [_name(config, several) for config in configs])
+            axis.set_yticks(range(len(configs)), [_name(config, *several) for config in configs])
             axis.tick_params(axis="y", length=0)
             axis.margins(x=0.05)
     axes[0][0].set_ylim(len(configs) - 0.5, -0.5)
@@ -171,6 +181,7 @@ def _retention(results: Mapping[str, Any]) -> Figure:
     rows = results["rows"]
     sources = in_order(results, (run["source"] for run in rows))
     configs = list(_by_config(rows, "shared"))
+    baseline = baseline_key(results)
     policies = sorted(
         {config[2] for config in configs if config[0] != "none"}, key=lambda one: rank(POLICIES, one)
     )
@@ -190,7 +201,7 @@ def _retention(results: Mapping[str, Any]) -> Figure:
     for axis, source in zip(flat, sources, strict=False):
         here = [run for run in rows if run["source"] == source]
         for view in ("shared", "masked"):
-            for (method, init, policy), runs in _by_config(here, view).items():
+            for (method, init, policy, lr), runs in _by_config(here, view).items():
                 x, y = stat(runs, "target_after"), stat(runs, "source_after")
                 if x.mean is None or y.mean is None:
                     continue
@@ -198,10 +209,12 @@ def _retention(results: Mapping[str, Any]) -> Figure:
                 if view == "masked":
                     masked_drawn = True
                     style |= {"marker": "_", "markersize": 11, "markeredgewidth": 2, "zorder": 2}
-                elif method == "none":
+                elif (method, init, policy, view, lr) == baseline:
                     axis.axvline(x.mean, color="#999999", linewidth=0.9, linestyle=":", zorder=1)
                     axis.axhline(y.mean, color="#999999", linewidth=0.9, linestyle=":", zorder=1)
                     style |= {"marker": "*", "markersize": 15, "zorder": 4}
+                elif method == "none":
+                    style |= {"marker": "*", "markersize": 11, "markerfacecolor": "white"}
                 else:
                     fill = fills.get(policy, "full")
                     style |= {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dwm_fast.pacs.table import Cell, Stat, cell, in_order, key_order, number, row_key
+from dwm_fast.pacs.table import Cell, Key, Stat, ambiguous, baseline_key, cell, in_order, key_order, number, row_key
 
 EQUAL = 0.02  # target accuracies within two points count as equal
 
-Key = tuple[str, str, str, str]
 Runs = list[Mapping[str, Any]]
 
 
@@ -20,12 +19,12 @@ def finding(results: Mapping[str, Any]) -> list[str]:
     Configurations are compared in the view `shared` on the runs (source, target, seed) that all of them have.
     """
     shared = _groups(results, "shared")
-    baseline = [key for key in shared if key[0] == "none"]
+    baseline = baseline_key(results)
     rivals = [key for key in shared if key[0] != "none"]
     data = results["data"]["name"] if results["data"]["real"] else f"the {results['data']['name']}"
     if not shared:
         return [f"No fine-tuning run on {data} has finished yet."]
-    if not baseline or not rivals:
+    if baseline is None or not rivals:
         missing = "no plain fine-tuning (none) to compare with" if rivals else "only plain fine-tuning (none)"
         return [f"On {data} there is {missing} so far, so there is nothing to say about masks."]
     common = set.intersection(*({_run(run) for run in runs} for runs in shared.values()))
@@ -40,6 +39,7 @@ def finding(results: Mapping[str, Any]) -> list[str]:
     best = max(rivals, key=lambda key: _mean(cells[key].s_gain))
     return [
         *_headline(data, best, cells),
+        *_other_rates({key: runs for key, runs in compared.items() if key[0] == "none" and key != baseline}),
         *_per_source(results, best, {key: compared[key] for key in rivals}),
         *_masked(results, best, common),
         *_limits(results, cells, best, common),
@@ -62,9 +62,10 @@ def _mean(value: Stat) -> float:
     return value.mean if value.mean is not None else float("-inf")
 
 
-def _name(key: Key) -> str:
-    method, init, policy, _ = key
-    return f"{method} masking with {init} (batch norm {policy})"
+def _name(key: Key, keys: Iterable[Key]) -> str:
+    method, init, policy, _, lr = key
+    rate = f", rate {lr:g}" if lr is not None and ambiguous(key, keys) else ""
+    return f"{method} masking with {init} (batch norm {policy}{rate})"
 
 
 def _against(after: Stat, difference: Stat) -> str:
@@ -80,11 +81,11 @@ def _headline(data: str, best: Key, cells: Mapping[Key, Cell]) -> list[str]:
     )
     before = f"before fine-tuning it was {number(Stat(top.source_before.mean, None))}"
     if gain > 0:
-        said = [f"On {data}, {_name(best)} keeps the source best: accuracy {source}; {before}."]
+        said = [f"On {data}, {_name(best, cells)} keeps the source best: accuracy {source}; {before}."]
     else:
         said = [
             f"On {data}, no mask keeps the source better than plain fine-tuning does.",
-            f"Closest comes {_name(best)}: accuracy {source}; {before}.",
+            f"Closest comes {_name(best, cells)}: accuracy {source}; {before}.",
         ]
     verdict = "equal within two points"
     if abs(drop) > EQUAL:
@@ -96,11 +97,25 @@ def _headline(data: str, best: Key, cells: Mapping[Key, Cell]) -> list[str]:
         other = max(near, key=lambda key: _mean(cells[key].s_gain))
         one = cells[other]
         said.append(
-            f"Among those within two points of plain fine-tuning on the target, {_name(other)} keeps most: "
+            f"Among those within two points of plain fine-tuning on the target, {_name(other, cells)} keeps most: "
             f"S gain {number(one.s_gain, True)}, T drop {number(one.t_drop, True)}."
         )
     if top.s_gain.spread is not None and 0 < gain <= top.s_gain.spread:
         said.append("That S gain is no larger than its spread over seeds.")
+    return said
+
+
+def _other_rates(plain: Mapping[Key, Runs]) -> list[str]:
+    """What plain fine-tuning gives in the ways that are not the baseline."""
+    cells = {key: cell(runs) for key, runs in plain.items()}
+    said = []
+    for (_, _, policy, _, lr), one in cells.items():
+        source, target = (number(Stat(after.mean, None)) for after in (one.source_after, one.target_after))
+        rate = "" if lr is None else f" at rate {lr:g}"
+        said.append(
+            f"Plain fine-tuning with batch norm {policy}{rate} leaves {source} on the source and reaches {target} on "
+            "the target."
+        )
     return said
 
 
@@ -122,7 +137,7 @@ def _per_source(results: Mapping[str, Any], best: Key, compared: Mapping[Key, Ru
 
 def _masked(results: Mapping[str, Any], best: Key, common: set[tuple[str, str, int]]) -> list[str]:
     """What the masked view says of the winner."""
-    runs = [run for run in _groups(results, "masked").get((*best[:3], "masked"), []) if _run(run) in common]
+    runs = [run for run in _groups(results, "masked").get((*best[:3], "masked", best[4]), []) if _run(run) in common]
     if not runs:
         return []
     own = cell(runs)

@@ -94,8 +94,9 @@ def _header(results: Mapping[str, Any]) -> str:
     return header("Weight masks for domain transfer", data, facts)
 
 
-def _label(row: TableRow) -> str:
-    return f"{swatch(row.method)}{escape(row.label)}<small>batch norm {escape(row.bn_policy)}</small>"
+def _label(row: TableRow, rate: bool = False) -> str:
+    way = f"batch norm {row.bn_policy}" + (f", rate {row.rate}" if rate else "")
+    return f"{swatch(row.method)}{escape(row.label)}<small>{escape(way)}</small>"
 
 
 def _gain_cell(one: Cell | None, best: bool, cover: bool) -> str:
@@ -114,7 +115,7 @@ def _gain_tables(rows: Sequence[TableRow], real: bool) -> str:
     bold = "" if cover else "; bold is the highest S gain of its column"
     parts = [f"<p>In each cell S gain stands above T drop{bold}.</p>"]
     for view in sorted({row.view for row in rows}, key=lambda one: rank(list(VIEWS), one)):
-        chosen = [row for row in rows if row.view == view and row.method != "none"]
+        chosen = [row for row in rows if row.view == view and not row.baseline]
         best: dict[str, float] = {}
         for column in columns(rows):
             cells = [at(row, column) for row in chosen]
@@ -128,9 +129,8 @@ def _gain_tables(rows: Sequence[TableRow], real: bool) -> str:
                 for one, column in zip(cells, columns(rows), strict=True)
             ]
             kept = html_number(Stat(row.overall.fraction_kept.mean, None))
-            lrs = escape(", ".join(f"{lr:g}" for lr in row.lrs) or MISSING)
             gains_html = [_gain_cell(one, mark, cover) for one, mark in zip(cells, marks, strict=True)]
-            body.append([_label(row), kept, lrs, *gains_html])
+            body.append([_label(row), kept, escape(row.rate), *gains_html])
         if body:
             names = ["method", "kept", "learning rate", *map(escape, columns(rows))]
             parts.append(table(names, body, VIEWS.get(view, view)))
@@ -163,7 +163,7 @@ def _accuracy_table(rows: Sequence[TableRow]) -> str:
                 continue
             source = f"{html_number(Stat(one.source_before.mean, None))} → {html_number(one.source_after)}"
             cells.append(f'<span>{source}</span><small class="drop">{html_number(one.target_after)}</small>')
-        body.append([_label(row), escape(row.view), *cells])
+        body.append([_label(row, row.ambiguous), escape(row.view), *cells])
     if not body:
         return ""
     names = ["method", "view", *map(escape, columns(rows))]

@@ -31,6 +31,8 @@ RAW_COLUMNS = (
     "source", "target", "method", "init", "seed", "bn_policy", "lr", "view",
     "source_before", "source_after", "target_after", "fraction_kept", "s_gain", "t_drop", "seconds",
 )  # fmt: skip
+Key = tuple[str, str, str, str, float | None]
+"""A configuration: method, init, bn_policy, view, lr."""
 MISSING = "–"
 ALL = "all pairs"
 
@@ -80,10 +82,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One configuration of method, re-initialisation, batch-norm policy and view: a cell per source.
+    """One configuration of method, re-initialisation, batch-norm policy, view and rate: a cell per source.
 
     `data` names the data set, `sources` every column of the table in the data set's order (a source without
-    runs of this row has no cell), `overall` is over all pairs, `lrs` its learning rates.
+    runs of this row has no cell), `overall` is over all pairs. `baseline` is what S gain and T drop compare with,
+    `ambiguous` says that another row differs in the rate alone.
     """
 
     data: str
@@ -91,7 +94,9 @@ class TableRow:
     init: str
     bn_policy: str
     view: str
-    lrs: tuple[float, ...]
+    lr: float | None
+    baseline: bool
+    ambiguous: bool
     sources: tuple[str, ...]
     cells: dict[str, Cell]
     overall: Cell
@@ -100,6 +105,11 @@ class TableRow:
     def label(self) -> str:
         """'binary S_start', or 'none' for plain fine-tuning."""
         return self.method if self.init == "-" else f"{self.method} {self.init}"
+
+    @property
+    def rate(self) -> str:
+        """The learning rate, or a dash."""
+        return MISSING if self.lr is None else f"{self.lr:g}"
 
 
 def rank(order: Sequence[str], value: str) -> tuple[int, str]:
@@ -112,15 +122,25 @@ def in_order(results: Mapping[str, Any], domains: Iterable[str]) -> list[str]:
     return sorted(set(domains), key=lambda name: rank(results["data"]["domains"], name))
 
 
-def row_key(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """The configuration of a run: (method, init, bn_policy, view)."""
-    return row["method"], row["init"], row["bn_policy"], row["view"]
+def row_key(row: Mapping[str, Any]) -> Key:
+    """The configuration of a run."""
+    return row["method"], row["init"], row["bn_policy"], row["view"], row.get("lr")
 
 
-def key_order(key: tuple[str, str, str, str]) -> tuple[tuple[int, str], ...]:
-    """Sort key of configurations: the paper's view first, then method, re-initialisation and policy."""
-    method, init, policy, view = key
-    return rank(VIEWS, view), rank(METHODS, method), rank(INITS, init), rank(POLICIES, policy)
+def baseline_key(results: Mapping[str, Any]) -> Key | None:
+    """The configuration that S gain and T drop compare with: the first way of `none`."""
+    return next((row_key(run) for run in results["rows"] if run["method"] == "none"), None)
+
+
+def ambiguous(key: Key, keys: Iterable[Key]) -> bool:
+    """Whether another of the `keys` differs from this one in the rate alone."""
+    return any(other[:4] == key[:4] and other != key for other in keys)
+
+
+def key_order(key: Key) -> tuple[Any, ...]:
+    """Sort key of configurations: the paper's view first, then method, re-initialisation, policy, rate (falling)."""
+    method, init, policy, view, lr = key
+    return rank(VIEWS, view), rank(METHODS, method), rank(INITS, init), rank(POLICIES, policy), -(lr or 0.0)
 
 
 def stat(runs: Sequence[Mapping[str, Any]], metric: str) -> Stat:
@@ -154,13 +174,14 @@ def paper_table(results: Mapping[str, Any]) -> list[TableRow]:
         results: a study's results; "data" and "rows" are read. Any part of the grid may be missing.
 
     Returns:
-        One row per (method, init, bn_policy, view) that has runs: the view `shared` first, then `masked`.
+        One row per (method, init, bn_policy, view, lr) that has runs: the view `shared` first, then `masked`.
         Cells average the targets and seeds that exist and say how many.
     """
-    groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    groups: dict[Key, list[Mapping[str, Any]]] = defaultdict(list)
     for run in results["rows"]:
         groups[row_key(run)].append(run)
     sources = tuple(in_order(results, (run["source"] for run in results["rows"])))
+    baseline = baseline_key(results)
     table = []
     for key in sorted(groups, key=key_order):
         runs = groups[key]
@@ -169,7 +190,8 @@ def paper_table(results: Mapping[str, Any]) -> list[TableRow]:
             TableRow(
                 str(results["data"]["name"]),
                 *key,
-                lrs=tuple(sorted({float(run["lr"]) for run in runs if run.get("lr") is not None})),
+                baseline=key == baseline,
+                ambiguous=ambiguous(key, groups),
                 sources=sources,
                 cells={source: cell(part) for source, part in per_source.items() if part},
                 overall=cell(runs),
@@ -242,18 +264,16 @@ def to_markdown(rows: Sequence[TableRow]) -> str:
     cover = uniform_coverage(row.cells.get(source) for row in rows for source in rows[0].sources) is None
     gains, absolute = [], []
     for row in rows:
-        name = [row.method, row.init, row.bn_policy, row.view]
-        lrs = ", ".join(f"{lr:g}" for lr in row.lrs) or MISSING
+        name = [row.method, row.init, row.bn_policy, row.view, row.rate]
         kept = number(Stat(row.overall.fraction_kept.mean, None))
-        base = row.method == "none"
-        gains.append([*name, lrs, kept, *(_gains(at(row, column), base, cover) for column in header)])
+        gains.append([*name, kept, *(_gains(at(row, column), row.baseline, cover) for column in header)])
         absolute.append([*name, *(_accuracies(at(row, column)) for column in header)])
-    names, data = ["method", "init", "batch norm", "view"], rows[0].data
+    names, data = ["method", "init", "batch norm", "view", "rate"], rows[0].data
     return "\n".join(
         [
             f"**S gain / T drop by source domain, on {data}** (differences of accuracy to plain fine-tuning)",
             "",
-            markdown([*names, "rate", "kept", *header], gains),
+            markdown([*names, "kept", *header], gains),
             "",
             f"**Source accuracy before → after / target accuracy after, by source domain, on {data}**",
             "",
@@ -279,11 +299,10 @@ def to_csv(rows: Sequence[TableRow], path: Path | str) -> Path:
         + ["pairs", "seeds", "runs"]
     )
     for row in rows:
-        lrs = " ".join(f"{lr:g}" for lr in row.lrs)
         for source, one in [*row.cells.items(), ("all", row.overall)]:
             stats: list[Stat] = [getattr(one, metric) for metric in METRICS]
             values = [value for each in stats for value in (each.mean, each.spread)]
-            name = [row.data, row.method, row.init, row.bn_policy, row.view, lrs, source]
+            name = [row.data, row.method, row.init, row.bn_policy, row.view, "" if row.lr is None else row.rate, source]
             writer.writerow([*name, *values, one.pairs, one.seeds, one.runs])
     write_atomic(path, stream.getvalue())
     return Path(path)
@@ -331,11 +350,12 @@ def to_rich(rows: Sequence[TableRow]) -> Table:
 
     for position, row in enumerate(rows):
         name = Text(row.label, style="bold")
-        name.append(f"\nbn {row.bn_policy}, {row.view}", style="not bold dim")
+        rate = f", {row.rate}" if row.ambiguous else ""
+        name.append(f"\nbn {row.bn_policy}, {row.view}{rate}", style="not bold dim")
         table.add_row(
             name,
             number(Stat(row.overall.fraction_kept.mean, None), digits=2),
-            *(lines(at(row, column), row.method == "none") for column in columns(rows)),
+            *(lines(at(row, column), row.baseline) for column in columns(rows)),
             end_section=position + 1 < len(rows) and rows[position + 1].method != row.method,
         )
     return table

@@ -176,6 +176,22 @@ def test_finding_offers_the_best_at_equal_target():
     assert "edit masking with S_start (batch norm frozen) keeps most: S gain +0.200, T drop -0.010" in said[2]
 
 
+def test_finding_names_the_rate_where_it_alone_tells_ways_apart():
+    rows = [
+        row("photo", "art", "none", 0, 0.0, 0.0),
+        row("photo", "art", "none", 0, 0.1, -0.2, lr=1e-4),
+        row("photo", "art", "binary", 0, 0.3, 0.0),
+        row("photo", "art", "binary", 0, 0.2, 0.0, lr=1e-3),
+        row("photo", "art", "binary", 0, 0.5, 0.0, view="masked"),
+        row("photo", "art", "binary", 0, 0.4, 0.0, view="masked", lr=1e-3),
+    ]
+    said = " ".join(finding(results(rows, real=True)))
+    assert "binary masking with S_start (batch norm frozen, rate 0.0003) keeps the source best: accuracy 0.700" in said
+    assert "Plain fine-tuning with batch norm frozen at rate 0.0001 leaves 0.500 on the source" in said
+    assert "its source network stays at 0.900" in said
+    assert "highest of 2 configurations" in said
+
+
 def test_finding_compares_only_runs_that_all_have():
     rows = [*two_seeds(), row("art", "photo", "binary", 0, 0.9, 0.0)]
     said = " ".join(finding(results(rows)))

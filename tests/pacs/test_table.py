@@ -73,10 +73,26 @@ def test_batch_norm_policies_and_inits_do_not_mix():
         row("photo", "art", "binary", 0, 0.5, 0.0, init="random", lr=1e-3),
     ]
     table = paper_table(results(rows))
-    assert [(one.init, one.bn_policy, one.lrs) for one in table] == [
-        ("S_start", "frozen", (3e-4,)), ("S_start", "shared", (3e-4,)), ("random", "frozen", (1e-3,)),
+    assert [(one.init, one.bn_policy, one.lr) for one in table] == [
+        ("S_start", "frozen", 3e-4), ("S_start", "shared", 3e-4), ("random", "frozen", 1e-3),
     ]  # fmt: skip
     assert [one.overall.s_gain.mean for one in table] == [0.1, 0.3, 0.5]
+
+
+def test_rates_of_a_method_do_not_mix_and_only_the_first_of_none_is_the_baseline():
+    rows = [
+        row("photo", "art", "none", 0, 0.0, 0.0),
+        row("photo", "art", "none", 0, 0.1, -0.2, lr=1e-4),
+        row("photo", "art", "binary", 0, 0.3, 0.0),
+    ]
+    table = paper_table(results(rows))
+    assert [(one.method, one.lr, one.baseline, one.ambiguous) for one in table] == [
+        ("none", 3e-4, True, True), ("none", 1e-4, False, True), ("binary", 3e-4, False, False),
+    ]  # fmt: skip
+    text = to_markdown(table)
+    assert "| none | - | frozen | shared | 0.0003 | 0.000 | baseline |" in text
+    assert "| none | - | frozen | shared | 0.0001 | 0.000 | +0.100 / -0.200 |" in text
+    assert "| none | - | frozen | shared | 0.0001 | 0.950 → 0.500 / 0.700 |" in text
 
 
 @pytest.mark.parametrize("lost", [None, math.nan])
@@ -98,7 +114,7 @@ def test_markdown_names_the_data_and_says_what_a_cell_averages():
     assert "0.950 ± 0.000 → 0.600 ± 0.071 / 0.890 ± 0.000" in text
     assert "Each cell averages 2 pairs × 2 seeds" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
-    assert widths == {6 + 1 + 1, 4 + 1 + 1}  # six and four columns of names and one source
+    assert widths == {6 + 1 + 1, 5 + 1 + 1}  # six and five columns of names and one source
 
 
 def test_markdown_of_an_uneven_grid_says_so_in_each_cell():
