@@ -240,6 +240,8 @@ def _retention(results: Mapping[str, Any]) -> Figure:
     methods = sorted({config[0] for config in configs} - {"none"}, key=lambda one: rank(METHODS, one))
     inits = sorted({config[1] for config in configs} - {"-"}, key=lambda one: rank(INITS, one))
     handles = [mark("*", "none: plain fine-tuning", colour("none"), markersize=12)]
+    if sum(config[0] == "none" for config in configs) > 1:
+        handles.append(mark("*", "none in another way", colour("none"), markersize=9, markerfacecolor="white"))
     handles += [mark("o", method, colour(method), markersize=7) for method in methods]
     handles += [mark(MARKERS.get(init, "P"), f"init {init}", "#777777", markersize=7) for init in inits]
     if len(policies) > 1:

@@ -96,6 +96,22 @@ def test_several_policies_and_a_missing_value_are_drawn(tmp_path):
     assert "batch norm shared" in paths[3].read_text()
 
 
+def test_several_rates_of_none_are_told_apart_and_one_is_the_baseline(tmp_path):
+    def drawn(rates, folder):
+        rows = [row("photo", "sketch", "none", 0, rate, 0.0, lr=rate) for rate in rates]
+        rows.append(row("photo", "sketch", "binary", 0, 0.1, 0.0))
+        paths = draw_all(results(rows) | {"masks": [], "overlap": []}, tmp_path / folder)
+        return paths[1].read_text(), paths[3].read_text()
+
+    accuracy, retention = drawn((3e-4, 1e-4), "two")
+    assert "none · 0.0003" in accuracy
+    assert "none · 0.0001" in accuracy
+    assert "none in another way" in retention
+    accuracy, retention = drawn((3e-4,), "one")
+    assert "0.0003" not in accuracy
+    assert "none in another way" not in retention
+
+
 def test_no_data_draws_nothing(tmp_path):
     assert draw_all(results([]) | {"masks": [], "overlap": []}, tmp_path) == []
 
