@@ -41,7 +41,7 @@ class LearnedMask:
         include, exclude: shell patterns of the layers to mask.
     """
 
-    epochs: int = 9
+    epochs: int = 12
     lr: float = 0.025
     decay: float = 0.5
     eps: float = 1e-15
@@ -77,8 +77,8 @@ class LearnedMask:
 def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: SourceTask) -> FoundMask:
     """Learn which weights of `model` the source needs, and return the keep mask.
 
-    Under a source budget the end is exact: `_meet_budget` shifts all logits by the one number that gives the
-    sparsest mask whose loss on training images is within the budget.
+    Under a source budget a mask whose loss on training images ends above it is loosened until it is within
+    (`_meet_budget`).
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(task.seed)
@@ -164,14 +164,16 @@ def _excess(masked: MaskedModel, model: nn.Module, images: Tensor, labels: Tenso
 
 
 def _meet_budget(masked: MaskedModel, task: SourceTask, limit: float) -> bool:
-    """Shift all logits by one number: the sparsest deterministic mask with loss <= limit; whether it was reached.
+    """Loosen a mask whose loss is above the limit until it is within; whether it is in the end.
 
-    Bisection over the fraction kept, from the one that was learned downwards if its loss is within the limit and
-    upwards if not. The order of the logits stays. Edits have no such shift; nothing is changed for them.
+    All logits are raised by one number, the smallest that is enough, found by bisection over the fraction kept; their
+    order stays. A mask within the limit stays as learned: what is left of the budget is not spent on cuts that no
+    training follows. Edits have no such number; nothing is changed for them.
     """
-    within = task.loss(masked) <= limit
+    if task.loss(masked) <= limit:
+        return True
     if not isinstance(masked.kind, GumbelSigmoid):
-        return within
+        return False
     start = [p.detach().clone() for p in masked.mask_parameters()]
     stride = sum(p.numel() for p in start) // _ORDER_SAMPLE + 1
     order = torch.cat([p.flatten()[::stride] for p in start]).sort(descending=True).values
@@ -183,8 +185,7 @@ def _meet_budget(masked: MaskedModel, task: SourceTask, limit: float) -> bool:
                 parameter.copy_(value - wanted)
         return task.loss(masked)
 
-    learned = masked.fraction_kept()
-    low, high = (0.0, learned) if within else (learned, 1.0)
+    low, high = masked.fraction_kept(), 1.0
     for _ in range(_TRIALS):
         middle = (low + high) / 2
         if loss_at(middle) <= limit:
