@@ -40,7 +40,8 @@ METHODS = {
     ),
     **{
         f"binary {p}": BinarySequence(
-            Binary(options=LearnedMask(epochs=2, lr=0.2)), TrainOptions(epochs=2, lr=0.01, batch_norm=p)
+            Binary(options=LearnedMask(epochs=4, lr=0.3, coefficient=0.1)),
+            TrainOptions(epochs=2, lr=0.01, batch_norm=p),
         )
         for p in POLICIES
     },

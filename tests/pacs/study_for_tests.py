@@ -20,7 +20,8 @@ from .killing import CALLS, serve
 
 # With fewer channels torch 2.15 corrupts memory in the backward of strided 1x1 convolutions, channels_last.
 NarrowNet = functools.partial(SmallResNet, width=8)
-MASK = LearnedMask(epochs=1, lr=0.5, source_budget=0.3)
+BINARY = LearnedMask(epochs=1, lr=3.0, coefficient=0.01)  # two steps that take some logits below 0, not all
+EDIT = LearnedMask(epochs=1, lr=0.5, source_budget=0.3)
 CONFIG = StudyConfig(
     image_size=16,
     train_size=16,
@@ -28,8 +29,8 @@ CONFIG = StudyConfig(
     targets=("photo", "sketch"),
     inits=("S_start",),
     source=TrainOptions(epochs=2, lr=1e-2),
-    binary=MASK,
-    edit=MASK,
+    binary=BINARY,
+    edit=EDIT,
     tune={method: (TrainOptions(epochs=1, lr=1e-2, batch_norm="per-domain"),) for method in METHODS},
     batch_size=16,
     device="cpu",

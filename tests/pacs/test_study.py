@@ -107,6 +107,7 @@ def test_mask_files_hold_the_masks_that_were_counted(finished: Any) -> None:
         }
         assert mask["kept"] == sum(layer["kept"] for layer in mask["layers"])
         assert mask["fraction_kept"] == mask["kept"] / mask["total"]
+        assert 0.1 < mask["fraction_kept"] < 0.9
         assert (kept.info.domain, kept.info.method) == (mask["source"], mask["method"])
 
 

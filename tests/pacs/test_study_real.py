@@ -44,7 +44,7 @@ def subset() -> PacsData:
 
 def test_photo_to_sketch_runs_from_the_given_weights(subset: PacsData, tmp_path: Path) -> None:
     quick = TrainOptions(epochs=3, lr=1e-3, batch_norm="shared")
-    mask = LearnedMask(epochs=1, source_budget=0.3)
+    mask = LearnedMask(epochs=1, lr=1.5, coefficient=1.0)
     config = dataclasses.replace(
         from_dict({"sources": "photo", "targets": "sketch"}, real_defaults()),
         weights=str(PARTIAL), image_size=32, train_size=32, batch_size=16, device="cpu",
@@ -54,6 +54,7 @@ def test_photo_to_sketch_runs_from_the_given_weights(subset: PacsData, tmp_path:
     figures = lab.source("photo", 0).figures
     assert figures["accuracy"] > 2 / 7, "three epochs from such weights are better than guessing"
     found = lab.mask("photo", "binary", 0)
+    assert 0.05 < found.figures["fraction_kept"] < 0.95
     assert found.figures["total"] == 11_166_912 + 512 * 7  # the convolutions of ResNet-18, and the head
     (plain,) = lab.rows("photo", "sketch", "none", "-", 0)
     shared, masked = lab.rows("photo", "sketch", "binary", "S_start", 0)
