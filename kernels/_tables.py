@@ -113,7 +113,7 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[obje
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def groups_of(*lists: Sequence[Tensor]) -> list[list[int]]:

@@ -188,8 +188,8 @@ def compact_places(bits, ranks, word, numel, chunk, BLOCK: tl.constexpr):
     for j in tl.static_range(3):
         before = valid & (quad // 8 % 4 > j)
         kept = tl.load(bits + word + quad // 32 * 4 + j, mask=before, other=-1).to(tl.uint32, bitcast=True)
-        place += popcount(~kept)
+        place += 32 - popcount(kept)
     kept = tl.load(bits + word + quad // 8, mask=valid, other=-1).to(tl.uint32, bitcast=True)
     shift = 4 * (tl.arange(0, BLOCK // 4) % 8)[:, None] + tl.arange(0, 4)[None, :]
     below = (tl.full([BLOCK // 4, 4], 1, tl.uint32) << shift.to(tl.uint32)) - 1
-    return place[:, None] + popcount((~kept)[:, None] & below)
+    return place[:, None] + shift - popcount(kept[:, None] & below)
