@@ -38,9 +38,15 @@ class Masks:
 
 
 def _case(
-    context: Context, name: str, op: str, masks: Masks, moved: int, ours: Callable[[], Any],
-    rivals: Sequence[Way], gate: Callable[[], None],
-) -> Case:  # fmt: skip
+    context: Context,
+    name: str,
+    op: str,
+    masks: Masks,
+    moved: int,
+    ours: Callable[[], Any],
+    rivals: Sequence[Way],
+    gate: Callable[[], None],
+) -> Case:
     backend = _backends.chosen(op, context.device.type)
     numpy_too = [w for w in rivals if not (context.on_gpu and w.name.startswith("numpy"))]
     ways = [
@@ -117,9 +123,7 @@ def count(context: Context) -> Case:
         _way("numpy, unpacked and summed", lambda: np.unpackbits(m.bytes_a).sum()),
         _way("numpy.bitwise_count on bytes", lambda: np.bitwise_count(m.bytes_a).sum()),
     ]
-    return _case(
-        context, "count", "count", m, m.count // 8, lambda: ops.count(m.bits_a, m.numels), rivals, gate
-    )  # fmt: skip
+    return _case(context, "count", "count", m, m.count // 8, lambda: ops.count(m.bits_a, m.numels), rivals, gate)
 
 
 def _numpy_unpacked(m: Masks, op: Callable[[Any, Any], Any]) -> Any:
@@ -177,4 +181,4 @@ def jaccard(context: Context) -> Case:
     moved = 2 * m.count // 8
     return _case(
         context, "Jaccard", "overlap", m, moved, lambda: ops.jaccard(m.bits_a, m.bits_b, m.numels), rivals, gate
-    )  # fmt: skip
+    )

@@ -57,9 +57,15 @@ def packed(context: Context, rows: int) -> Case:
         Way("dense product", lambda: lambda: F.linear(x, weight), moved - n * k // 8, flops, graph=True),
         Way("eager: unpack, multiply, product", lambda: by_hand, moved, flops, graph=True),
         Way("ours", lambda: lambda: ops.linear_packed(x, weight, bits), moved, flops, graph=True, backend=backend),
-        Way("ours, apply then dense", lambda: staged, moved, flops, graph=True,
-            backend=_backends.chosen("apply", device.type)),
-    ]  # fmt: skip
+        Way(
+            "ours, apply then dense",
+            lambda: staged,
+            moved,
+            flops,
+            graph=True,
+            backend=_backends.chosen("apply", device.type),
+        ),
+    ]
     if context.on_gpu:
         ways.append(Way("ours, one pass", lambda: one_pass, moved, flops, graph=True, backend=backend))
 
@@ -96,8 +102,10 @@ def drawn(context: Context, rows: int) -> Case:
         close_to(step(None)[0].detach(), x.detach(), weight, kept)
 
     backend, flops = _backends.chosen("linear", device.type), 6 * rows * n * k
-    ways = [Way("eager: draw, multiply, products", lambda: by_hand, flops=flops, graph=True),
-            Way("ours", lambda: lambda: step(None), flops=flops, graph=True, backend=backend)]  # fmt: skip
+    ways = [
+        Way("eager: draw, multiply, products", lambda: by_hand, flops=flops, graph=True),
+        Way("ours", lambda: lambda: step(None), flops=flops, graph=True, backend=backend),
+    ]
     if context.on_gpu:
         ways += [
             Way(f"ours, {way}", lambda way=way: lambda: step(way), flops=flops, graph=True, backend=backend)

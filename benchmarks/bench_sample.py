@@ -105,9 +105,19 @@ def backward(context: Context) -> Case:
     def ours() -> Any:
         zero = torch.zeros((), device=context.device)
         return torch.ops.dwm_fast.sample_backward(
-            grads, zero, t.logits, t.weights, t.rng_state, t.tau, list(range(len(grads))), [0.0] * len(grads),
-            0, 0, True, False,
-        )[0]  # fmt: skip
+            grads,
+            zero,
+            t.logits,
+            t.weights,
+            t.rng_state,
+            t.tau,
+            list(range(len(grads))),
+            [0.0] * len(grads),
+            0,
+            0,
+            True,
+            False,
+        )[0]
 
     def gate() -> None:
         found = ours()

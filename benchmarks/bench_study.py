@@ -28,10 +28,16 @@ def _config(context: Context) -> StudyConfig:
 
     methods = ("none", "binary")
     return replace(
-        base, sources=("photo",), targets=("sketch",), methods=methods, inits=("S_end",), device=context.device.type,
-        source=replace(base.source, epochs=_EPOCHS["source"]), binary=replace(base.binary, epochs=_EPOCHS["masks"]),
+        base,
+        sources=("photo",),
+        targets=("sketch",),
+        methods=methods,
+        inits=("S_end",),
+        device=context.device.type,
+        source=replace(base.source, epochs=_EPOCHS["source"]),
+        binary=replace(base.binary, epochs=_EPOCHS["masks"]),
         tune={**base.tune, **{method: tuple(map(shorter, base.tune[method][:1])) for method in methods}},
-    )  # fmt: skip
+    )
 
 
 def pair(context: Context) -> Case:

@@ -102,9 +102,20 @@ class _MaskStep:
 
     def __call__(self) -> None:
         ops.mask_adam(
-            self.logits, self.weights, self.grads, *self.moments, self.t.rng_state, self.t.tau, self.scale,
-            self.steps, self.lr, mode=0, layers=self.layers, thresholds=[0.0] * len(self.layers), betas=_BETAS,
-        )  # fmt: skip
+            self.logits,
+            self.weights,
+            self.grads,
+            *self.moments,
+            self.t.rng_state,
+            self.t.tau,
+            self.scale,
+            self.steps,
+            self.lr,
+            mode=0,
+            layers=self.layers,
+            thresholds=[0.0] * len(self.layers),
+            betas=_BETAS,
+        )
 
 
 def mask_adam(context: Context) -> Case:
@@ -124,9 +135,19 @@ def mask_adam(context: Context) -> Case:
 
         def run() -> None:
             found, _ = torch.ops.dwm_fast.sample_backward(
-                grads, penalty, learned, t.weights, t.rng_state, t.tau, list(range(len(grads))),
-                [0.0] * len(grads), 0, 0, True, False,
-            )  # fmt: skip
+                grads,
+                penalty,
+                learned,
+                t.weights,
+                t.rng_state,
+                t.tau,
+                list(range(len(grads))),
+                [0.0] * len(grads),
+                0,
+                0,
+                True,
+                False,
+            )
             for p, g in zip(learned, found, strict=True):
                 p.grad = g
             step()

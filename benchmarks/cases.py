@@ -110,9 +110,7 @@ ENTRIES = (
     _bank(2, ("cuda",)),
     _bank(4, ("cuda",)),
     _bank(8, ("cuda",)),
-    Entry(
-        "conv2d-wide", ("bits", "conv2d"), partial(bench_conv2d.packed, rows=64, channels=64, pixels=56), ("cuda",)
-    ),
+    Entry("conv2d-wide", ("bits", "conv2d"), partial(bench_conv2d.packed, rows=64, channels=64, pixels=56), ("cuda",)),
     _linear(256, ("cuda",)),
     _linear(1024, ("cuda",)),
     _linear(4096, ("cuda",)),

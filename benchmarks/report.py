@@ -25,9 +25,14 @@ from .table import by_case, case_lines, console, results_table, shown_number
 PAGES = ("README.md", "docs/benchmarks.md")
 FIGURES = Path("docs/figures")
 _LEADING = (
-    "sample forward", "step mask training", "update FrozenAdamW", "linear from bits", "bank linear", "bits pack",
+    "sample forward",
+    "step mask training",
+    "update FrozenAdamW",
+    "linear from bits",
+    "bank linear",
+    "bits pack",
     "bits Jaccard",
-)  # fmt: skip
+)
 """Cases of the summary, in its order."""
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 _NONE = "No results are recorded yet; `dwm-fast bench` records them.\n"
@@ -81,9 +86,11 @@ def _summary_line(case: str, parameters: str, rows: Sequence[Row]) -> str | None
     others = [way for way in times if way in over and way != limit and not way.startswith("ours")]
     rivals = [f"{way}: {shown_number(over[way])}x" for way in others]
     cells = [
-        f"{case} ({parameters.replace(';', ', ')})", f"{shown_number(times['ours'].p50)} ms",
-        f"{limit}: {shown_number(over[limit])}x" if limit in over else "", "; ".join(rivals),
-    ]  # fmt: skip
+        f"{case} ({parameters.replace(';', ', ')})",
+        f"{shown_number(times['ours'].p50)} ms",
+        f"{limit}: {shown_number(over[limit])}x" if limit in over else "",
+        "; ".join(rivals),
+    ]
     return f"| {' | '.join(cells)} |"
 
 

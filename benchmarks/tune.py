@@ -88,9 +88,7 @@ def candidates(shape: Shape) -> list[Any]:
 def problem_of(shape: Shape, device: torch.device) -> _dispatch.Problem:
     """The shape as the rule sees it."""
     m, k = (shape.m * shape.side**2, shape.k * shape.taps) if shape.taps > 1 else (shape.m, shape.k)
-    return _dispatch.problem_on(
-        shape.op, device, torch.bfloat16, torch.bfloat16, m, shape.n, k, False, shape.taps
-    )  # fmt: skip
+    return _dispatch.problem_on(shape.op, device, torch.bfloat16, torch.bfloat16, m, shape.n, k, False, shape.taps)
 
 
 def operation(shape: Shape, device: torch.device) -> Callable[[], Any]:
@@ -168,10 +166,16 @@ def measured(shape: Shape, device: torch.device) -> dict[str, Any] | None:
 def row_of(problem: _dispatch.Problem, staged: float, one_pass: float, tiles: Any) -> dict[str, Any]:
     """A row of the table, from seconds."""
     return {
-        "op": problem.op, "dtype": _dispatch.dtype_name(problem), "taps": problem.taps, "m": problem.m, "n": problem.n,
-        "k": problem.k, "one_pass_us": round(one_pass * 1e6, 2), "staged_us": round(staged * 1e6, 2),
+        "op": problem.op,
+        "dtype": _dispatch.dtype_name(problem),
+        "taps": problem.taps,
+        "m": problem.m,
+        "n": problem.n,
+        "k": problem.k,
+        "one_pass_us": round(one_pass * 1e6, 2),
+        "staged_us": round(staged * 1e6, 2),
         "tiles": dataclasses.asdict(tiles),
-    }  # fmt: skip
+    }
 
 
 def save(rows: Sequence[dict[str, Any]], device: torch.device, paths: Sequence[Path]) -> None:
@@ -220,8 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         faster = _dispatch.ONE_PASS if row["one_pass_us"] <= row["staged_us"] else _dispatch.STAGED
         print(
             f"[{number}/{len(shapes)}] {row['op']} M={row['m']} N={row['n']} K={row['k']}: one pass "
-            f"{row['one_pass_us']} us, staged {row['staged_us']} us; {faster}", flush=True,
-        )  # fmt: skip
+            f"{row['one_pass_us']} us, staged {row['staged_us']} us; {faster}",
+            flush=True,
+        )
     print(f"written: {', '.join(str(folder / name) for folder in folders)}")
     return 0
 

@@ -168,11 +168,21 @@ def pacs(
     if config is not None:
         base = load_config(config, real_defaults() if data is not None else None)
     _refuse_flags_of_pairs(
-        base.sequence is not None or sequence is not None, task_epochs,
-        {"--sources": sources, "--targets": targets, "--inits": inits, "--mask-epochs": mask_epochs,
-         "--mask-lr": mask_lr, "--source-budget": source_budget, "--coefficient": coefficient,
-         "--tune-epochs": tune_epochs, "--tune-lr": tune_lr, "--batch-norm": batch_norm},
-    )  # fmt: skip
+        base.sequence is not None or sequence is not None,
+        task_epochs,
+        {
+            "--sources": sources,
+            "--targets": targets,
+            "--inits": inits,
+            "--mask-epochs": mask_epochs,
+            "--mask-lr": mask_lr,
+            "--source-budget": source_budget,
+            "--coefficient": coefficient,
+            "--tune-epochs": tune_epochs,
+            "--tune-lr": tune_lr,
+            "--batch-norm": batch_norm,
+        },
+    )
     policies = _per_method("--batch-norm", "binary=frozen", batch_norm)
     tunes = _tunes(base.tune, tune_epochs, policies, _per_method("--tune-lr", "binary=0.0003", tune_lr))
     learned = {"epochs": mask_epochs, "lr": mask_lr, "source_budget": source_budget, "coefficient": coefficient}
@@ -182,15 +192,27 @@ def pacs(
         "edit": learned,
     }
     given: dict[str, Any] = {
-        "data": data, "splits": splits, "sequence": _comma(sequence), "sources": _comma(sources),
+        "data": data,
+        "splits": splits,
+        "sequence": _comma(sequence),
+        "sources": _comma(sources),
         "targets": _comma(targets),
-        "methods": _comma(methods), "inits": _comma(inits), "seeds": _comma(seeds), "backbone": backbone,
-        "weights": weights, "image_size": image_size, "train_size": train_size, "crop_scale": crop_scale,
-        "tune_size": tune_size, "tune_scale": tune_scale,
+        "methods": _comma(methods),
+        "inits": _comma(inits),
+        "seeds": _comma(seeds),
+        "backbone": backbone,
+        "weights": weights,
+        "image_size": image_size,
+        "train_size": train_size,
+        "crop_scale": crop_scale,
+        "tune_size": tune_size,
+        "tune_scale": tune_scale,
         "batch_size": batch_size,
-        "amp": amp, "device": device, "tune": tunes or None,
+        "amp": amp,
+        "device": device,
+        "tune": tunes or None,
         **{k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()},
-    }  # fmt: skip
+    }
     study = from_dict({k: v for k, v in given.items() if v is not None}, base)
     if task_epochs is not None:
         study = study.with_task_epochs(task_epochs)

@@ -234,9 +234,16 @@ def convert(
 def _renamed(record: DomainMasks, domain: str) -> DomainMasks:
     info = record.info
     return make_domain(
-        domain, record.masks(), form=info.form, method=info.method, classes=info.classes, options=info.options,
-        state=record.state, values=record.values, fingerprint=info.fingerprint,
-    )  # fmt: skip
+        domain,
+        record.masks(),
+        form=info.form,
+        method=info.method,
+        classes=info.classes,
+        options=info.options,
+        state=record.state,
+        values=record.values,
+        fingerprint=info.fingerprint,
+    )
 
 
 @masks_app.command()

@@ -234,8 +234,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(
 ) -> None:
     (tmp_path / "study.toml").write_text(
         'data = "images"\nseeds = [5]\nbatch_size = 8\nimage_size = 64\n[binary]\nepochs = 9\nlr = 0.5\n'
-        '[[tune.edit]]\nlr = 0.1\n[[tune.edit]]\nlr = 0.2\n'
-    )  # fmt: skip
+        "[[tune.edit]]\nlr = 0.1\n[[tune.edit]]\nlr = 0.2\n"
+    )
     flags = ["--seeds", "1,2", "--batch-size", "4", "--mask-epochs", "3", "--tune-lr", "binary=0.1,0.2"]
     flags += ["--tune-lr", "binary=0.3", "--batch-norm", "none=frozen,per-domain", "--tune-epochs", "7"]
     ask("pacs", "--config", "study.toml", *flags)
@@ -291,7 +291,9 @@ def test_masks_of_a_run_can_be_inspected(ask: Ask, tmp_path: Path, monkeypatch: 
 def test_the_installed_command_runs_in_a_process_of_its_own() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from dwm_fast.cli import main; main()", "pacs", "--sources", "clipart"],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 2
     assert re.fullmatch(r"dwm-fast: [^\n]*clipart[^\n]*\n", done.stderr)

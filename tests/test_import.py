@@ -37,7 +37,11 @@ print("fine")
 def test_a_fresh_process_without_triton_imports_and_trains_and_touches_no_device(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:dwm_fast", "-c", SCRIPT],
-        capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "fine"

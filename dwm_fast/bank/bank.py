@@ -140,11 +140,16 @@ class MaskBank:
         names = list(given.masks)
         self._check_parameters(names)
         record = make_domain(
-            domain, given.masks, form=form or given.form, method=given.method if method is None else method,
-            classes=classes, options=given.options if options is None else options,
-            state=given.state if state is None else state, values=given.values if values is None else values,
+            domain,
+            given.masks,
+            form=form or given.form,
+            method=given.method if method is None else method,
+            classes=classes,
+            options=given.options if options is None else options,
+            state=given.state if state is None else state,
+            values=given.values if values is None else values,
             fingerprint=self._prints.of(names),
-        )  # fmt: skip
+        )
         self.add_record(record)
 
     def add_record(self, record: DomainMasks, *, allow_other_backbone: bool = False) -> None:

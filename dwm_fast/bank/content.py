@@ -77,9 +77,15 @@ def _check_info(
         fail(path, "options", "expected an object")
     stored, layout, ones = _check_tensors(path, content.get("tensors"), entries, size)
     info = MaskInfo(
-        domain, layout, ones, str(texts["form"]), str(texts["method"]), tuple(classes), options,
+        domain,
+        layout,
+        ones,
+        str(texts["form"]),
+        str(texts["method"]),
+        tuple(classes),
+        options,
         str(texts["backbone"]),
-    )  # fmt: skip
+    )
     return info, stored
 
 

@@ -119,9 +119,17 @@ class BankConv2d:
         if self.by_hand:
             x = F.pad(x, self.sides, mode=self.mode)
         return bank_conv2d(
-            x, self.weight, self.bits, _cast(self.bias, x), batch.offsets, batch.samples,
-            stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
-        )  # fmt: skip
+            x,
+            self.weight,
+            self.bits,
+            _cast(self.bias, x),
+            batch.offsets,
+            batch.samples,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
 
 
 class OwnLinear:

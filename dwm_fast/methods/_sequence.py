@@ -205,6 +205,10 @@ def as_source(task: Task, epochs_before: int = 0) -> SourceTask:
         return task.batches(epoch + epochs_before)
 
     return SourceTask(
-        batches=batches, steps_per_epoch=task.steps_per_epoch, loss=task.loss, seed=task.seed, progress=task.progress,
+        batches=batches,
+        steps_per_epoch=task.steps_per_epoch,
+        loss=task.loss,
+        seed=task.seed,
+        progress=task.progress,
         autocast=task.autocast,
-    )  # fmt: skip
+    )

@@ -50,9 +50,7 @@ class BinaryLearner(SequenceLearner):
 
     views: tuple[str, ...] = ("shared", "masked")
 
-    def __init__(
-        self, network: Callable[[int], nn.Module], head: str, binary: Binary, options: TrainOptions
-    ) -> None:
+    def __init__(self, network: Callable[[int], nn.Module], head: str, binary: Binary, options: TrainOptions) -> None:
         super().__init__(network, head)
         self._binary = binary
         self._options = options
@@ -68,9 +66,14 @@ class BinaryLearner(SequenceLearner):
         with seeded(task):
             network = self._fresh(task)
             train(
-                network, task.batches, task.steps_per_epoch, self._options, keep=frozen, progress=task.progress,
+                network,
+                task.batches,
+                task.steps_per_epoch,
+                self._options,
+                keep=frozen,
+                progress=task.progress,
                 autocast=task.autocast,
-            )  # fmt: skip
+            )
         self._add_task(task, network)
         self._set_shared(network)
         total = sum(mask.numel() for mask in frozen.values())

@@ -49,9 +49,13 @@ class FineTuner(SequenceLearner):
         with seeded(task):
             network = self._fresh(task)
             train(
-                network, task.batches, task.steps_per_epoch, self._options, progress=task.progress,
+                network,
+                task.batches,
+                task.steps_per_epoch,
+                self._options,
+                progress=task.progress,
                 autocast=task.autocast,
-            )  # fmt: skip
+            )
         own = norm_names(network) if self._options.batch_norm == "per-domain" else lambda _: False
         self._add_task(task, network, own)
         self._set_shared(network)

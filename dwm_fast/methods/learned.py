@@ -83,9 +83,13 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(task.seed)
         masked = mask_model(
-            model, kind, include=options.include, exclude=options.exclude, mask_samples=options.mask_samples,
+            model,
+            kind,
+            include=options.include,
+            exclude=options.exclude,
+            mask_samples=options.mask_samples,
             seed=task.seed,
-        )  # fmt: skip
+        )
     model.eval()
     device = next(iter(masked.mask_layers().values())).weight.device
     control = None
@@ -122,9 +126,7 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     within = None
     if control is not None:
         within = _meet_budget(masked, task, task.loss(model) + options.source_budget)
-    return FoundMask(
-        keep=masked.keep_masks(), coefficient=float(coefficient), within_budget=within, history=history
-    )
+    return FoundMask(keep=masked.keep_masks(), coefficient=float(coefficient), within_budget=within, history=history)
 
 
 def _step(

@@ -133,10 +133,15 @@ class PackNetLearner(SequenceLearner):
         weights = {f"{layer}.weight" for layer in keep}
         fixed = {n for n, _ in network.named_parameters() if n not in weights and not self._of_head(n)}
         train(
-            network, lambda epoch: task.batches(epoch + epochs_before), task.steps_per_epoch,
-            _first_task(options) if first else options, keep=keep, fixed=() if first else fixed,
-            progress=task.progress, autocast=task.autocast,
-        )  # fmt: skip
+            network,
+            lambda epoch: task.batches(epoch + epochs_before),
+            task.steps_per_epoch,
+            _first_task(options) if first else options,
+            keep=keep,
+            fixed=() if first else fixed,
+            progress=task.progress,
+            autocast=task.autocast,
+        )
 
     def _fraction(self, number: int) -> float:
         owned = sum(int((owner == number).sum()) for owner in self._owner.values())

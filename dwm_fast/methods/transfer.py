@@ -121,9 +121,7 @@ def _fresh_weight(layer: nn.Module) -> Tensor:
     return _weight(fresh, "").detach()
 
 
-def make_optimizer(
-    model: nn.Module, options: TrainOptions, keep: Mapping[str, Tensor] | None
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, options: TrainOptions, keep: Mapping[str, Tensor] | None) -> torch.optim.Optimizer:
     """Optimiser over the trainable parameters that never writes a kept weight."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     masks = {_weight(model, name): mask for name, mask in (keep or {}).items()}

@@ -122,6 +122,14 @@ def _convolution(
     out, inner, taps = weight.shape[0] // layer.groups, weight.shape[1], weight.shape[2] * weight.shape[3]
     linear = taps == layer.groups == 1 and layer.stride == (1, 1) and not any((left, right, top, bottom))
     return problem_on(
-        op.replace("conv2d", "linear") if linear else op, weight.device, dtype, weight.dtype, pixels, out, inner * taps,
-        convolution_tf32(), taps, layer.groups,
-    )  # fmt: skip
+        op.replace("conv2d", "linear") if linear else op,
+        weight.device,
+        dtype,
+        weight.dtype,
+        pixels,
+        out,
+        inner * taps,
+        convolution_tf32(),
+        taps,
+        layer.groups,
+    )

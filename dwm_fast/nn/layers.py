@@ -119,8 +119,13 @@ class MaskedLayer(nn.Module):
         assert self.tau is not None
         state = ops.advance(self.rng_state) if self.training else self.rng_state.clone()
         mode = self.kind.training_mode if self.training else self.kind.eval_mode
-        return {"rng_state": state, "tau": current_tau(self.kind, self.tau, state), "layer": self.layer_index,
-                "threshold": self.unit, "mode": mode}  # fmt: skip
+        return {
+            "rng_state": state,
+            "tau": current_tau(self.kind, self.tau, state),
+            "layer": self.layer_index,
+            "threshold": self.unit,
+            "mode": mode,
+        }
 
     def stand_alone(self, seed: int | None = None) -> None:
         """Give the layer its own noise and temperature, so that it can be called outside a masked model."""
@@ -166,14 +171,27 @@ def draw(
     indices = [layer.layer_index for layer in layers]
     if isinstance(kind, KernelSoft):
         masked = ops.kernel_soft(
-            learned, weights, state, threshold=kind.threshold, noisy=kind.noisy and training, layers=indices,
-            step_offset=step_offset, dtype=dtype,
-        )  # fmt: skip
+            learned,
+            weights,
+            state,
+            threshold=kind.threshold,
+            noisy=kind.noisy and training,
+            layers=indices,
+            step_offset=step_offset,
+            dtype=dtype,
+        )
         return masked, state.new_empty(0, dtype=torch.uint8), torch.zeros((), device=state.device)
     return (sample or ops.sample)(
-        learned, weights, state, tau, mode=kind.training_mode if training else kind.eval_mode, layers=indices,
-        thresholds=[layer.unit for layer in layers], step_offset=step_offset, dtype=dtype,
-    )  # fmt: skip
+        learned,
+        weights,
+        state,
+        tau,
+        mode=kind.training_mode if training else kind.eval_mode,
+        layers=indices,
+        thresholds=[layer.unit for layer in layers],
+        step_offset=step_offset,
+        dtype=dtype,
+    )
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -203,9 +221,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self._init_mask(kind or GumbelSigmoid(), seed)
 
     @classmethod
-    def from_linear(
-        cls, layer: nn.Linear, kind: MaskKind | None = None, seed: int | None = None
-    ) -> MaskedLinear:
+    def from_linear(cls, layer: nn.Linear, kind: MaskKind | None = None, seed: int | None = None) -> MaskedLinear:
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Linear):
             raise InputError(f"from_linear got {type(layer).__name__}; expected a torch.nn.Linear")
@@ -250,16 +266,23 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Conv2d.__init__(
-            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
             padding_mode,  # type: ignore[arg-type]
-            device=device, dtype=dtype,
-        )  # fmt: skip
+            device=device,
+            dtype=dtype,
+        )
         self._init_mask(kind or GumbelSigmoid(), seed)
 
     @classmethod
-    def from_conv(
-        cls, layer: nn.Conv2d, kind: MaskKind | None = None, seed: int | None = None
-    ) -> MaskedConv2d:
+    def from_conv(cls, layer: nn.Conv2d, kind: MaskKind | None = None, seed: int | None = None) -> MaskedConv2d:
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Conv2d):
             raise InputError(f"from_conv got {type(layer).__name__}; expected a torch.nn.Conv2d")
@@ -269,9 +292,16 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         if input.dim() == 4 and self.draws_in_product():
             x, padding = ops.padded(input, self)
             return ops.conv2d(
-                x, self.weight, self.mask_logits, self.bias, **self._product_rule(), stride=self.stride,
-                padding=padding, dilation=self.dilation, groups=self.groups,
-            )  # fmt: skip
+                x,
+                self.weight,
+                self.mask_logits,
+                self.bias,
+                **self._product_rule(),
+                stride=self.stride,
+                padding=padding,
+                dilation=self.dilation,
+                groups=self.groups,
+            )
         output: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
         return output
 

@@ -81,9 +81,7 @@ class MaskedModel(nn.Module):
             raise InputError("the model has no masked layer; make one with dwm_fast.mask_model(model, kind)")
         kinds = {layer.kind for layer in self._layers.values()}
         if len(kinds) > 1:
-            raise InputError(
-                f"the layers have different mask kinds: {sorted(map(repr, kinds))}; expected one kind"
-            )
+            raise InputError(f"the layers have different mask kinds: {sorted(map(repr, kinds))}; expected one kind")
         self.kind: MaskKind = kinds.pop()
         device = next(iter(self._layers.values())).weight.device
         self.register_buffer("rng_state", new_rng_state(seed, device))
@@ -133,10 +131,14 @@ class MaskedModel(nn.Module):
         layers = list(self._layers.values())
         tau = current_tau(self.kind, self.tau, state, self.mask_samples) if self.training else self.tau
         masked, _, drawn = draw(
-            layers, state, tau, training=self.training, step_offset=step_offset,
+            layers,
+            state,
+            tau,
+            training=self.training,
+            step_offset=step_offset,
             dtype=autocast_dtype(layers[0].weight) if _one_dtype(layers) else None,
             sample=self._recorder.sample if self._recorder is not None and self.training else None,
-        )  # fmt: skip
+        )
         if self.training:
             self._penalty = drawn
         return masked

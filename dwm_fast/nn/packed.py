@@ -93,9 +93,15 @@ class PackedConv2d(PackedLayer):
             return self.forward(input.unsqueeze(0)).squeeze(0)
         x, padding = ops.padded(input, self)
         return ops.conv2d_packed(
-            x, self.backbone_weight, self.bits, self.bias, stride=self.stride, padding=padding,
-            dilation=self.dilation, groups=self.groups,
-        )  # fmt: skip
+            x,
+            self.backbone_weight,
+            self.bits,
+            self.bias,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
 
     def _shape_repr(self) -> str:
         out, inner, *window = self.backbone_weight.shape

@@ -50,9 +50,7 @@ def _refuse_unmaskable(name: str, module: nn.Module) -> None:
         own = own or type(module)._conv_forward is not nn.Conv2d._conv_forward
     weight = module._parameters.get("weight")
     if isinstance(module, MaskedLayer):
-        raise InputError(
-            f"layer '{name}' is masked already; give the plain network, or dwm_fast.merge(masked)"
-        )
+        raise InputError(f"layer '{name}' is masked already; give the plain network, or dwm_fast.merge(masked)")
     if weight is None:
         reason = "has a computed weight (weight_norm or another parametrisation); undo that, or leave it out"
     elif isinstance(weight, UninitializedParameter):

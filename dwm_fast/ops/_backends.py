@@ -86,9 +86,7 @@ def forced_backend() -> str | None:
         return _forced
     name = os.environ.get("DWM_FAST_BACKEND") or None
     if name is not None and name not in BACKENDS:
-        raise InputError(
-            f"DWM_FAST_BACKEND is '{name}'; expected one of {', '.join(BACKENDS)}; set one or unset it"
-        )
+        raise InputError(f"DWM_FAST_BACKEND is '{name}'; expected one of {', '.join(BACKENDS)}; set one or unset it")
     return name
 
 

@@ -125,9 +125,7 @@ def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
     return sizes
 
 
-def _alike(
-    weights: TensorList, grads: TensorList, *states: TensorList, compact: bool = False
-) -> list[Tensor] | None:
+def _alike(weights: TensorList, grads: TensorList, *states: TensorList, compact: bool = False) -> list[Tensor] | None:
     """Gradients in the weights' memory order, or None where the kernels cannot work in place on these tensors."""
     if not (_uniform(weights, FLOATS) and _uniform(grads, FLOATS)):
         return None

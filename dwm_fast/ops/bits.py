@@ -71,9 +71,7 @@ def unpack_reference(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
 def apply_reference(bits: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     masks = unpack_reference(bits, [w.numel() for w in weights])
     return [
-        torch.empty_like(w).copy_(
-            torch.where(m.view(w.shape), w, torch.zeros((), dtype=w.dtype, device=w.device))
-        )
+        torch.empty_like(w).copy_(torch.where(m.view(w.shape), w, torch.zeros((), dtype=w.dtype, device=w.device)))
         for w, m in zip(weights, masks, strict=True)
     ]
 
@@ -105,9 +103,7 @@ def _pack_fake(masks: Sequence[Tensor]) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-define(
-    "pack(Tensor[] masks) -> Tensor", fake=_pack_fake, device_of=lambda a: a[0][0] if a[0] else torch.empty(0)
-)
+define("pack(Tensor[] masks) -> Tensor", fake=_pack_fake, device_of=lambda a: a[0][0] if a[0] else torch.empty(0))
 define(
     "unpack(Tensor bits, SymInt[] numels) -> Tensor[]",
     fake=lambda bits, numels: [bits.new_empty(n, dtype=torch.bool) for n in numels],

@@ -110,8 +110,8 @@ _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups
 
 define(
     f"conv2d(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_RULE}, {_GEOMETRY}) -> Tensor",
-    fake=lambda x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *geometry: (
-        _shape_fake(x, weight, bias, *geometry)
+    fake=lambda x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *geometry: _shape_fake(
+        x, weight, bias, *geometry
     ),
     device_of=lambda a: a[0],
 )
@@ -179,9 +179,7 @@ def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("dwm_fast::conv2d", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "dwm_fast::conv2d_packed", _packed_backward, setup_context=_packed_setup_context
-)
+torch.library.register_autograd("dwm_fast::conv2d_packed", _packed_backward, setup_context=_packed_setup_context)
 for _name in (*_NAMES[1:], *_PACKED_NAMES[1:]):
     refuse_double_backward(_name)
 

@@ -88,9 +88,7 @@ def chain_rule(
     )
 
 
-def linear_packed_reference(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
+def linear_packed_reference(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return ACTIVATIONS[activation](F.linear(x, apply_bits(bits, [weight])[0].to(x.dtype), bias))
 
 
@@ -200,9 +198,7 @@ def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("dwm_fast::linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "dwm_fast::linear_packed", _packed_backward, setup_context=_packed_setup_context
-)
+torch.library.register_autograd("dwm_fast::linear_packed", _packed_backward, setup_context=_packed_setup_context)
 for _name in (*_NAMES[1:], *_PACKED_NAMES[1:]):
     refuse_double_backward(_name)
 

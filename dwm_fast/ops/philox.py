@@ -32,9 +32,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high_half >> 16, ((high_half & 0xFFFF) << 16) | (low_half & 0xFFFF)
 
 
-def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Four random words for each counter.
 
     Args:

@@ -157,9 +157,7 @@ def sample_backward_reference(
 ) -> tuple[list[Tensor], list[Tensor]]:
     total = max(1, sum(x.numel() for x in logits))
     dlogits, dweights = [], []
-    for grad, scores, weight, layer, threshold in zip(
-        grads, logits, weights, layers, thresholds, strict=True
-    ):
+    for grad, scores, weight, layer, threshold in zip(grads, logits, weights, layers, thresholds, strict=True):
         g = grad.to(scores.dtype)
         if need_logits:
             dense = scores.contiguous()
@@ -221,9 +219,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.need_weights = any(w.requires_grad for w in weights)
 
 
-def _backward(
-    ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty: Tensor | None
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty: Tensor | None) -> tuple[Any, ...]:
     rng_state, tau, *tensors = ctx.saved_tensors
     count = len(tensors) // 2
     logits, weights = tensors[:count], tensors[count:]

@@ -15,6 +15,7 @@ from dwm_fast.optim._bucket import Bucket
 Keep = Mapping[Tensor, Tensor] | Sequence[Tensor | None]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
+
 class DeviceOptimizer(torch.optim.Optimizer):
     """An optimiser whose step never waits for the device: step counts and learning rates live there.
 

@@ -56,8 +56,7 @@ class MaskAdam(DeviceOptimizer):
         valid_betas(betas)
         if not fold and (isinstance(coefficient, Tensor) or coefficient != 0):
             raise InputError(
-                "coefficient needs fold=True; with fold=False add coefficient * masked.sparsity_penalty() to "
-                "the loss"
+                "coefficient needs fold=True; with fold=False add coefficient * masked.sparsity_penalty() to the loss"
             )
         sources = list(source) if isinstance(source, Sequence) else [source]
         defaults = {
@@ -157,9 +156,7 @@ class MaskAdam(DeviceOptimizer):
             decoupled=group["decoupled_weight_decay"],
         )
 
-    def _step_on_gradients(
-        self, group: dict[str, Any], bucket: Bucket, recorded: dict[Tensor, Tensor]
-    ) -> None:
+    def _step_on_gradients(self, group: dict[str, Any], bucket: Bucket, recorded: dict[Tensor, Tensor]) -> None:
         active, grads = [], []
         for i, p in enumerate(bucket.params):
             if p in recorded or p.grad is not None:
@@ -207,9 +204,19 @@ def _summed(records: Sequence[MaskRecord], slope: Tensor) -> dict[Tensor, Tensor
         count = sum(x.numel() for x in record.logits)
         grad_penalty = slope * count if record is records[0] else torch.zeros_like(slope)
         found, _ = torch.ops.dwm_fast.sample_backward(
-            _filled(record), grad_penalty, record.logits, record.weights, record.rng_state, record.tau,
-            record.layers, record.thresholds, record.mode, record.step_offset, True, False,
-        )  # fmt: skip
+            _filled(record),
+            grad_penalty,
+            record.logits,
+            record.weights,
+            record.rng_state,
+            record.tau,
+            record.layers,
+            record.thresholds,
+            record.mode,
+            record.step_offset,
+            True,
+            False,
+        )
         for logits, grad in zip(record.logits, found, strict=True):
             total[logits] = total[logits].add_(grad) if logits in total else grad
     return total

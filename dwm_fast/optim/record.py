@@ -66,9 +66,7 @@ class DrawRecorder:
             "mode": int(mode),
             "step_offset": step_offset,
         }
-        *masked, bits, penalty = _RecordedDraw.apply(
-            self.records, rule, dtype, pack, rng_state, tau, *logits, *weights
-        )
+        *masked, bits, penalty = _RecordedDraw.apply(self.records, rule, dtype, pack, rng_state, tau, *logits, *weights)
         return masked, bits, penalty
 
     def clear(self) -> None:
@@ -79,15 +77,29 @@ class DrawRecorder:
 class _RecordedDraw(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, records: list[MaskRecord], rule: dict[str, Any], dtype: torch.dtype | None, pack: bool,
-        rng_state: Tensor, tau: Tensor, *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx: Any,
+        records: list[MaskRecord],
+        rule: dict[str, Any],
+        dtype: torch.dtype | None,
+        pack: bool,
+        rng_state: Tensor,
+        tau: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         logits, weights = list(tensors[:count]), list(tensors[count:])
         masked, bits, penalty = torch.ops.dwm_fast.sample(
-            logits, weights, rng_state, tau, rule["layers"], rule["thresholds"], rule["mode"],
-            rule["step_offset"], dtype, pack,
-        )  # fmt: skip
+            logits,
+            weights,
+            rng_state,
+            tau,
+            rule["layers"],
+            rule["thresholds"],
+            rule["mode"],
+            rule["step_offset"],
+            dtype,
+            pack,
+        )
         ctx.records, ctx.rule = records, rule
         ctx.save_for_backward(rng_state, tau, *tensors)
         ctx.mark_non_differentiable(bits)
@@ -104,9 +116,7 @@ class _RecordedDraw(torch.autograd.Function):
         )
         dweights: list[Tensor | None] = [None] * count
         if any(ctx.needs_input_grad[6 + count :]):
-            filled = [
-                torch.zeros_like(w) if g is None else g for g, w in zip(grads[:count], weights, strict=True)
-            ]
+            filled = [torch.zeros_like(w) if g is None else g for g, w in zip(grads[:count], weights, strict=True)]
             rule = [ctx.rule[key] for key in ("layers", "thresholds", "mode", "step_offset")]
             no_penalty = rng_state.new_zeros((), dtype=torch.float32)
             _, dweights = torch.ops.dwm_fast.sample_backward(

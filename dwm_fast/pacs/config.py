@@ -236,5 +236,3 @@ def _read_tunes(method: str, value: Any, old: Mapping[str, tuple[TrainOptions, .
 
 def _clash(entry: str) -> str:
     return f"sequence and {entry} exclude each other: a sequence has no pairs; leave out one of them"
-
-

@@ -16,18 +16,38 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart under every common colour blindness, and dark enough on white.
 COLOURS = {
-    "none": "#4d4d4d", "naive": "#d98200", "edit": "#009e73", "binary": "#0072b2",
-    "piggyback": "#cc5f9f", "ksm": "#a63d00", "spg": "#3aa0d8", "packnet": "#7b3fa0",
-}  # fmt: skip
+    "none": "#4d4d4d",
+    "naive": "#d98200",
+    "edit": "#009e73",
+    "binary": "#0072b2",
+    "piggyback": "#cc5f9f",
+    "ksm": "#a63d00",
+    "spg": "#3aa0d8",
+    "packnet": "#7b3fa0",
+}
 MARKERS = {"-": "*", "S_start": "o", "S_end": "s", "random": "^"}
 INK, DASHES = "#222222", (0, (4, 3))
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777777", "axes.labelcolor": INK,
-    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False, "figure.facecolor": "white",
-    "svg.hashsalt": "dwm-fast", "svg.fonttype": "path",
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "svg.hashsalt": "dwm-fast",
+    "svg.fonttype": "path",
+}
 IDENTITY = ("source", "target", "method", "init", "bn_policy", "view", "a", "b")
 ACCURACY = "accuracy (fraction of test images)"
 NARROWEST = 0.1  # accuracy range of an axis: a narrower one would make noise look like an effect
@@ -52,9 +72,7 @@ def save_drawings(drawings: Iterable[tuple[str, Callable[[], Figure]]], folder: 
             figure = draw()
             for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
                 stream = io.BytesIO()
-                figure.savefig(
-                    stream, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.15, metadata=metadata
-                )
+                figure.savefig(stream, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.15, metadata=metadata)
                 files.append(Path(folder) / f"{name}.{kind}")
                 write_atomic(files[-1], stream.getvalue())
     return files
@@ -81,9 +99,7 @@ def canvas(
 
 
 def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
-    figure.legend(
-        handles=list(handles), loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.5
-    )
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.5)
 
 
 def mark(marker: str, label: str, colour: str = INK, **style: Any) -> Any:

@@ -106,9 +106,7 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
     rows = results["rows"]
     configs = list(_by_config(rows, "shared"))
     sources = in_order(results, (run["source"] for run in rows))
-    pairs = {
-        source: in_order(results, (r["target"] for r in rows if r["source"] == source)) for source in sources
-    }
+    pairs = {source: in_order(results, (r["target"] for r in rows if r["source"] == source)) for source in sources}
     shape = (len(sources), max(map(len, pairs.values())))
     panel = (3.1 if shape[1] > 1 else 5.6, 0.22 * len(configs) + 0.75)
     title, note = "Accuracy after fine-tuning, per pair", seeds_note(rows)
@@ -116,9 +114,7 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
     several = (_policies_differ(configs), _rates_differ(configs))
     masked_drawn = False
     for line, source in zip(axes, sources, strict=True):
-        for axis, target in zip(
-            line, [*pairs[source], *[None] * (shape[1] - len(pairs[source]))], strict=True
-        ):
+        for axis, target in zip(line, [*pairs[source], *[None] * (shape[1] - len(pairs[source]))], strict=True):
             if target is None:
                 axis.set_visible(False)
                 continue
@@ -171,9 +167,7 @@ def _accuracy(results: Mapping[str, Any]) -> Figure:
 
 def _dot(axis: Axes, value: Stat, level: float, **style: Any) -> None:
     if value.mean is not None:
-        axis.errorbar(
-            value.mean, level, xerr=value.spread, elinewidth=1, capsize=0, linestyle="", zorder=3, **style
-        )
+        axis.errorbar(value.mean, level, xerr=value.spread, elinewidth=1, capsize=0, linestyle="", zorder=3, **style)
 
 
 def _retention(results: Mapping[str, Any]) -> Figure:
@@ -182,9 +176,7 @@ def _retention(results: Mapping[str, Any]) -> Figure:
     sources = in_order(results, (run["source"] for run in rows))
     configs = list(_by_config(rows, "shared"))
     baseline = baseline_key(results)
-    policies = sorted(
-        {config[2] for config in configs if config[0] != "none"}, key=lambda one: rank(POLICIES, one)
-    )
+    policies = sorted({config[2] for config in configs if config[0] != "none"}, key=lambda one: rank(POLICIES, one))
     fills = dict(zip(policies, ("full", "none", "left", "bottom"), strict=False))
     columns = min(2, len(sources))
     shape = (-(-len(sources) // columns), columns)
@@ -223,9 +215,7 @@ def _retention(results: Mapping[str, Any]) -> Figure:
                         "markerfacecoloralt": "white",
                     }
                 spread: dict[str, Any] = {"xerr": x.spread, "yerr": y.spread} if view == "shared" else {}
-                axis.errorbar(
-                    x.mean, y.mean, **spread, elinewidth=0.8, ecolor=colour(method), linestyle="", **style
-                )
+                axis.errorbar(x.mean, y.mean, **spread, elinewidth=0.8, ecolor=colour(method), linestyle="", **style)
         before = stat(here, "source_before").mean
         if before is not None:
             axis.axhline(before, color=INK, linewidth=1, linestyle=DASHES, zorder=1)
@@ -259,12 +249,8 @@ def _retention(results: Mapping[str, Any]) -> Figure:
 
 def _training(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Figure:
     """A panel per stage: accuracy per epoch, one line per run, coloured by method."""
-    stages = sorted(
-        {point["stage"] for point in history}, key=lambda one: rank(("source", "mask", "target"), one)
-    )
-    methods = sorted(
-        {point["method"] for point in history if point.get("method")}, key=lambda one: rank(METHODS, one)
-    )
+    stages = sorted({point["stage"] for point in history}, key=lambda one: rank(("source", "mask", "target"), one))
+    methods = sorted({point["method"] for point in history if point.get("method")}, key=lambda one: rank(METHODS, one))
     note = "one line per run"
     figure, axes = canvas(results, "Training curves", note, (1, len(stages)), (3.6, 2.8), sharey=True)
     identity = ("source", "target", "method", "init", "bn_policy", "seed")
@@ -272,9 +258,7 @@ def _training(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) 
         curves: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
         for point in history:
             if point["stage"] == stage:
-                curves[tuple(point.get(part) for part in identity)].append(
-                    (point["epoch"], point["accuracy"])
-                )
+                curves[tuple(point.get(part) for part in identity)].append((point["epoch"], point["accuracy"]))
         for key, points in curves.items():
             epochs, accuracies = zip(*sorted(points), strict=True)
             ink = colour(key[2]) if key[2] else INK

@@ -29,9 +29,7 @@ def finding(results: Mapping[str, Any]) -> list[str]:
         return [f"On {data} there is {missing} so far, so there is nothing to say about masks."]
     common = set.intersection(*({_run(run) for run in runs} for runs in shared.values()))
     if not common:
-        return [
-            f"On {data} no pair and seed has been run by every configuration yet: nothing can be compared."
-        ]
+        return [f"On {data} no pair and seed has been run by every configuration yet: nothing can be compared."]
     compared = {key: [run for run in runs if _run(run) in common] for key, runs in shared.items()}
     cells = {key: cell(compared[key]) for key in rivals}
     if any(one.s_gain.mean is None or one.t_drop.mean is None for one in cells.values()):
@@ -76,9 +74,7 @@ def _against(after: Stat, difference: Stat) -> str:
 def _headline(data: str, best: Key, cells: Mapping[Key, Cell]) -> list[str]:
     top = cells[best]
     gain, drop = _mean(top.s_gain), _mean(top.t_drop)
-    source = (
-        f"{_against(top.source_after, top.s_gain)} with plain fine-tuning (S gain {number(top.s_gain, True)})"
-    )
+    source = f"{_against(top.source_after, top.s_gain)} with plain fine-tuning (S gain {number(top.s_gain, True)})"
     before = f"before fine-tuning it was {number(Stat(top.source_before.mean, None))}"
     if gain > 0:
         said = [f"On {data}, {_name(best, cells)} keeps the source best: accuracy {source}; {before}."]
@@ -123,9 +119,7 @@ def _per_source(results: Mapping[str, Any], best: Key, compared: Mapping[Key, Ru
     """On how many source domains the winning method is the winner."""
     winners: dict[str, str] = {}
     for source in in_order(results, (run["source"] for runs in compared.values() for run in runs)):
-        gains = {
-            key: cell([run for run in runs if run["source"] == source]) for key, runs in compared.items()
-        }
+        gains = {key: cell([run for run in runs if run["source"] == source]) for key, runs in compared.items()}
         winners[source] = max(gains, key=lambda key: _mean(gains[key].s_gain))[0]
     if len(winners) < 2:
         return []
@@ -154,15 +148,11 @@ def _limits(
     top = cells[best]
     said = [f"These numbers average {top.coverage}."]
     if common != {_run(run) for run in results["rows"]}:
-        said.append(
-            "Only the runs that every configuration has are compared here; the table shows all of them."
-        )
+        said.append("Only the runs that every configuration has are compared here; the table shows all of them.")
     if top.seeds == 1:
         said.append("With one seed there is no spread: small differences may be chance.")
     if len(cells) > 1:
         said.append(f"The winner is the highest of {len(cells)} configurations on these same test images.")
     if not results["data"]["real"]:
-        said.append(
-            "The images are procedural, not PACS: they test the pipeline, not the published findings."
-        )
+        said.append("The images are procedural, not PACS: they test the pipeline, not the published findings.")
     return said

@@ -111,9 +111,7 @@ class Lab:
         def epoch(number: int) -> Iterator[Batch]:
             generator = torch.Generator(images.images.device).manual_seed(stage_seed(key, number))
             for index in epoch_batches(images.train, self.config.batch_size, generator, drop_last=True):
-                crops = random_resized_crop_flip(
-                    images.images[index], size, generator, scale=(scale, 1.0)
-                )
+                crops = random_resized_crop_flip(images.images[index], size, generator, scale=(scale, 1.0))
                 yield crops.to(self.device), images.labels[index].to(self.device)
 
         return epoch
@@ -157,8 +155,10 @@ class Lab:
         if kept is None:
             kept = self._train_source(name, settings, source, seed)
         tensors, figures = kept
-        split = {part: {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{part}/")} for part in
-                 ("start", "end")}  # fmt: skip
+        split = {
+            part: {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{part}/")}
+            for part in ("start", "end")
+        }
         return Source(split["start"], split["end"], figures)
 
     def _train_source(self, name: str, settings: dict[str, Any], source: str, seed: int) -> Finished:
@@ -170,9 +170,13 @@ class Lab:
         start = {f"start/{k}": v.detach().clone() for k, v in model.state_dict().items()}
         model = self.network(model.state_dict())
         train(
-            model, self.batches(source, stage_seed(name)), self.steps(source), self.config.source,
-            progress=self.report, autocast=self.autocast,
-        )  # fmt: skip
+            model,
+            self.batches(source, stage_seed(name)),
+            self.steps(source),
+            self.config.source,
+            progress=self.report,
+            autocast=self.autocast,
+        )
         accuracy, loss = self.evaluate(model, source)
         figures = {"source": source, "seed": seed, "accuracy": accuracy, "loss": loss}
         end = {f"end/{k}": v.detach().cpu() for k, v in model.state_dict().items()}
@@ -218,9 +222,7 @@ class Lab:
         layers = maskable_layers(build_backbone(self.config.backbone, len(self.data.classes)))
         return [(name, layer.weight.numel(), layer.weight.shape) for name, layer in layers.items()]
 
-    def _find_mask(
-        self, name: str, settings: dict[str, Any], source: str, method: str, seed: int
-    ) -> Finished:
+    def _find_mask(self, name: str, settings: dict[str, Any], source: str, method: str, seed: int) -> Finished:
         end = self.source(source, seed).end
         begun = time.perf_counter()
         key = stage_seed(name)
@@ -291,7 +293,14 @@ class Lab:
         ]
 
     def _fine_tune(
-        self, name: str, source: str, target: str, method: str, init: str, seed: int, options: TrainOptions,
+        self,
+        name: str,
+        source: str,
+        target: str,
+        method: str,
+        init: str,
+        seed: int,
+        options: TrainOptions,
         settings: dict[str, Any],
     ) -> Finished:
         trained = self.source(source, seed)
@@ -305,9 +314,14 @@ class Lab:
             start = {k: v.to(self.device) for k, v in trained.start.items()}
             reinitialise(model, keep, init, start, stage_seed(name))  # type: ignore[arg-type]
         train(
-            model, self.batches(target, stage_seed("target", target, seed), tuning=True), self.steps(target), options,
-            keep=keep, progress=self.report, autocast=self.autocast,
-        )  # fmt: skip
+            model,
+            self.batches(target, stage_seed("target", target, seed), tuning=True),
+            self.steps(target),
+            options,
+            keep=keep,
+            progress=self.report,
+            autocast=self.autocast,
+        )
         target_after = self.evaluate(model, target)[0]
         row = {
             "source": source,

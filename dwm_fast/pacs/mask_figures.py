@@ -24,9 +24,7 @@ def sparsity(results: Mapping[str, Any]) -> Figure:
     shape, panel = (len(sources), 1), (width, 1.7 if len(sources) > 1 else 3.0)
     seeds = len({mask["seed"] for mask in masks})
     note = f"mean over {seeds} seeds, band from lowest to highest" if seeds > 1 else "one seed"
-    figure, axes = canvas(
-        results, "Fraction of weights kept, per layer", note, shape, panel, sharex=True, sharey=True
-    )
+    figure, axes = canvas(results, "Fraction of weights kept, per layer", note, shape, panel, sharex=True, sharey=True)
     for (axis,), source in zip(axes, sources, strict=True):
         for method in methods:
             chosen = [mask for mask in masks if (mask["source"], mask["method"]) == (source, method)]
@@ -43,17 +41,11 @@ def sparsity(results: Mapping[str, Any]) -> Figure:
                 places, list(map(min, values)), list(map(max, values)), color=colour(method), alpha=0.18, lw=0
             )
             label = f"{method}: {total:.2f} of all weights"
-            axis.plot(
-                places, list(map(fmean, values)), "o-", ms=3.5, lw=1.5, color=colour(method), label=label
-            )
+            axis.plot(places, list(map(fmean, values)), "o-", ms=3.5, lw=1.5, color=colour(method), label=label)
         axis.set_title(source, loc="left")
         axis.set_ylim(-0.03, 1.05)
-        axis.legend(
-            loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(methods), fontsize=8, borderaxespad=0
-        )
-    axes[-1][0].set_xticks(
-        range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5
-    )
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(methods), fontsize=8, borderaxespad=0)
+    axes[-1][0].set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5)
     axes[-1][0].set_xlabel("layer, in the network's order")
     figure.supylabel("kept (fraction of the layer's weights)", fontsize=9)
     return figure
@@ -64,11 +56,7 @@ def chance_overlap(results: Mapping[str, Any], method: str, a: str, b: str) -> f
 
     With n weights in a layer, fractions p, q kept: sum n p q / sum n (p + q - p q); mean over the seeds.
     """
-    masks = {
-        (m["source"], m["seed"]): m["layers"]
-        for m in results["masks"]
-        if m["method"] == method and m["layers"]
-    }
+    masks = {(m["source"], m["seed"]): m["layers"] for m in results["masks"] if m["method"] == method and m["layers"]}
     indices = []
     for (source, seed), layers in masks.items():
         if source != a or (b, seed) not in masks:
@@ -97,9 +85,7 @@ def overlap_maps(results: Mapping[str, Any]) -> Figure:
         grid = [[float("nan")] * len(domains) for _ in domains]
         for i, a in enumerate(domains):
             for j, b in enumerate(domains):
-                values = [
-                    e["jaccard"] for e in overlap if e["method"] == method and {e["a"], e["b"]} == {a, b}
-                ]
+                values = [e["jaccard"] for e in overlap if e["method"] == method and {e["a"], e["b"]} == {a, b}]
                 if i == j or not values:
                     axis.text(j, i, MISSING, ha="center", va="center", color="#999999")
                     continue

@@ -102,8 +102,11 @@ def _sequence(results: Mapping[str, Any]) -> Figure:
                 [place + aside for place in places],
                 [value.mean for value in values],
                 yerr=None if values[0].spread is None else [value.spread for value in values],
-                markersize=4.5, linewidth=1.4, elinewidth=0.9, **_style(*key),
-            )  # fmt: skip
+                markersize=4.5,
+                linewidth=1.4,
+                elinewidth=0.9,
+                **_style(*key),
+            )
         axis.set_title("mean over the domains seen" if domain is None else f"on {domain}")
         axis.set_xticks(range(len(sequence)), sequence)
         axis.tick_params(labelbottom=True)
@@ -125,9 +128,12 @@ def _storage(results: Mapping[str, Any]) -> Figure:
     unit = "MB" if max(stored) >= _UNITS["MB"] else "kB"
     for row, bits in zip(rows, stored, strict=True):
         axis.errorbar(
-            bits / _UNITS[unit], row.average.mean or 0.0, yerr=row.average.spread, markersize=8,
+            bits / _UNITS[unit],
+            row.average.mean or 0.0,
+            yerr=row.average.spread,
+            markersize=8,
             **_style(row.method, row.view) | {"linestyle": ""},
-        )  # fmt: skip
+        )
     axis.set_ylabel("average accuracy after the last domain")
     axis.margins(0.12)
     _storage_scale(axis, [bits / _UNITS[unit] for bits in stored])
@@ -156,9 +162,14 @@ def _forgetting(results: Mapping[str, Any]) -> Figure:
     for level, row in enumerate(rows):
         hollow = row.view != "shared"
         axis.barh(
-            level, row.forgetting.mean or 0.0, height=0.62, xerr=row.forgetting.spread, edgecolor=colour(row.method),
-            color="white" if hollow else colour(row.method), error_kw={"elinewidth": 0.9, "ecolor": "#222222"},
-        )  # fmt: skip
+            level,
+            row.forgetting.mean or 0.0,
+            height=0.62,
+            xerr=row.forgetting.spread,
+            edgecolor=colour(row.method),
+            color="white" if hollow else colour(row.method),
+            error_kw={"elinewidth": 0.9, "ecolor": "#222222"},
+        )
         lost, spread = row.forgetting.mean or 0.0, row.forgetting.spread or 0.0
         place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
         axis.annotate(number(row.forgetting), (max(lost, 0.0) + spread, level), **place)

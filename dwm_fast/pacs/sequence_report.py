@@ -38,21 +38,27 @@ DEFINITIONS = (
     ("sequence", "One backbone learns the domains one after the other. The first is learned by the whole network."),
     ("none", "Plain fine-tuning of every weight on each domain: the baseline."),
     ("average", "Mean accuracy over all domains, after the last was learned."),
-    ("forgetting", "Best accuracy on a domain before the last was learned, minus the final one; mean over all but the "
-     "last domain."),
-    ("backward transfer", "Final accuracy on a domain minus the one just after it was learned; mean over all but the "
-     "last domain."),
-    ("bits added", "Masks, real values, batch norm and own weights of a domain, beside the backbone and its head; mean "
-     "over the domains after the first."),
+    (
+        "forgetting",
+        "Best accuracy on a domain before the last was learned, minus the final one; mean over all but the "
+        "last domain.",
+    ),
+    (
+        "backward transfer",
+        "Final accuracy on a domain minus the one just after it was learned; mean over all but the last domain.",
+    ),
+    (
+        "bits added",
+        "Masks, real values, batch norm and own weights of a domain, beside the backbone and its head; mean "
+        "over the domains after the first.",
+    ),
     ("seconds", "Time of learning a domain, evaluation left out; mean over the domains after the first."),
     ("view shared", "The network as it is at that time, with the domain's own head and whatever else is its own."),
     ("view masked", "The domain's own bits over the same weights: what is not its own is zeroed."),
-)  # fmt: skip
+)
 
 
-def write_report(
-    results: Mapping[str, Any], folder: Path | str, figures: Iterable[Path | str], command: str
-) -> Path:
+def write_report(results: Mapping[str, Any], folder: Path | str, figures: Iterable[Path | str], command: str) -> Path:
     """Write `report.html` into `folder`.
 
     Args:
@@ -124,10 +130,13 @@ def _matrices(results: Mapping[str, Any], rows: Sequence[SequenceRow]) -> str:
     for row in rows:
         for position, after in enumerate(sequence):
             found = [
-                [r["accuracy"] for r in results["rows"]
-                 if (r["method"], r["view"], r["after"], r["on"]) == (row.method, row.view, after, on)]
+                [
+                    r["accuracy"]
+                    for r in results["rows"]
+                    if (r["method"], r["view"], r["after"], r["on"]) == (row.method, row.view, after, on)
+                ]
                 for on in sequence[: position + 1]
-            ]  # fmt: skip
+            ]
             cells = [html_number(over_seeds(values)) for values in found]
             blank = [""] * (len(sequence) - len(cells))
             body.append([_label(row.method, row.view) if position == 0 else "", escape(after), *cells, *blank])

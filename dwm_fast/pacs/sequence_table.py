@@ -155,12 +155,17 @@ def to_markdown(rows: Sequence[SequenceRow]) -> str:
     header = ["method", "view", *domains, "average", "backward transfer", "forgetting", "bits added", "seconds"]
     body = [
         [
-            row.method, row.view, *map(number, row.final.values()), number(row.average),
-            number(row.backward_transfer, True), number(row.forgetting, True),
-            MISSING if row.bits_added.mean is None else f"{row.bits_added.mean:,.0f}", number(row.seconds, digits=1),
+            row.method,
+            row.view,
+            *map(number, row.final.values()),
+            number(row.average),
+            number(row.backward_transfer, True),
+            number(row.forgetting, True),
+            MISSING if row.bits_added.mean is None else f"{row.bits_added.mean:,.0f}",
+            number(row.seconds, digits=1),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     title = f"**After {', '.join(domains)} in this order, on {rows[0].data}**"
     return "\n".join([title, "", markdown(header, body), "", note(rows), ""])
 

@@ -129,11 +129,17 @@ class Study:
         """Every stage in order; running one reads it from the folder where it is done."""
         config, lab = self.config, self.lab
         for seed, source in itertools.product(config.seeds, self._sources()):
-            yield Stage(f"source-{source}-seed{seed}", f"source {source}", lambda s=source, k=seed: _say(
-                "accuracy", lab.source(s, k).figures["accuracy"]))  # type: ignore[misc]  # fmt: skip
+            yield Stage(
+                f"source-{source}-seed{seed}",
+                f"source {source}",
+                lambda s=source, k=seed: _say("accuracy", lab.source(s, k).figures["accuracy"]),
+            )  # type: ignore[misc]
             for method in self._masking():
-                yield Stage(f"mask-{method}-{source}-seed{seed}", f"mask {source}, {method}",
-                            lambda s=source, m=method, k=seed: _mask_says(lab.mask(s, m, k).figures))  # type: ignore[misc]  # fmt: skip
+                yield Stage(
+                    f"mask-{method}-{source}-seed{seed}",
+                    f"mask {source}, {method}",
+                    lambda s=source, m=method, k=seed: _mask_says(lab.mask(s, m, k).figures),
+                )  # type: ignore[misc]
             for target, (method, init) in itertools.product(self._targets(source), self._ways()):
                 yield Stage(
                     f"tune-{source}-{target}-{method}-{init}-seed{seed}",

@@ -28,9 +28,22 @@ POLICIES = ("frozen", "shared", "per-domain")
 VIEWS = ("shared", "masked")
 METRICS = ("s_gain", "t_drop", "source_before", "source_after", "target_after", "fraction_kept")
 RAW_COLUMNS = (
-    "source", "target", "method", "init", "seed", "bn_policy", "lr", "view",
-    "source_before", "source_after", "target_after", "fraction_kept", "s_gain", "t_drop", "seconds",
-)  # fmt: skip
+    "source",
+    "target",
+    "method",
+    "init",
+    "seed",
+    "bn_policy",
+    "lr",
+    "view",
+    "source_before",
+    "source_after",
+    "target_after",
+    "fraction_kept",
+    "s_gain",
+    "t_drop",
+    "seconds",
+)
 Key = tuple[str, str, str, str, float | None]
 """A configuration: method, init, bn_policy, view, lr."""
 MISSING = "–"

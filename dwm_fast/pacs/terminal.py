@@ -30,8 +30,12 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
         _line(console, f"weights: from {config.weights}, {weights.summary()}")
     begun = time.perf_counter()
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting")
         shown = _Figures(bar, task)

@@ -111,9 +111,37 @@ def _open(data: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
 
 
 STRANGE: list[Any] = [
-    None, True, -1, 0, 1, 7, 2**31, 2**53 + 1, 2**63, 2**64, 10**30, 1.5, 1e300, "", "x", "raw", "ans", "channel",
-    "\ud800", "x" * 5000, [], [[]], [-1], [2**40], [2**40, 0], [2**52, 2**52], {}, {"a": 1}, [None], "bits.sparse",
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    2**31,
+    2**53 + 1,
+    2**63,
+    2**64,
+    10**30,
+    1.5,
+    1e300,
+    "",
+    "x",
+    "raw",
+    "ans",
+    "channel",
+    "\ud800",
+    "x" * 5000,
+    [],
+    [[]],
+    [-1],
+    [2**40],
+    [2**40, 0],
+    [2**52, 2**52],
+    {},
+    {"a": 1},
+    [None],
+    "bits.sparse",
+]
 
 
 def _spoil(tree: Any, rng: random.Random) -> None:

@@ -87,8 +87,15 @@ def state() -> Tensor:
 THRESHOLDS = [0.25 * i for i in range(len(SHAPES))]
 
 
-def sample(logits: list[Tensor], weights: list[Tensor], mode: int, tau: float = 1.0, dtype: torch.dtype | None = None,
-           pack: bool = True, step_offset: int = 2) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+def sample(
+    logits: list[Tensor],
+    weights: list[Tensor],
+    mode: int,
+    tau: float = 1.0,
+    dtype: torch.dtype | None = None,
+    pack: bool = True,
+    step_offset: int = 2,
+) -> tuple[list[Tensor], Tensor, Tensor]:
     return _extension.sample(
         logits, weights, state(), torch.tensor(tau), LAYERS, THRESHOLDS, mode, step_offset, dtype, pack
     )
@@ -199,9 +206,19 @@ def test_backward_matches_fp64(mode: int, order: str) -> None:
     grads = [torch.randn(s, generator=generator) for s in SHAPES]  # contiguous whatever the weights are
     total, grad_penalty = sum(x.numel() for x in logits), 1000.0
     dlogits, dweights = _extension.sample_backward(
-        grads, torch.tensor(grad_penalty), logits, weights, state(), torch.tensor(0.6), LAYERS, THRESHOLDS, mode, 2,
-        True, True,
-    )  # fmt: skip
+        grads,
+        torch.tensor(grad_penalty),
+        logits,
+        weights,
+        state(),
+        torch.tensor(0.6),
+        LAYERS,
+        THRESHOLDS,
+        mode,
+        2,
+        True,
+        True,
+    )
     for i, (grad, logit) in enumerate(zip(grads, logits, strict=True)):
         _, _, ties, value, slope = oracle(logit, weights[i], i, mode, 0.6)
         keep = torch.sigmoid(logit.double()).numpy()
@@ -248,8 +265,18 @@ def test_mixed_and_double_dtypes_take_the_reference() -> None:
     assert [m.dtype for m in masked] == [w.dtype for w in mixed]
 
 
-PACKABLE = [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
-            torch.float32, torch.float64, torch.complex64]  # fmt: skip
+PACKABLE = [
+    torch.bool,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -459,9 +486,21 @@ class Compact:
             suffix = "" if kernels else "_reference"
             if optimizer == "adamw":
                 getattr(where, f"frozen_adamw{suffix}")(
-                    weights, grads, first, second, self.bits, ranks, self.steps, self.lr, 0.9, 0.999, 1e-8, 0.1, True,
+                    weights,
+                    grads,
+                    first,
+                    second,
+                    self.bits,
+                    ranks,
+                    self.steps,
+                    self.lr,
+                    0.9,
+                    0.999,
+                    1e-8,
+                    0.1,
+                    True,
                     False,
-                )  # fmt: skip
+                )
             else:
                 getattr(where, f"frozen_sgd{suffix}")(
                     weights, grads, first, self.bits, ranks, self.steps, self.lr, 0.9, 0.3, 0.1, False, False, False
@@ -532,9 +571,19 @@ def test_mask_adam_is_backward_then_adam(mode: int, order: str) -> None:
     grads = [torch.randn(s, generator=generator) for s in SHAPES]
     total, coefficient = sum(x.numel() for x in logits), 5.0
     dlogits, _ = _extension.sample_backward(
-        grads, torch.tensor(coefficient), logits, weights, state(), torch.tensor(0.7), LAYERS, THRESHOLDS, mode, 1,
-        True, False,
-    )  # fmt: skip
+        grads,
+        torch.tensor(coefficient),
+        logits,
+        weights,
+        state(),
+        torch.tensor(0.7),
+        LAYERS,
+        THRESHOLDS,
+        mode,
+        1,
+        True,
+        False,
+    )
     theirs = [torch.nn.Parameter(x.double()) for x in logits]
     for parameter, gradient in zip(theirs, dlogits, strict=True):
         parameter.grad = gradient.double()
@@ -543,10 +592,25 @@ def test_mask_adam_is_backward_then_adam(mode: int, order: str) -> None:
     if order == "strided":
         moments = [[strided(m) for m in part] for part in moments]
     _extension.mask_adam(
-        logits, weights, grads, *moments, state(), torch.tensor(0.7), LAYERS, THRESHOLDS, mode, 1,
-        torch.tensor(coefficient / total), torch.ones(len(logits)), torch.tensor(0.1, dtype=torch.float64), 0.9,
-        0.999, 1e-8, 0.0, True,
-    )  # fmt: skip
+        logits,
+        weights,
+        grads,
+        *moments,
+        state(),
+        torch.tensor(0.7),
+        LAYERS,
+        THRESHOLDS,
+        mode,
+        1,
+        torch.tensor(coefficient / total),
+        torch.ones(len(logits)),
+        torch.tensor(0.1, dtype=torch.float64),
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
+        True,
+    )
     for ours, expected, gradient in zip(logits, theirs, dlogits, strict=True):
         large = gradient.abs() > 1e-6  # where eps in the denominator does not decide
         assert torch.allclose(ours.double()[large], expected.detach()[large], rtol=1e-4, atol=1e-5)

@@ -8,8 +8,15 @@ from dwm_fast.ops.kernel_soft import kernel_soft_reference
 from dwm_fast.ops.soft_mask import soft_masked_sgd_reference
 
 SHAPES = [
-    (64, 3, 7, 7), (13, 600, 3, 3), (96, 64, 1, 1), (10, 513), (4, 5, 2), (0, 3, 3, 3), (3, 2, 3, 3, 3), (1, 1, 1, 1),
-]  # fmt: skip
+    (64, 3, 7, 7),
+    (13, 600, 3, 3),
+    (96, 64, 1, 1),
+    (10, 513),
+    (4, 5, 2),
+    (0, 3, 3, 3),
+    (3, 2, 3, 3, 3),
+    (1, 1, 1, 1),
+]
 STATE = torch.tensor([5, 0])
 
 

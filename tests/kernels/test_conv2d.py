@@ -38,9 +38,11 @@ def rule(device, mode=Mode.GUMBEL_HARD):
 
 
 geometries = st.tuples(
-    st.tuples(st.integers(1, 2), st.integers(1, 3)), st.tuples(st.integers(0, 2), st.integers(0, 1)),
-    st.tuples(st.integers(1, 2), st.integers(1, 2)), st.sampled_from([1, 2]),
-)  # fmt: skip
+    st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    st.tuples(st.integers(0, 2), st.integers(0, 1)),
+    st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    st.sampled_from([1, 2]),
+)
 
 
 @FAMILY

@@ -38,9 +38,20 @@ class Step:
         grads = [m.float().sin().to(m.dtype) for m in masked]
         dlogits, _ = sample_backward(grads, penalty, self.logits, self.weights, *shared, True, True)
         mask_adam(
-            self.logits, self.weights, grads, *self.moments, *shared, self.scale, self.steps, self.lr, 0.9, 0.99,
-            1e-15, 0.0, True,
-        )  # fmt: skip
+            self.logits,
+            self.weights,
+            grads,
+            *self.moments,
+            *shared,
+            self.scale,
+            self.steps,
+            self.lr,
+            0.9,
+            0.99,
+            1e-15,
+            0.0,
+            True,
+        )
         self.rng[1:].add_(1)
         self.steps.add_(1)
         return bits, dlogits, masked

@@ -143,12 +143,21 @@ def test_a_window_of_two_strides_is_copied_and_comes_back_in_its_own(device):
     weight = torch.randn(4, 5, 3, 2, device=device).transpose(2, 3)
     real = torch.rand(4, 5, 1, 1, device=device) * 0.02 - 5e-3
     masked = kernels.kernel_soft([real], [weight], state(device), [0], 5e-3, False, 0, None)[0]
-    assert torch.equal(masked, kernels.kernel_soft([real], [weight.contiguous()], state(device), [0], 5e-3, False, 0,
-                                                   None)[0])  # fmt: skip
+    assert torch.equal(
+        masked, kernels.kernel_soft([real], [weight.contiguous()], state(device), [0], 5e-3, False, 0, None)[0]
+    )
     assert masked.stride() == torch.empty_like(weight).stride()
 
 
 def test_other_dtypes_of_reals_are_refused(device):
     with pytest.raises(InputError, match=r"expected torch\.float32"):
-        kernels.kernel_soft([torch.ones(1, 1, device=device).double()], [torch.ones(1, 1, device=device)],
-                            state(device), [0], 5e-3, False, 0, None)  # fmt: skip
+        kernels.kernel_soft(
+            [torch.ones(1, 1, device=device).double()],
+            [torch.ones(1, 1, device=device)],
+            state(device),
+            [0],
+            5e-3,
+            False,
+            0,
+            None,
+        )

@@ -30,8 +30,14 @@ def _in_one_pass():
 
 
 def rule(device, mode):
-    return (torch.tensor([-(2**40) + 7, 2**32 - 1], device=device), torch.tensor(0.7, device=device), LAYER,
-            THRESHOLD, int(mode), OFFSET)  # fmt: skip
+    return (
+        torch.tensor([-(2**40) + 7, 2**32 - 1], device=device),
+        torch.tensor(0.7, device=device),
+        LAYER,
+        THRESHOLD,
+        int(mode),
+        OFFSET,
+    )
 
 
 def randn(device, *shape, seed=0):
@@ -107,9 +113,7 @@ def test_gradients_of_logits_and_weight_follow_the_chain_rule(device, oracle, mo
     x, grad, logits = (randn(device, *s, seed=i) for i, s in enumerate([(m, k), (m, n), (n, k)]))
     x, grad, weight = x.to(dtype), grad.to(dtype), randn(device, n, k, seed=5)
     with override_product(ProductTiles(32, 64, 16)):
-        dl, dw = torch.ops.dwm_fast.linear_mask_grad(
-            grad, x, weight, logits, state, tau, *arguments, True, True
-        )  # fmt: skip
+        dl, dw = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, state, tau, *arguments, True, True)
         only = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, state, tau, *arguments, False, True)
     u = torch.from_numpy(oracle.uniform(0, n * k, -(2**40) + 7, 2**32 - 1 + OFFSET, LAYER)).reshape(n, k)
     u, score, w = u.to(device), logits.double(), weight.double()
@@ -143,14 +147,16 @@ def test_strides_are_arguments_and_wide_offsets_change_nothing(device):
     results = []
     for wide in (False, True):
         with override_product(ProductTiles(32, 32, 16), wide=wide):
-            dl, dw = torch.ops.dwm_fast.linear_mask_grad(
-                grad, x, weight, logits, state, tau, *arguments, True, True
-            )  # fmt: skip
-            results.append([
-                torch.ops.dwm_fast.linear(x, weight, logits, None, state, tau, *arguments),
-                torch.ops.dwm_fast.linear_input_grad(grad, weight, logits, state, tau, *arguments),
-                dl, dw, ops.linear_packed(x, weight, bits),
-            ])  # fmt: skip
+            dl, dw = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, state, tau, *arguments, True, True)
+            results.append(
+                [
+                    torch.ops.dwm_fast.linear(x, weight, logits, None, state, tau, *arguments),
+                    torch.ops.dwm_fast.linear_input_grad(grad, weight, logits, state, tau, *arguments),
+                    dl,
+                    dw,
+                    ops.linear_packed(x, weight, bits),
+                ]
+            )
     dense = grad.t() @ x
     expected = [x @ (weight * keep).t(), grad @ (weight * keep), dense * weight, dense * keep, x @ (weight * keep).t()]
     for narrow, wide, exact in zip(*results, expected, strict=True):

@@ -88,10 +88,14 @@ def test_a_drawn_mask_is_the_staged_one_bit_for_bit(mode, m, n, k):
     for way in ("one-pass", "staged"):
         with use_way(way):
             dl, dw = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, *rule(mode), True, True)
-            results.append([
-                torch.ops.dwm_fast.linear(x, weight, logits, None, *rule(mode)),
-                torch.ops.dwm_fast.linear_input_grad(grad, weight, logits, *rule(mode)), dw, dl,
-            ])  # fmt: skip
+            results.append(
+                [
+                    torch.ops.dwm_fast.linear(x, weight, logits, None, *rule(mode)),
+                    torch.ops.dwm_fast.linear_input_grad(grad, weight, logits, *rule(mode)),
+                    dw,
+                    dl,
+                ]
+            )
     for one, staged in zip(results[0][:3], results[1][:3], strict=True):
         assert torch.equal(one, staged)
     torch.testing.assert_close(results[0][3], results[1][3], rtol=1e-5, atol=1e-6)
@@ -111,8 +115,13 @@ def test_convolutions_are_exact_on_integers(last, groups):
             y = torch.ops.dwm_fast.conv2d_packed(x, weight, ops.pack([logits > 0]), None, *geometry)
             grad = integers(*y.shape, seed=4)
             given = (grad, x, weight, logits, *rule(), *geometry)
-            results.append([y, torch.ops.dwm_fast.conv2d(x, weight, logits, None, *rule(), *geometry),
-                            torch.ops.dwm_fast.conv2d_input_grad(*given)])  # fmt: skip
+            results.append(
+                [
+                    y,
+                    torch.ops.dwm_fast.conv2d(x, weight, logits, None, *rule(), *geometry),
+                    torch.ops.dwm_fast.conv2d_input_grad(*given),
+                ]
+            )
             dl, _ = torch.ops.dwm_fast.conv2d_mask_grad(*given, True, False)
             results[-1].append(dl)
     for one, staged in zip(results[0][:3], results[1][:3], strict=True):
@@ -127,9 +136,7 @@ def test_every_run_gives_the_same_bits():
     x = randn(16, 4096, seed=2, dtype=torch.bfloat16)
     with use_way("one-pass"):
         first = torch.ops.dwm_fast.linear(x, weight, logits, None, *rule())
-        assert all(
-            torch.equal(torch.ops.dwm_fast.linear(x, weight, logits, None, *rule()), first) for _ in range(10)
-        )
+        assert all(torch.equal(torch.ops.dwm_fast.linear(x, weight, logits, None, *rule()), first) for _ in range(10))
 
 
 def test_weights_beyond_two_to_the_31_elements_are_read_where_they_lie():
@@ -177,11 +184,14 @@ def test_replays_of_a_graph_draw_new_masks_and_nothing_waits():
     assert layer.mask_logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("make", [
-    lambda: (dwm_fast.MaskedLinear(96, 40, seed=1, device="cuda"), randn(8, 96)),
-    lambda: (dwm_fast.MaskedConv2d(8, 16, 3, padding="same", seed=1, device="cuda"), randn(2, 8, 9, 9)),
-    lambda: (dwm_fast.MaskedConv2d(8, 16, 1, padding_mode="circular", seed=1, device="cuda"), randn(2, 8, 9, 9)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (dwm_fast.MaskedLinear(96, 40, seed=1, device="cuda"), randn(8, 96)),
+        lambda: (dwm_fast.MaskedConv2d(8, 16, 3, padding="same", seed=1, device="cuda"), randn(2, 8, 9, 9)),
+        lambda: (dwm_fast.MaskedConv2d(8, 16, 1, padding_mode="circular", seed=1, device="cuda"), randn(2, 8, 9, 9)),
+    ],
+)
 def test_a_layer_alone_draws_in_its_product_what_it_would_draw_before(make):
     layer, x = make()
     assert layer.draws_in_product()
@@ -217,8 +227,9 @@ def test_a_packed_network_gives_what_the_masked_one_gives(compiled):
 
 
 def test_the_rule_says_what_it_does_on_this_device():
-    layer = dwm_fast.pack(dwm_fast.mask_model(nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16),
-                                              dwm_fast.Threshold()))  # fmt: skip
+    layer = dwm_fast.pack(
+        dwm_fast.mask_model(nn.Linear(4096, 4096, device="cuda", dtype=torch.bfloat16), dwm_fast.Threshold())
+    )
     explanation = dwm_fast.explain(layer, (8, 4096))
     assert explanation.forward.way in ops.WAYS
     assert "M=8" in explanation.forward.why or "measured" in explanation.forward.why

@@ -42,21 +42,35 @@ class Network:
         self.tau = torch.tensor(0.7, device=device)
 
     def sample(self, mode, dtype=None, pack=True):
-        return sample(self.logits, self.weights, self.rng, self.tau, self.layers, self.thresholds, mode, OFFSET,
-                      dtype, pack)  # fmt: skip
+        return sample(
+            self.logits, self.weights, self.rng, self.tau, self.layers, self.thresholds, mode, OFFSET, dtype, pack
+        )
 
     def backward(self, mode, penalty=3.0, need_logits=True, need_weights=True):
         grad_penalty = torch.tensor(penalty, device=self.rng.device)
-        return sample_backward(self.grads, grad_penalty, self.logits, self.weights, self.rng, self.tau, self.layers,
-                               self.thresholds, mode, OFFSET, need_logits, need_weights)  # fmt: skip
+        return sample_backward(
+            self.grads,
+            grad_penalty,
+            self.logits,
+            self.weights,
+            self.rng,
+            self.tau,
+            self.layers,
+            self.thresholds,
+            mode,
+            OFFSET,
+            need_logits,
+            need_weights,
+        )
 
     def logical(self, tensors):
         """fp64 arrays in logical order."""
         return [t.detach().double().cpu().contiguous().numpy().reshape(-1) for t in tensors]
 
     def uniforms(self, oracle):
-        return [oracle.uniform(0, x.numel(), SEED, STEP + OFFSET, k)
-                for x, k in zip(self.logits, self.layers, strict=True)]  # fmt: skip
+        return [
+            oracle.uniform(0, x.numel(), SEED, STEP + OFFSET, k) for x, k in zip(self.logits, self.layers, strict=True)
+        ]
 
 
 def rule(mode, logit, weight, u, threshold, tau=0.7):

@@ -96,10 +96,21 @@ def test_frozen_adamw_is_torch_optim_on_free_lanes(device, oracle, optimizer, op
     betas = options.get("betas", (0.9, 0.999))
     case.run(
         lambda grads: kernels.frozen_adamw(
-            case.weights, grads, m, v, case.bits, ranks, case.steps, case.lr, *betas, 1e-8,
-            options.get("weight_decay", 0.0), flags["decoupled"], flags["maximize"],
+            case.weights,
+            grads,
+            m,
+            v,
+            case.bits,
+            ranks,
+            case.steps,
+            case.lr,
+            *betas,
+            1e-8,
+            options.get("weight_decay", 0.0),
+            flags["decoupled"],
+            flags["maximize"],
         )
-    )  # fmt: skip
+    )
     case.check(*case.expect(optimizer, eps=1e-8, **options))
     for moment, keep in zip((*m, *v), case.keeps * 2, strict=True):
         assert moment.isnan().sum() == (0 if compact else keep.sum())  # kept lanes still hold their poison
@@ -112,10 +123,22 @@ def test_frozen_adamw_in_other_dtypes(device, oracle, dtype):
     m, v = case.state(), case.state()
     case.run(
         lambda grads: kernels.frozen_adamw(
-            case.weights, grads, m, v, case.bits, NOTHING.to(device), case.steps, case.lr, 0.9, 0.999, 1e-3, 0.1,
-            True, False,
+            case.weights,
+            grads,
+            m,
+            v,
+            case.bits,
+            NOTHING.to(device),
+            case.steps,
+            case.lr,
+            0.9,
+            0.999,
+            1e-3,
+            0.1,
+            True,
+            False,
         )
-    )  # fmt: skip
+    )
     case.check(*case.expect(torch.optim.AdamW, eps=1e-3, weight_decay=0.1))
 
 
@@ -135,11 +158,21 @@ def test_frozen_sgd_is_torch_optim_on_free_lanes(device, oracle, options, compac
     ranks = case.ranks() if compact else NOTHING.to(device)
     case.run(
         lambda grads: kernels.frozen_sgd(
-            case.weights, grads, buffers, case.bits, ranks, case.steps, case.lr, momentum,
-            options.get("dampening", 0.0), options.get("weight_decay", 0.0), options.get("nesterov", False), False,
+            case.weights,
+            grads,
+            buffers,
+            case.bits,
+            ranks,
+            case.steps,
+            case.lr,
+            momentum,
+            options.get("dampening", 0.0),
+            options.get("weight_decay", 0.0),
+            options.get("nesterov", False),
+            False,
             options.get("maximize", False),
         )
-    )  # fmt: skip
+    )
     case.check(*case.expect(torch.optim.SGD, **options))
 
 
@@ -149,10 +182,22 @@ def test_without_bits_every_lane_moves(device, oracle):
     no_bits = torch.empty(0, dtype=torch.uint8, device=device)
     case.run(
         lambda grads: kernels.frozen_adamw(
-            case.weights, grads, m, v, no_bits, NOTHING.to(device), case.steps, case.lr, 0.9, 0.999, 1e-8, 0.1, True,
+            case.weights,
+            grads,
+            m,
+            v,
+            no_bits,
+            NOTHING.to(device),
+            case.steps,
+            case.lr,
+            0.9,
+            0.999,
+            1e-8,
+            0.1,
+            True,
             False,
         )
-    )  # fmt: skip
+    )
     case.check(*case.expect(torch.optim.AdamW, eps=1e-8, weight_decay=0.1))
 
 
@@ -171,10 +216,21 @@ def test_many_steps_keep_the_bias_correction(device):
         results.append((start, moments, w.detach()))
     w, (m, v), reference = results[0]
     kernels.frozen_adamw(
-        [w], [torch.full_like(w, 0.5)], [m], [v], torch.empty(0, dtype=torch.uint8, device=device),
-        NOTHING.to(device), torch.full((1,), 12345.0, device=device),
-        torch.tensor(1e-2, dtype=torch.float64, device=device), 0.9, 0.999, 1e-8, 0.0, True, False,
-    )  # fmt: skip
+        [w],
+        [torch.full_like(w, 0.5)],
+        [m],
+        [v],
+        torch.empty(0, dtype=torch.uint8, device=device),
+        NOTHING.to(device),
+        torch.full((1,), 12345.0, device=device),
+        torch.tensor(1e-2, dtype=torch.float64, device=device),
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
+        True,
+        False,
+    )
     exact = results[1][2]
     budget = 2 * ((reference.double() - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max())
     assert (w.double() - exact).abs().max() <= budget
@@ -211,9 +267,26 @@ def test_mask_adam_is_the_chain_rule_and_then_adamw(device, oracle, mode):
 
     def step(grads):
         kernels.mask_adam(
-            logits, weights, [g.bfloat16() for g in grads], m, v, rng, torch.tensor(0.7, device=device), layers,
-            [0.0] * len(SHAPES), mode, 2, scale, case.steps, case.lr, 0.9, 0.99, 1e-6, 0.01, True,
-        )  # fmt: skip
+            logits,
+            weights,
+            [g.bfloat16() for g in grads],
+            m,
+            v,
+            rng,
+            torch.tensor(0.7, device=device),
+            layers,
+            [0.0] * len(SHAPES),
+            mode,
+            2,
+            scale,
+            case.steps,
+            case.lr,
+            0.9,
+            0.99,
+            1e-6,
+            0.01,
+            True,
+        )
         rng[1] += 1
 
     case.run(step)
@@ -230,10 +303,26 @@ def test_other_modes_take_their_own_gradient(device):
     for mode, gradient in gradients.items():
         logits, m, v = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
         kernels.mask_adam(
-            [logits], [w], [g], [m], [v], torch.tensor([1, 0], device=device), torch.tensor(1.0, device=device), [0],
-            [0.5], mode, 0, torch.tensor(0.25, device=device), torch.ones(1, device=device),
-            torch.tensor(1e-2, dtype=torch.float64, device=device), 0.9, 0.99, 1e-15, 0.0, True,
-        )  # fmt: skip
+            [logits],
+            [w],
+            [g],
+            [m],
+            [v],
+            torch.tensor([1, 0], device=device),
+            torch.tensor(1.0, device=device),
+            [0],
+            [0.5],
+            mode,
+            0,
+            torch.tensor(0.25, device=device),
+            torch.ones(1, device=device),
+            torch.tensor(1e-2, dtype=torch.float64, device=device),
+            0.9,
+            0.99,
+            1e-15,
+            0.0,
+            True,
+        )
         torch.testing.assert_close(m, 0.1 * gradient, rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(logits, x - 1e-2 * gradient.sign(), rtol=1e-5, atol=1e-6)
 
@@ -244,6 +333,17 @@ def test_mixed_dtypes_are_refused(device):
     w = [torch.ones(4, device=device), torch.ones(4, device=device).half()]
     with pytest.raises(InputError, match="once per dtype"):
         kernels.frozen_sgd(
-            w, w, [], NOTHING.byte(), NOTHING, torch.ones(2), torch.tensor(0.1).double(), 0.0, 0.0, 0.0, False, False,
+            w,
+            w,
+            [],
+            NOTHING.byte(),
+            NOTHING,
+            torch.ones(2),
+            torch.tensor(0.1).double(),
+            0.0,
+            0.0,
+            0.0,
             False,
-        )  # fmt: skip
+            False,
+            False,
+        )

@@ -73,9 +73,7 @@ def test_history_has_a_row_an_epoch_and_progress_is_told_every_step(model):
 
 def test_the_same_seed_finds_the_same_mask(model):
     short = dataclasses.replace(OPTIONS, epochs=2)
-    masks = [
-        learn_mask(model, dwm.GumbelSigmoid(), short, vector_task(seed=seed)).keep["0"] for seed in (3, 3, 4)
-    ]
+    masks = [learn_mask(model, dwm.GumbelSigmoid(), short, vector_task(seed=seed)).keep["0"] for seed in (3, 3, 4)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 

@@ -173,8 +173,11 @@ def test_the_papers_preset():
     paper = presets()["packnet-paper"]
     assert paper.prune == (0.5, 0.75)
     assert (paper.training.epochs, paper.training.lr, paper.retraining.epochs, paper.retraining.lr) == (
-        20, 1e-3, 10, 1e-4,
-    )  # fmt: skip
+        20,
+        1e-3,
+        10,
+        1e-4,
+    )
     assert {(o.optimizer, o.weight_decay, o.schedule) for o in (paper.training, paper.retraining)} == {
         ("sgd", 0.0, "step")
     }

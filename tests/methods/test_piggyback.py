@@ -170,9 +170,12 @@ def test_domains_read_back_from_the_banks_files_predict_the_same_bits_after_late
 
 @pytest.mark.parametrize(
     ("name", "layers", "weights", "nbytes"),
-    [("resnet18", "conv", 11_166_912, 1_395_864), ("resnet50", "conv", 23_454_912, 2_931_864),
-     ("vgg16", "all but the classifier", 134_248_128, 16_781_016)],
-)  # fmt: skip
+    [
+        ("resnet18", "conv", 11_166_912, 1_395_864),
+        ("resnet50", "conv", 23_454_912, 2_931_864),
+        ("vgg16", "all but the classifier", 134_248_128, 16_781_016),
+    ],
+)
 def test_published_sizes(name, layers, weights, nbytes):
     """METHODS section 2: masked weights, and bytes at one bit each; from the layers' shapes alone."""
     with torch.device("meta"):

@@ -208,8 +208,11 @@ def test_the_registry_has_all_six_and_the_presets_of_the_papers():
     assert list(methods) == ["none", "piggyback", "ksm", "spg", "packnet", "binary"]
     assert all(method.name == name for name, method in methods.items())
     assert {name: preset.name for name, preset in presets().items()} == {
-        "piggyback-paper": "piggyback", "ksm-paper": "ksm", "spg-paper": "spg", "packnet-paper": "packnet",
-    }  # fmt: skip
+        "piggyback-paper": "piggyback",
+        "ksm-paper": "ksm",
+        "spg-paper": "spg",
+        "packnet-paper": "packnet",
+    }
 
 
 @pytest.mark.gpu

@@ -248,9 +248,18 @@ def test_domains_of_a_bank_predict_the_same_bits():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": -1}, {"lr": 0.0}, {"schedule": "step"}, {"factor": 1.0}, {"patience": -1}, {"min_lr": -1.0},
-     {"head_clip": 0.0}, {"head_factor": 0.0}, {"batch_norm": "none"}],
-)  # fmt: skip
+    [
+        {"epochs": -1},
+        {"lr": 0.0},
+        {"schedule": "step"},
+        {"factor": 1.0},
+        {"patience": -1},
+        {"min_lr": -1.0},
+        {"head_clip": 0.0},
+        {"head_factor": 0.0},
+        {"batch_norm": "none"},
+    ],
+)
 def test_options_out_of_range_are_named(wrong):
     with pytest.raises(InputError, match=f"{next(iter(wrong))} is .*; expected"):
         SPG(**wrong)

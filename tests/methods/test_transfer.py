@@ -15,8 +15,9 @@ from dwm_fast.methods.transfer import make_schedule, norm_state
 from .toys import conv_net, image_batches, under_mask
 
 LAYERS = ("conv1", "conv2", "fc")
-NORMS = {f"bn{i}.{part}" for i in (1, 2) for part in
-         ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}  # fmt: skip
+NORMS = {
+    f"bn{i}.{part}" for i in (1, 2) for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+}
 
 
 def random_keep(net, share=0.4, seed=5):
@@ -296,8 +297,14 @@ def test_gpu_captured_and_eager_training_agree(policy, optimizer, masked, monkey
         keep = {k: v.cuda() for k, v in random_keep(net).items()} if masked else None
         options = TrainOptions(epochs=3, lr=0.01, optimizer=optimizer, batch_norm=policy)
         losses = []
-        train(net, image_batches(device="cuda"), 3, options, keep=keep,
-              progress=lambda figures: losses.append(float(figures["loss"])))  # fmt: skip
+        train(
+            net,
+            image_batches(device="cuda"),
+            3,
+            options,
+            keep=keep,
+            progress=lambda figures: losses.append(float(figures["loss"])),
+        )
         return net, losses, keep
 
     graph, graph_losses, keep = tuned()

@@ -41,9 +41,14 @@ def test_keep_is_what_the_deterministic_operation_packs(kind):
     logits = torch.tensor([*values, math.nextafter(border, 9), math.nextafter(border, 0)])
     weight = torch.linspace(-1, 1, len(logits))
     _, bits, _ = ops.sample(
-        [logits], [weight], torch.zeros(2, dtype=torch.int64), torch.tensor(1.0),
-        mode=kind.eval_mode, thresholds=[kind.unit(weight)], pack=True,
-    )  # fmt: skip
+        [logits],
+        [weight],
+        torch.zeros(2, dtype=torch.int64),
+        torch.tensor(1.0),
+        mode=kind.eval_mode,
+        thresholds=[kind.unit(weight)],
+        pack=True,
+    )
     assert torch.equal(kind.keep(logits), ops.unpack(bits, [len(logits)])[0])
 
 

@@ -190,9 +190,13 @@ def test_a_training_call_is_the_plain_network_under_the_drawn_weights(kind):
     masked = _spread(dwm.mask_model(_net(), kind, seed=7)).train()
     layers = masked.mask_layers()
     drawn, _, _ = dwm.ops.sample(
-        [m.mask_logits for m in layers.values()], [m.weight for m in layers.values()], masked.rng_state.clone(),
-        masked.tau, mode=kind.training_mode, thresholds=[m.unit for m in layers.values()],
-    )  # fmt: skip
+        [m.mask_logits for m in layers.values()],
+        [m.weight for m in layers.values()],
+        masked.rng_state.clone(),
+        masked.tau,
+        mode=kind.training_mode,
+        thresholds=[m.unit for m in layers.values()],
+    )
     plain = _net().eval()
     with torch.no_grad():
         for name, weight in zip(layers, drawn, strict=True):

@@ -27,9 +27,14 @@ def _inputs(x_shape, w_shape, dtype=torch.float32, seed=0):
 
 def _masked(weight, logits, mode=Mode.GUMBEL_HARD, layer=0, threshold=0.0):
     return ops.sample(
-        [logits], [weight], _state(), torch.tensor(1.0, dtype=logits.dtype),
-        mode=mode, layers=[layer], thresholds=[threshold],
-    )[0][0]  # fmt: skip
+        [logits],
+        [weight],
+        _state(),
+        torch.tensor(1.0, dtype=logits.dtype),
+        mode=mode,
+        layers=[layer],
+        thresholds=[threshold],
+    )[0][0]
 
 
 geometries = st.fixed_dictionaries(

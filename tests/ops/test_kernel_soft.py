@@ -64,8 +64,9 @@ class TestByHand:
         assert torch.equal(masked, weight)
 
     def test_empty_and_one_element(self):
-        masked = ops.kernel_soft([torch.empty(0, 3, 1, 1), torch.tensor([[0.1]])], [torch.empty(0, 3, 3, 3),
-                                 torch.tensor([[2.0]])], STATE)  # fmt: skip
+        masked = ops.kernel_soft(
+            [torch.empty(0, 3, 1, 1), torch.tensor([[0.1]])], [torch.empty(0, 3, 3, 3), torch.tensor([[2.0]])], STATE
+        )
         assert masked[0].shape == (0, 3, 3, 3)
         assert masked[1].tolist() == [[2.0]]
 

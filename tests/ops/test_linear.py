@@ -27,9 +27,15 @@ def _inputs(*x_shape: int, n: int = 6, k: int = 5, dtype: torch.dtype = torch.fl
 
 def _masked(weight, logits, mode, layer=0, threshold=0.0, step_offset=0, tau=1.0):
     return ops.sample(
-        [logits], [weight], _state(), torch.tensor(tau, dtype=logits.dtype),
-        mode=mode, layers=[layer], thresholds=[threshold], step_offset=step_offset,
-    )[0][0]  # fmt: skip
+        [logits],
+        [weight],
+        _state(),
+        torch.tensor(tau, dtype=logits.dtype),
+        mode=mode,
+        layers=[layer],
+        thresholds=[threshold],
+        step_offset=step_offset,
+    )[0][0]
 
 
 @pytest.mark.parametrize("mode", list(Mode))

@@ -107,9 +107,16 @@ def test_sgd_starts_its_buffer_with_the_gradient_and_dampens_later():
     weight, buffer = [torch.zeros(3)], [torch.full((3,), 9.0)]
     for step in (1.0, 2.0):
         frozen_sgd(
-            weight, [torch.ones(3)], buffer, NOTHING.byte(), NOTHING, torch.tensor([step]), _lr(1.0),
-            momentum=0.5, dampening=0.75,
-        )  # fmt: skip
+            weight,
+            [torch.ones(3)],
+            buffer,
+            NOTHING.byte(),
+            NOTHING,
+            torch.tensor([step]),
+            _lr(1.0),
+            momentum=0.5,
+            dampening=0.75,
+        )
     assert buffer[0].tolist() == [0.75] * 3  # 1, then 0.5 * 1 + 0.25 * 1
     assert weight[0].tolist() == [-1.75] * 3
 
@@ -130,10 +137,23 @@ def test_schema_fake_and_mutation_agree(op):
         "frozen_adamw": (*lists[:4], no_bits, NOTHING, steps, lr, 0.9, 0.99, 1e-8, 0.1, True, False),
         "frozen_sgd": (*lists[:3], no_bits, NOTHING, steps, lr, 0.9, 0.0, 0.1, False, False, False),
         "mask_adam": (
-            *lists, torch.tensor([3, 0]), torch.tensor(1.0), [0, 1], [0.0, 0.0], 0, 0, torch.tensor(0.1),
-            steps, lr, 0.9, 0.99, 1e-15, 0.0, True,
+            *lists,
+            torch.tensor([3, 0]),
+            torch.tensor(1.0),
+            [0, 1],
+            [0.0, 0.0],
+            0,
+            0,
+            torch.tensor(0.1),
+            steps,
+            lr,
+            0.9,
+            0.99,
+            1e-15,
+            0.0,
+            True,
         ),
-    }  # fmt: skip
+    }
     torch.library.opcheck(getattr(torch.ops.dwm_fast, op), arguments[op])
 
 
@@ -177,10 +197,23 @@ def test_mask_adam_follows_autograd_and_adamw_in_fp64(mode):
         grads = [torch.randn(s, generator=generator) for s in SHAPES]
         steps += 1
         mask_adam(
-            logits, weights, grads, m, v, rng, torch.tensor(tau), torch.tensor(coefficient / total), steps,
-            _lr(), mode=mode, layers=range(len(SHAPES)), thresholds=thresholds, step_offset=2, eps=1e-6,
+            logits,
+            weights,
+            grads,
+            m,
+            v,
+            rng,
+            torch.tensor(tau),
+            torch.tensor(coefficient / total),
+            steps,
+            _lr(),
+            mode=mode,
+            layers=range(len(SHAPES)),
+            thresholds=thresholds,
+            step_offset=2,
+            eps=1e-6,
             weight_decay=0.1,
-        )  # fmt: skip
+        )
         for dtype, learned in copies.items():
             adams[dtype].zero_grad()
             _oracle_loss(learned, weights, grads, mode, rng, tau, thresholds, coefficient).backward()
@@ -195,8 +228,18 @@ def test_mask_adam_leaves_logits_alone_where_the_rule_gives_them_no_gradient():
     logits, before = [torch.randn(5)], torch.zeros(5)
     before.copy_(logits[0])
     mask_adam(
-        logits, [torch.randn(5)], [torch.randn(5)], _states(logits), _states(logits), torch.tensor([1, 2]),
-        torch.tensor(1.0), torch.tensor(1.0), torch.ones(1), _lr(), mode=Mode.KEEP, layers=[0],
+        logits,
+        [torch.randn(5)],
+        [torch.randn(5)],
+        _states(logits),
+        _states(logits),
+        torch.tensor([1, 2]),
+        torch.tensor(1.0),
+        torch.tensor(1.0),
+        torch.ones(1),
+        _lr(),
+        mode=Mode.KEEP,
+        layers=[0],
         thresholds=[0.0],
-    )  # fmt: skip
+    )
     assert torch.equal(logits[0], before)

@@ -91,10 +91,13 @@ def test_without_masks_it_is_the_torch_optimiser(name, options):
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [
-    lambda p, **o: FrozenAdamW(p, lr=0.05, weight_decay=0.3, **o),
-    lambda p, **o: FrozenSGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.3, **o),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p, **o: FrozenAdamW(p, lr=0.05, weight_decay=0.3, **o),
+        lambda p, **o: FrozenSGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.3, **o),
+    ],
+)
 def test_kept_weights_are_bit_identical_after_a_thousand_steps(make, dtype, compact):
     parameters, masks = _parameters(dtype=dtype), _masks()
     parameters[2].data = parameters[2].data.to(memory_format=torch.channels_last)
@@ -196,16 +199,19 @@ def test_a_copied_or_pickled_optimiser_goes_on_the_same(compact):
         assert all(torch.equal(p, q) for p, q in zip(parameters, other, strict=True))
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda p: FrozenAdamW(p, lr=-1.0), "lr is -1.0"),
-    (lambda p: FrozenAdamW(p, betas=(0.9, 1.0)), "betas"),
-    (lambda p: FrozenSGD(p, nesterov=True), "nesterov"),
-    (lambda p: FrozenAdamW(p, keep=[None]), "1 masks for 3 parameters"),
-    (lambda p: FrozenAdamW(p, keep={torch.zeros(1): torch.ones(1) > 0}), "none of the optimiser's"),
-    (lambda p: FrozenAdamW(p, keep=[torch.ones(2) > 0, None, None]), "torch.bool"),
-    (lambda p: FrozenAdamW(p, keep=[torch.ones(3), None, None]), "torch.bool"),
-    (lambda p: FrozenAdamW([torch.zeros(2, dtype=torch.complex64)]), "complex64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: FrozenAdamW(p, lr=-1.0), "lr is -1.0"),
+        (lambda p: FrozenAdamW(p, betas=(0.9, 1.0)), "betas"),
+        (lambda p: FrozenSGD(p, nesterov=True), "nesterov"),
+        (lambda p: FrozenAdamW(p, keep=[None]), "1 masks for 3 parameters"),
+        (lambda p: FrozenAdamW(p, keep={torch.zeros(1): torch.ones(1) > 0}), "none of the optimiser's"),
+        (lambda p: FrozenAdamW(p, keep=[torch.ones(2) > 0, None, None]), "torch.bool"),
+        (lambda p: FrozenAdamW(p, keep=[torch.ones(3), None, None]), "torch.bool"),
+        (lambda p: FrozenAdamW([torch.zeros(2, dtype=torch.complex64)]), "complex64"),
+    ],
+)
 def test_a_wrong_argument_is_one_clear_error(make, message):
     with pytest.raises(InputError, match=message):
         make(_parameters())

@@ -156,11 +156,14 @@ def test_outputs_of_any_nesting_come_back_detached():
     assert not out["a"][0].requires_grad
 
 
-@pytest.mark.parametrize(("arguments", "options", "message"), [
-    ((3,), {}, "takes tensors"),
-    ((), {}, "no example and no device"),
-    ((torch.zeros(1),), {"warmup": 1}, "warmup"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((3,), {}, "takes tensors"),
+        ((), {}, "no example and no device"),
+        ((torch.zeros(1),), {"warmup": 1}, "warmup"),
+    ],
+)
 def test_a_wrong_argument_is_one_clear_error(arguments, options, message):
     with pytest.raises(InputError, match=message):
         capture_step(lambda *x: None, *arguments, **options)

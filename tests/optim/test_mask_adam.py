@@ -40,9 +40,15 @@ class Net:
         """Mean square output and penalty; draws from a copy of the noise state and advances it."""
         state = ops.advance(self.rng_state)
         masked, _, penalty = self.sample(
-            self.logits, self.weights, state, self.tau, mode=self.mode, thresholds=[0.0, 0.1],
-            step_offset=step_offset, dtype=self.dtype,
-        )  # fmt: skip
+            self.logits,
+            self.weights,
+            state,
+            self.tau,
+            mode=self.mode,
+            thresholds=[0.0, 0.1],
+            step_offset=step_offset,
+            dtype=self.dtype,
+        )
         for w in masked:
             x = torch.relu(torch.nn.functional.linear(x.to(w.dtype), w))
         return x.float().square().mean(), penalty

@@ -44,9 +44,17 @@ def results(rows: list[dict[str, Any]], real: bool = False, name: str | None = N
         {"name": "layer1.0.conv1", "kept": 200, "total": 900},
     ]
     mask = {
-        "method": "binary", "kept": 250, "total": 1000, "fraction_kept": 0.25, "masked_accuracy": 0.94,
-        "source_accuracy": 0.95, "within_budget": True, "coefficient": 61.5, "seconds": 1.0, "layers": layers,
-    }  # fmt: skip
+        "method": "binary",
+        "kept": 250,
+        "total": 1000,
+        "fraction_kept": 0.25,
+        "masked_accuracy": 0.94,
+        "source_accuracy": 0.95,
+        "within_budget": True,
+        "coefficient": 61.5,
+        "seconds": 1.0,
+        "layers": layers,
+    }
     where = [(source, seed) for source in ("photo", "art") for seed in (0, 1)]
     return {
         "format": 1,
@@ -67,14 +75,11 @@ def results(rows: list[dict[str, Any]], real: bool = False, name: str | None = N
         },
         "versions": {"dwm_fast": "0.1.0", "torch": "2.11", "device": "cpu"},
         "sources": [
-            {"source": source, "seed": seed, "accuracy": 0.95, "loss": 0.1, "seconds": 1.0}
-            for source, seed in where
+            {"source": source, "seed": seed, "accuracy": 0.95, "loss": 0.1, "seconds": 1.0} for source, seed in where
         ],
         "masks": [{"source": source, "seed": seed, **mask} for source, seed in where],
         "rows": rows,
-        "overlap": [
-            {"method": "binary", "seed": seed, "a": "photo", "b": "art", "jaccard": 0.3} for seed in (0, 1)
-        ],
+        "overlap": [{"method": "binary", "seed": seed, "a": "photo", "b": "art", "jaccard": 0.3} for seed in (0, 1)],
     }
 
 

@@ -125,9 +125,13 @@ class Unhurried:
 def toys() -> dict[str, Any]:
     """A registry as `dwm_fast.methods.sequential_methods`; every default of a sequence is in it."""
     return {
-        "none": Toy(), "piggyback": Toy(frozen=True), "ksm": Toy(frozen=True), "spg": Toy(lr=0.01),
-        "packnet": Unhurried(), "binary": Toy(lr=0.05),
-    }  # fmt: skip
+        "none": Toy(),
+        "piggyback": Toy(frozen=True),
+        "ksm": Toy(frozen=True),
+        "spg": Toy(lr=0.01),
+        "packnet": Unhurried(),
+        "binary": Toy(lr=0.05),
+    }
 
 
 def toy_presets() -> dict[str, Any]:

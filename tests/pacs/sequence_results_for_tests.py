@@ -19,18 +19,33 @@ MATRICES = {
 def results(real: bool = False) -> dict[str, Any]:
     """`none` with two seeds, `binary` with one and two views; accuracies as in MATRICES."""
     rows = [
-        {"method": method, "seed": seed, "position": i, "view": view, "after": SEQUENCE[i], "on": SEQUENCE[j],
-         "accuracy": accuracy, "loss": 1 - accuracy}
+        {
+            "method": method,
+            "seed": seed,
+            "position": i,
+            "view": view,
+            "after": SEQUENCE[i],
+            "on": SEQUENCE[j],
+            "accuracy": accuracy,
+            "loss": 1 - accuracy,
+        }
         for (method, view, seed), matrix in MATRICES.items()
         for i, line in enumerate(matrix)
         for j, accuracy in enumerate(line)
-    ]  # fmt: skip
+    ]
     tasks = [
-        {"method": method, "seed": seed, "position": i, "domain": SEQUENCE[i], "bits": bits, "seconds": seconds,
-         "figures": {"fraction_kept": 0.25}}
+        {
+            "method": method,
+            "seed": seed,
+            "position": i,
+            "domain": SEQUENCE[i],
+            "bits": bits,
+            "seconds": seconds,
+            "figures": {"fraction_kept": 0.25},
+        }
         for method, seed in (("none", 0), ("none", 1), ("binary", 0))
         for i, (bits, seconds) in enumerate([(50, 9.0), (100, 2.0), (300, 4.0)])
-    ]  # fmt: skip
+    ]
     return {
         "format": 1,
         "kind": "sequence",

@@ -87,9 +87,7 @@ def test_one_pair_one_seed_without_baseline_is_drawn(tmp_path):
 
 
 def test_several_policies_and_a_missing_value_are_drawn(tmp_path):
-    rows = [
-        row("photo", "sketch", "binary", 0, 0.1, 0.0, bn_policy=policy) for policy in ("frozen", "shared")
-    ]
+    rows = [row("photo", "sketch", "binary", 0, 0.1, 0.0, bn_policy=policy) for policy in ("frozen", "shared")]
     rows[0]["source_after"] = None
     paths = draw_all(results(rows) | {"masks": [], "overlap": []}, tmp_path)
     assert "binary S_start · frozen" in paths[1].read_text()

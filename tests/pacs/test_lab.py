@@ -123,8 +123,11 @@ def test_ways_of_a_method_give_a_row_each_and_view(lab: Lab, tmp_path: Path) -> 
 
 
 def test_any_torchvision_classifier_runs_through_every_stage(tmp_path: Path) -> None:
-    changes = {"backbone": "shufflenet_v2_x0_5", "source": {"epochs": 1},
-               "tune": {m: {"batch_norm": "frozen"} for m in ("none", "binary")}}  # fmt: skip
+    changes = {
+        "backbone": "shufflenet_v2_x0_5",
+        "source": {"epochs": 1},
+        "tune": {m: {"batch_norm": "frozen"} for m in ("none", "binary")},
+    }
     other = Lab(config(**changes), tiny_data(), tmp_path, torch.device("cpu"))
     (row,) = other.rows("photo", "sketch", "none", "-", 0)
     assert 0 <= row["target_after"] <= 1

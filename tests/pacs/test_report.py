@@ -16,9 +16,7 @@ from dwm_fast.pacs.report import write_report
 from .results_for_tests import STAND_IN, results, row, two_seeds
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
-)
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII=")
 
 
 class Page(HTMLParser):
@@ -141,10 +139,7 @@ def test_finding_names_the_winner_its_gain_and_its_cost():
         "accuracy 0.600 against 0.400 with plain fine-tuning "
         "(S gain +0.200 ± 0.071); before fine-tuning it was 0.950."
     )
-    assert (
-        said[1]
-        == "On the target it reaches 0.890 against 0.900 (T drop -0.010 ± 0.000), equal within two points."
-    )
+    assert said[1] == "On the target it reaches 0.890 against 0.900 (T drop -0.010 ± 0.000), equal within two points."
     text = " ".join(said)
     assert "stays at 0.940" in text
     assert "0.25 of the weights kept" in text
@@ -205,9 +200,8 @@ def test_finding_counts_the_sources_won():
         for source, gains in (("photo", (0.3, 0.1)), ("art", (0.1, 0.2)))
         for method, gain in (("none", 0.0), ("binary", gains[0]), ("edit", gains[1]))
     ]
-    assert (
-        "By source domain, binary masking keeps the source best on 1 of 2 (otherwise edit on art)."
-        in finding(results(rows))
+    assert "By source domain, binary masking keeps the source best on 1 of 2 (otherwise edit on art)." in finding(
+        results(rows)
     )
 
 

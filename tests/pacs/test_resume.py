@@ -69,9 +69,10 @@ def broken(content: bytes) -> dict[str, bytes]:
         "one byte short": content[:-1],
         "no safetensors": b"\xff" * 200,
         "no figures": content[:8] + content[8 : 8 + header].replace(b'"figures"', b'"fogures"') + content[8 + header :],
-        "figures no JSON": content[:8] + content[8 : 8 + header].replace(b'"figures":"{', b'"figures":"!')
+        "figures no JSON": content[:8]
+        + content[8 : 8 + header].replace(b'"figures":"{', b'"figures":"!')
         + content[8 + header :],
-    }  # fmt: skip
+    }
 
 
 def test_a_broken_stage_file_is_done_again(lab: Lab, tmp_path: Path) -> None:

@@ -60,8 +60,18 @@ def test_results_have_the_documented_entries(finished: Any, toys: None) -> None:
     assert json.loads((folder / "results.json").read_text()) == results
     assert (results["format"], results["kind"], results["sequence"]) == (1, "sequence", list(SEQUENCE))
     assert set(results) == {
-        "format", "kind", "data", "config", "versions", "sequence", "methods", "sources", "tasks", "rows", "measures",
-    }  # fmt: skip
+        "format",
+        "kind",
+        "data",
+        "config",
+        "versions",
+        "sequence",
+        "methods",
+        "sources",
+        "tasks",
+        "rows",
+        "measures",
+    }
     assert from_dict(results["config"], BASE) == sequence_config(seeds=[0, 1])
     assert results["config"] == json.loads((folder / "config.json").read_text())
     assert set(results["methods"]) == {"none", "piggyback"}
@@ -112,8 +122,10 @@ def test_folder_holds_tables_with_a_line_a_row_figures_and_report(finished: Any)
     with (folder / "table.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [(line["method"], line["view"]) for line in table] == [
-        ("none", "shared"), ("none", "masked"), ("piggyback", "shared"),
-    ]  # fmt: skip
+        ("none", "shared"),
+        ("none", "masked"),
+        ("piggyback", "shared"),
+    ]
     assert "procedural stand-in (not PACS)" in (folder / "table.md").read_text()
     assert len(list((folder / "figures").iterdir())) == 6
     assert "Domain after domain" in (folder / "report.html").read_text()
@@ -137,9 +149,7 @@ class Stop(Exception):
     """Stands for whatever ends a process."""
 
 
-def test_stopped_after_every_stage_it_ends_with_the_same_results(
-    finished: Any, tmp_path: Path, toys: None
-) -> None:
+def test_stopped_after_every_stage_it_ends_with_the_same_results(finished: Any, tmp_path: Path, toys: None) -> None:
     config = sequence_config(seeds=[0, 1])
 
     def stop(done: int, total: int, stage: Any, says: str | None) -> None:

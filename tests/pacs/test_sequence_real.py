@@ -27,9 +27,14 @@ def test_photo_then_sketch_runs_from_the_given_weights(
     published = {"piggyback": {"options": {"batch_norm": "frozen"}}}
     asked = {"data": "PACS", "sequence": "photo,sketch", "methods": "none,piggyback", "sequential": published}
     config = dataclasses.replace(
-        from_dict(asked, real_defaults()).with_task_epochs(1), weights=str(PARTIAL), image_size=32, train_size=32,
-        batch_size=16, device="cpu", source=TrainOptions(epochs=4, lr=1e-3),
-    )  # fmt: skip
+        from_dict(asked, real_defaults()).with_task_epochs(1),
+        weights=str(PARTIAL),
+        image_size=32,
+        train_size=32,
+        batch_size=16,
+        device="cpu",
+        source=TrainOptions(epochs=4, lr=1e-3),
+    )
     results = SequenceStudy(config, tmp_path, subset).run()
     (trained,) = results["sources"]
     plain, piggyback = results["measures"]

@@ -103,15 +103,28 @@ def test_report_is_one_self_contained_page_with_every_part(drawn: list[Path], tm
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<link", source)
     headings = re.findall(r"<h[12]>(.*?)</h[12]>", source)
     assert headings == [
-        "Domain after domain, one backbone", "Finding", "After the last domain", "Figures",
-        "Accuracy after every domain", "What was learned", "What the words mean", "Data", "How to reproduce",
-    ]  # fmt: skip
+        "Domain after domain, one backbone",
+        "Finding",
+        "After the last domain",
+        "Figures",
+        "Accuracy after every domain",
+        "What was learned",
+        "What the words mean",
+        "Data",
+        "How to reproduce",
+    ]
     assert source.count("data:image/svg+xml;base64,") == 3
     assert source.count("<strong>0.800</strong>") == 1
     for words in (
-        STAND_IN, "photo → art → sketch", "2 seeds", "dwm-fast pacs --sequence", "fraction kept 0.25",
-        "ordinary training, shared by all methods", "binary: every option", "Below 0: later domains helped",
-    ):  # fmt: skip
+        STAND_IN,
+        "photo → art → sketch",
+        "2 seeds",
+        "dwm-fast pacs --sequence",
+        "fraction kept 0.25",
+        "ordinary training, shared by all methods",
+        "binary: every option",
+        "Below 0: later domains helped",
+    ):
         assert words in source, words
 
 
@@ -120,8 +133,10 @@ def test_report_shows_the_accuracies_after_every_domain(tmp_path: Path) -> None:
     table = source.split("Accuracy after every domain</h2>")[1].split("</table>")[0]
     cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", line) for line in table.split("<tr>")[2:]]
     assert [line[1:] for line in cells[3:]] == [
-        ["photo", "0.900", "", ""], ["art", "0.900", "0.800", ""], ["sketch", "0.900", "0.800", "0.700"],
-    ]  # fmt: skip
+        ["photo", "0.900", "", ""],
+        ["art", "0.900", "0.800", ""],
+        ["sketch", "0.900", "0.800", "0.700"],
+    ]
 
 
 def test_names_in_the_report_are_text_and_not_markup(tmp_path: Path) -> None:

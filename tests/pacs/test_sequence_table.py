@@ -62,16 +62,26 @@ def test_measures_need_nothing_but_their_rows() -> None:
     tasks = [{"method": "m", "seed": 3, "position": i, "bits": 8 * i, "seconds": i} for i in (0, 1)]
     (one,) = measures(["p", "q"], rows, tasks)
     assert one == {
-        "method": "m", "view": "v", "seed": 3, "final": {"p": 0.25, "q": 0.75}, "average": 0.5, "forgetting": 0.25,
-        "backward_transfer": -0.25, "bits_added": 8, "bits_total": 8, "seconds": 1,
-    }  # fmt: skip
+        "method": "m",
+        "view": "v",
+        "seed": 3,
+        "final": {"p": 0.25, "q": 0.75},
+        "average": 0.5,
+        "forgetting": 0.25,
+        "backward_transfer": -0.25,
+        "bits_added": 8,
+        "bits_total": 8,
+        "seconds": 1,
+    }
 
 
 def test_table_has_a_row_per_method_and_view_with_mean_and_spread_over_seeds() -> None:
     rows = sequence_table(results())
     assert [(r.method, r.view, r.seeds) for r in rows] == [
-        ("none", "shared", 2), ("binary", "shared", 1), ("binary", "masked", 1),
-    ]  # fmt: skip
+        ("none", "shared", 2),
+        ("binary", "shared", 1),
+        ("binary", "masked", 1),
+    ]
     plain = rows[0]
     # Seeds 0 and 1 end at averages 0.6 and 0.7: mean 0.65, standard deviation 0.1 / sqrt(2).
     assert plain.average.mean == pytest.approx(0.65)

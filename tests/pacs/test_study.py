@@ -24,13 +24,37 @@ from dwm_fast.pacs.study import Study, choose_device
 from .study_for_tests import CONFIG, config, stages, tiny, tiny_data, without_seconds
 
 ROW = {
-    "source", "target", "method", "init", "seed", "bn_policy", "lr", "view", "source_before", "source_after",
-    "target_after", "fraction_kept", "s_gain", "t_drop", "seconds",
-}  # fmt: skip
+    "source",
+    "target",
+    "method",
+    "init",
+    "seed",
+    "bn_policy",
+    "lr",
+    "view",
+    "source_before",
+    "source_after",
+    "target_after",
+    "fraction_kept",
+    "s_gain",
+    "t_drop",
+    "seconds",
+}
 MASK = {
-    "source", "seed", "method", "kept", "total", "fraction_kept", "masked_accuracy", "source_accuracy",
-    "within_budget", "coefficient", "seconds", "layers", "history",
-}  # fmt: skip
+    "source",
+    "seed",
+    "method",
+    "kept",
+    "total",
+    "fraction_kept",
+    "masked_accuracy",
+    "source_accuracy",
+    "within_budget",
+    "coefficient",
+    "seconds",
+    "layers",
+    "history",
+}
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,15 @@ def test_photo_to_sketch_runs_from_the_given_weights(subset: PacsData, tmp_path:
     mask = LearnedMask(epochs=1, lr=1.5, coefficient=1.0)
     config = dataclasses.replace(
         from_dict({"sources": "photo", "targets": "sketch"}, real_defaults()),
-        weights=str(PARTIAL), image_size=32, train_size=32, batch_size=16, device="cpu",
-        source=TrainOptions(epochs=6, lr=1e-3), binary=mask, tune={"none": (quick,), "binary": (quick,)},
-    )  # fmt: skip
+        weights=str(PARTIAL),
+        image_size=32,
+        train_size=32,
+        batch_size=16,
+        device="cpu",
+        source=TrainOptions(epochs=6, lr=1e-3),
+        binary=mask,
+        tune={"none": (quick,), "binary": (quick,)},
+    )
     lab = Lab(config, subset, tmp_path, torch.device("cpu"))
     figures = lab.source("photo", 0).figures
     assert figures["accuracy"] > 2 / 7, "three epochs from such weights are better than guessing"

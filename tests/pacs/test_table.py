@@ -56,8 +56,11 @@ def test_rows_are_in_the_papers_order_and_overall_is_over_all_pairs():
     ]
     table = paper_table(results(rows))
     assert [(one.method, one.view) for one in table] == [
-        ("none", "shared"), ("naive", "shared"), ("binary", "shared"), ("binary", "masked"),
-    ]  # fmt: skip
+        ("none", "shared"),
+        ("naive", "shared"),
+        ("binary", "shared"),
+        ("binary", "masked"),
+    ]
     binary = find(table, "binary")
     assert binary.sources == ("photo", "art")
     assert list(binary.cells) == ["photo", "art"]
@@ -74,8 +77,10 @@ def test_batch_norm_policies_and_inits_do_not_mix():
     ]
     table = paper_table(results(rows))
     assert [(one.init, one.bn_policy, one.lr) for one in table] == [
-        ("S_start", "frozen", 3e-4), ("S_start", "shared", 3e-4), ("random", "frozen", 1e-3),
-    ]  # fmt: skip
+        ("S_start", "frozen", 3e-4),
+        ("S_start", "shared", 3e-4),
+        ("random", "frozen", 1e-3),
+    ]
     assert [one.overall.s_gain.mean for one in table] == [0.1, 0.3, 0.5]
 
 
@@ -87,8 +92,10 @@ def test_rates_of_a_method_do_not_mix_and_only_the_first_of_none_is_the_baseline
     ]
     table = paper_table(results(rows))
     assert [(one.method, one.lr, one.baseline, one.ambiguous) for one in table] == [
-        ("none", 3e-4, True, True), ("none", 1e-4, False, True), ("binary", 3e-4, False, False),
-    ]  # fmt: skip
+        ("none", 3e-4, True, True),
+        ("none", 1e-4, False, True),
+        ("binary", 3e-4, False, False),
+    ]
     text = to_markdown(table)
     assert "| none | - | frozen | shared | 0.0003 | 0.000 | baseline |" in text
     assert "| none | - | frozen | shared | 0.0001 | 0.000 | +0.100 / -0.200 |" in text
@@ -128,9 +135,7 @@ def test_csv_has_every_number_in_full(tmp_path):
     path = to_csv(paper_table(results(two_seeds())), tmp_path / "new" / "table.csv")
     with path.open(newline="") as stream:
         lines = list(csv.DictReader(stream))
-    line = next(
-        one for one in lines if (one["method"], one["view"], one["source"]) == ("binary", "shared", "photo")
-    )
+    line = next(one for one in lines if (one["method"], one["view"], one["source"]) == ("binary", "shared", "photo"))
     assert line["data"] == STAND_IN
     assert float(line["s_gain"]) == pytest.approx(0.2)
     assert float(line["s_gain_spread"]) == pytest.approx(math.sqrt(0.005))
