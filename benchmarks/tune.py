@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import dwm_fast
-from dwm_fast._files import write_atomic
+from dwm_fast._files import cache_folder, write_atomic
 from dwm_fast.ops import _dispatch
 
 from .checkout import TREE
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks: tune measures a GPU and torch sees none", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    name, cache = f"dispatch-{_dispatch.slug(device_name(device))}.json", _dispatch.cache_folder()
+    name, cache = f"dispatch-{_dispatch.slug(device_name(device))}.json", cache_folder()
     folders = [*([cache] if cache else []), *([options.out] if options.out else [])]
     shapes = grid()
     for number, row in enumerate(tune(device, shapes, options.seconds, [f / name for f in folders]), 1):

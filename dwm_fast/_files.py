@@ -1,36 +1,87 @@
-"""Writing files so that a reader sees the old content or the new one, never a part."""
+"""Writing files so that a reader sees the old content or the new one, never a part; and where a user's cache lies."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
-from dwm_fast.errors import DataError
+from dwm_fast.errors import DataError, DwmError
+
+PART = ".part"
+"""How the name of a file ends that is still being written."""
+
+Chunk = bytes | memoryview
 
 
-def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write `content` to `path`: temporary file in the same folder, fsync, rename.
+def write_atomic(
+    path: str | os.PathLike[str], content: Chunk | str | Iterable[Chunk], error: type[DwmError] = DataError
+) -> None:
+    """Write `content` (text as UTF-8, bytes, or chunks of bytes) to `path`: part file beside it, fsync, rename, fsync.
 
     Missing folders are made; the file gets the permissions that an ordinary new file gets.
 
-    Raises DataError with one line when the folder cannot be written or the disk is full; the old file stays.
+    Raises `error` with one line when the folder cannot be written or the disk is full; the old file stays.
     """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = write_part(path, content)
         try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(part, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}; free the disk or choose another folder"
-        ) from error
+        sync_folder(path.parent)
+    except (OSError, ValueError) as cause:
+        advice = "free the disk or choose another folder" if isinstance(cause, OSError) else "choose another name"
+        raise error(f"cannot write {path}: {reason(cause)}; {advice}") from cause
+
+
+def write_part(path: Path, content: Chunk | str | Iterable[Chunk]) -> Path:
+    """Write `content` to a new hidden file beside `path`, forced to disk; the caller renames it."""
+    content = content.encode() if isinstance(content, str) else content
+    chunks = [content] if isinstance(content, bytes | memoryview) else content
+    part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{PART}")
+    try:
+        with part.open("xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return part
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut, where the system can do that for folders."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cache_folder() -> Path | None:
+    """The library's folder in the user's cache; None where there is no home.
+
+    A relative XDG_CACHE_HOME is ignored, as the XDG specification demands: it would name a folder of whatever
+    directory the program happens to run in.
+    """
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return base / "dwm_fast"
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line, without the file's name."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0]

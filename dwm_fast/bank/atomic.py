@@ -6,59 +6,17 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from dwm_fast._files import PART, sync_folder, write_atomic
 from dwm_fast.errors import MaskFileError
 
 JOURNAL = ".journal.json"
 _held = threading.local()
 _LOCK = ".lock"
 _QUEUE = ".queue"
-_PART = ".part"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_part(path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
-    """Write `chunks` to a new temporary file beside `path`, forced to disk; the caller renames it."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PART}")
-    try:
-        with part.open("xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return part
-
-
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write `path` atomically: readers see the old content or the new one. Disk trouble: MaskFileError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = write_part(path, chunks)
-        try:
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise MaskFileError(
-            f"{path}: cannot be written: {error.strerror or error}; free the disk or choose another folder"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -103,7 +61,7 @@ def commit(folder: Path, replace: Mapping[str, Path], delete: Iterable[str]) -> 
     """
     plan = {"replace": {name: part.name for name, part in replace.items()}, "delete": sorted(delete)}
     sync_folder(folder)
-    write_file(folder / JOURNAL, [json.dumps(plan, sort_keys=True).encode()])
+    write_atomic(folder / JOURNAL, json.dumps(plan, sort_keys=True), MaskFileError)
     recover(folder)
 
 
@@ -119,7 +77,7 @@ def recover(folder: Path) -> None:
         sync_folder(folder)
         (folder / JOURNAL).unlink()
         sync_folder(folder)
-    for leftover in folder.glob(f".*{_PART}"):
+    for leftover in folder.glob(f".*{PART}"):
         leftover.unlink(missing_ok=True)
 
 

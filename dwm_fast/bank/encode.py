@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dwm_fast._files import write_atomic
 from dwm_fast.bank import coding as codes
-from dwm_fast.bank.atomic import write_file
 from dwm_fast.bank.content import BIT_ORDER, CHECKSUMS, MAX_WEIGHTS_PER_BYTE
 from dwm_fast.bank.header import DTYPE_CODES, build_header
 from dwm_fast.bank.record import DomainMasks, MaskInfo, bits_digest, check_values, tensor_bytes
-from dwm_fast.errors import InputError
+from dwm_fast.errors import InputError, MaskFileError
 
 CODINGS = ("raw", "coded")
 """How a file may be written: exactly one bit per weight, or entropy-coded where that is smaller."""
@@ -123,4 +122,4 @@ def write_mask_file(
     reference: DomainMasks | None = None,
 ) -> None:
     """Write one domain to `path` atomically: temporary file, fsync, rename. See `encode_domain`."""
-    write_file(Path(path), [encode_domain(record, coding, reference)])
+    write_atomic(path, encode_domain(record, coding, reference), MaskFileError)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dwm_fast.bank.atomic import JOURNAL, commit, current_path, locked, read_journal, recover, write_part
+from dwm_fast._files import write_part
+from dwm_fast.bank.atomic import JOURNAL, commit, current_path, locked, read_journal, recover
 from dwm_fast.bank.file import MaskFile
 from dwm_fast.bank.header import fail, is_count, parse_object
 from dwm_fast.bank.record import DomainMasks, check_domain_name
@@ -166,10 +167,10 @@ def change_folder(folder: Path, plan: Change) -> dict[str, Row]:
             parts = {}
             for domain, encode in write.items():
                 data, rows[domain] = encode()
-                parts[domain_file(domain)] = write_part(folder / domain_file(domain), [data])
+                parts[domain_file(domain)] = write_part(folder / domain_file(domain), data)
             gone = set(delete)
             rows = {domain: row for domain, row in sorted(rows.items()) if domain not in gone}
-            parts[INDEX] = write_part(folder / INDEX, [_index(rows)])
+            parts[INDEX] = write_part(folder / INDEX, _index(rows))
             commit(folder, parts, [domain_file(domain) for domain in gone])
             return rows
     except OSError as error:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dwm_fast.bank.atomic import write_file
+from dwm_fast._files import write_atomic
 from dwm_fast.errors import InputError, MaskFileError
 
 _SUFFIX = "_mask"
@@ -148,7 +148,7 @@ def write_foreign(path: str | os.PathLike[str], masks: Mapping[str, Tensor], for
     if path.suffix == ".npz":
         _write_npz(path, {name: tensor.numpy() for name, tensor in tensors.items()})
     else:
-        write_file(path, [save(tensors)])
+        write_atomic(path, save(tensors), MaskFileError)
 
 
 def _write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -156,4 +156,4 @@ def _write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
 
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_file(path, [buffer.getbuffer()])
+    write_atomic(path, buffer.getbuffer(), MaskFileError)

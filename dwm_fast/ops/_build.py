@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from dwm_fast._files import cache_folder
 from dwm_fast.errors import BackendUnavailable
 from dwm_fast.ops._toolchain import (
     ABI_TARGET,
@@ -156,13 +157,8 @@ def _folders(create: bool = False) -> list[Path]:
     chosen = os.environ.get("DWM_FAST_EXT_DIR")
     if chosen:
         return [Path(chosen)]
-    folders = []
-    home = os.environ.get("XDG_CACHE_HOME")
-    if not home:
-        with contextlib.suppress(RuntimeError):
-            home = str(Path.home() / ".cache")
-    if home:
-        folders.append(Path(home) / "dwm_fast")
+    own = cache_folder()
+    folders = [own] if own else []
     private = Path(tempfile.gettempdir()) / f"dwm_fast-{_user_id()}"
     return [*folders, private] if _is_private(private, create) else folders
 
@@ -344,9 +340,3 @@ def _ninja_file(steps: list[Step]) -> str:
         lines += [f"rule step{number}", f"  command = {command.replace('$', '$$')}", f"  description = {step.target}"]
         lines.append(f"build {escape(step.target)}: step{number} {' '.join(map(escape, inputs))}")
     return "\n".join(lines) + "\n"
-
-
-def _shell(command: tuple[str, ...]) -> str:
-    import shlex
-
-    return shlex.join(command)

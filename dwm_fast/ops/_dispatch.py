@@ -16,7 +16,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from dwm_fast._files import cache_folder
 from dwm_fast.errors import BackendUnavailable, InputError
 
 ONE_PASS, STAGED = "one-pass", "staged"
@@ -189,15 +189,6 @@ def _by_theory(problem: Problem) -> Choice:
 def slug(name: str) -> str:
     """A device's name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "device"
-
-
-def cache_folder() -> Path | None:
-    """Where `benchmarks.tune` keeps the tables of this machine: the user's cache; None where there is no home."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    if not home:
-        with contextlib.suppress(RuntimeError):
-            home = str(Path.home() / ".cache")
-    return Path(home) / "dwm_fast" if home else None
 
 
 def table_paths(name: str) -> list[Path]:
