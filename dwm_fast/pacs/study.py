@@ -132,14 +132,14 @@ class Study:
             yield Stage(
                 f"source-{source}-seed{seed}",
                 f"source {source}",
-                lambda s=source, k=seed: _say("accuracy", lab.source(s, k).figures["accuracy"]),
-            )  # type: ignore[misc]
+                lambda s=source, k=seed: _say("accuracy", lab.source(s, k).figures["accuracy"]),  # type: ignore[misc]
+            )
             for method in self._masking():
                 yield Stage(
                     f"mask-{method}-{source}-seed{seed}",
                     f"mask {source}, {method}",
-                    lambda s=source, m=method, k=seed: _mask_says(lab.mask(s, m, k).figures),
-                )  # type: ignore[misc]
+                    lambda s=source, m=method, k=seed: _mask_says(lab.mask(s, m, k).figures),  # type: ignore[misc]
+                )
             for target, (method, init) in itertools.product(self._targets(source), self._ways()):
                 yield Stage(
                     f"tune-{source}-{target}-{method}-{init}-seed{seed}",
