@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dwm_fast.bank.record import pack_signs
 from dwm_fast.errors import InputError
-from dwm_fast.ops.kernel_soft import soft_values
 
 _UNUSED_IN_EVAL = "num_batches_tracked"
 
@@ -66,7 +65,8 @@ def adopt(masked: Any, tensors: Mapping[str, Tensor]) -> Adopted:
     kind = getattr(masked, "kind", None)
     if kind is not None:
         result.method, result.options = str(kind.name), dict(kind.to_dict())
-        _read_kind(masked, result)
+        if hasattr(kind, "form"):
+            _read_kind(masked, result)
     model = getattr(masked, "model", None)
     if model is not None:
         result.state = _own_state(model.state_dict(), result.masks, tensors)
@@ -75,19 +75,11 @@ def adopt(masked: Any, tensors: Mapping[str, Tensor]) -> Adopted:
 
 def _read_kind(masked: Any, result: Adopted) -> None:
     """Edits, signs and scales: what a mask of such a kind holds beside its bits."""
-    if result.options.get("kind") == "kernel-soft":
-        result.form = "soft"
-        for name, layer in zip(result.masks, masked.mask_layers().values(), strict=True):
-            keep = result.masks[name]
-            result.values[name] = soft_values(layer.mask_logits.detach(), keep)[~keep].half()
-        return
-    edits, ternary = result.options.get("kind") == "edit", bool(result.options.get("ternary"))
-    if not edits and not ternary:
-        return
-    result.form = "edit" if edits else "ternary"
+    result.form = masked.kind.form
     for name, layer in zip(result.masks, masked.mask_layers().values(), strict=True):
-        learned = layer.mask_logits.detach()
-        result.values[name] = (learned * layer.unit).half().reshape(-1) if edits else pack_signs(learned < 0)
+        value = masked.kind.stored(layer.mask_logits.detach(), layer.unit)
+        if value is not None:
+            result.values[name] = pack_signs(value) if value.dtype == torch.bool else value
 
 
 def _own_state(

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dwm_fast import ops
 from dwm_fast.bank.layers import BankConv2d, BankLinear, BankNorm, Layer, OwnLinear, SameLayer
-from dwm_fast.bank.record import DomainMasks
+from dwm_fast.bank.record import DomainMasks, network_bits
+from dwm_fast.nn.shell import Shell, aliases
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Modules whose code reads their children's weights instead of calling them."""
 _UNUSED_IN_EVAL = "num_batches_tracked"
-
-
-def share_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose parameters and buffers are the same tensors as the model's."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
 
 
 def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks]) -> tuple[nn.Module, int] | None:
@@ -35,33 +28,36 @@ def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks]) -> tuple[nn.Mod
     if any(domain.info.form != "binary" for domain in domains):
         return None
     changed = {name for domain in domains for name in (*domain.info.layout.names, *domain.state)}
-    if changed & tied_names(model):
+    if changed & _tied_names(model):
         return None
-    twin = share_copy(model)
-    if any(isinstance(module, _READS_WEIGHTS) and _touches(path, changed) for path, module in twin.named_modules()):
+    shell = Shell(model)
+    modules = list(shell.module.eval().named_modules())
+    if any(isinstance(module, _READS_WEIGHTS) and _touches(path, changed) for path, module in modules):
         return None
     builder = _Builder(domains)
-    for path, module in twin.named_modules():
+    for path, module in modules:
         layer = builder.layer(path, module)
         if layer is not None:
-            module.forward = layer
-            for attribute in builder.taken(path):
-                module._parameters.pop(attribute, None)
+            shell.put(path, layer)
+            for name in builder.taken(path):
+                shell.hide(name)
     if changed - builder.done:
         return None
-    return twin, builder.nbytes
+    return shell.module, builder.nbytes
 
 
-def tied_names(model: nn.Module) -> set[str]:
+def _tied_names(model: nn.Module) -> set[str]:
     """Names of tensors that have more than one name in the model."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name for group in names.values() if len(group) > 1 for name in group}
+    return {name for name, group in aliases(model).items() if len(group) > 1}
 
 
 def _touches(path: str, names: set[str]) -> bool:
-    return any(name.startswith(f"{path}.") for name in names)
+    return any(name.startswith(f"{path}." if path else "") for name in names)
+
+
+def _names(path: str, *attributes: str) -> dict[str, str]:
+    """The state dict's names of a module's tensors, by attribute."""
+    return {attribute: f"{path}.{attribute}" if path else attribute for attribute in attributes}
 
 
 class _Builder:
@@ -76,7 +72,7 @@ class _Builder:
 
     def layer(self, path: str, module: nn.Module) -> Layer | None:
         """What takes the place of the module's forward; None leaves it alone."""
-        names = {attribute: f"{path}.{attribute}" for attribute in ("weight", "bias")}
+        names = _names(path, "weight", "bias")
         if type(module) in (nn.Linear, nn.Conv2d):
             if names["weight"] in self._state:
                 return self._own_linear(names, module) if type(module) is nn.Linear else None
@@ -90,8 +86,8 @@ class _Builder:
         return None
 
     def taken(self, path: str) -> list[str]:
-        """Attributes of the module whose plain value must not be read any more."""
-        return [a for a in ("weight", "bias") if f"{path}.{a}" in self.done]
+        """Tensors of the module whose plain value must not be read any more."""
+        return [name for name in _names(path, "weight", "bias").values() if name in self.done]
 
     def _own(self, name: str, shared: Tensor | None) -> list[Tensor | None]:
         """The tensor called `name` of each domain, or the backbone's where a domain has none."""
@@ -132,7 +128,7 @@ class _Builder:
         return layer
 
     def _norm(self, path: str, module: Any) -> Layer | None:
-        names = {a: f"{path}.{a}" for a in ("running_mean", "running_var", "weight", "bias")}
+        names = _names(path, "running_mean", "running_var", "weight", "bias")
         if not self._state & set(names.values()):
             return None
         values = {}
@@ -148,17 +144,3 @@ class _Builder:
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-def network_bits(domain: DomainMasks, name: str, weight: Tensor) -> Tensor:
-    """The packed bits of one weight in one domain, spread over the weight's shape; all ones where it has no mask."""
-    layout = domain.info.layout
-    if name not in layout.names:
-        return ops.pack([torch.ones(weight.shape, dtype=torch.bool)])
-    index = layout.names.index(name)
-    starts = ops.packed_offsets(layout.numels)
-    bits = domain.bits[starts[index] : starts[index + 1]]
-    if layout.shapes[index] == tuple(weight.shape):
-        return bits
-    mask = ops.unpack(bits, [layout.numels[index]])[0].view(layout.shapes[index])
-    return ops.pack([mask.expand(weight.shape)])

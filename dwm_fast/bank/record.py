@@ -173,6 +173,20 @@ def effective_weight(record: DomainMasks, name: str, mask: Tensor, weight: Tenso
     return torch.where(mask, weight, weight * full) if form == "soft" else weight + full
 
 
+def network_bits(domain: DomainMasks, name: str, weight: Tensor) -> Tensor:
+    """The packed bits of one weight in one domain, spread over the weight's shape; all ones where it has no mask."""
+    layout = domain.info.layout
+    if name not in layout.names:
+        return ops.pack([torch.ones(weight.shape, dtype=torch.bool)])
+    index = layout.names.index(name)
+    starts = ops.packed_offsets(layout.numels)
+    bits = domain.bits[starts[index] : starts[index + 1]]
+    if layout.shapes[index] == tuple(weight.shape):
+        return bits
+    mask = ops.unpack(bits, [layout.numels[index]])[0].view(layout.shapes[index])
+    return ops.pack([mask.expand(weight.shape)])
+
+
 def _spread(value: Tensor, mask: Tensor) -> Tensor:
     """Values of the mask's shape; those given per zero bit land there and leave the ones at 0."""
     if value.numel() == mask.numel():

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwm_fast import ops
-from dwm_fast.bank.mixed import network_bits, share_copy
-from dwm_fast.bank.record import DomainMasks, effective_weight
+from dwm_fast.bank.record import DomainMasks, effective_weight, network_bits
+from dwm_fast.nn.shell import Shell, aliases
 from dwm_fast.ops.bank import is_large, reads_bits
 
 
@@ -54,7 +54,7 @@ def domain_patch(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> tuple[Pa
 
 
 class Runner:
-    """Calls a network under a patch. Threads do not meet: each has a copy of the modules over the same tensors.
+    """Calls a network under a patch. Threads do not meet: each has a shell of its own over the same tensors.
 
     Args:
         model: the backbone; never written to.
@@ -63,60 +63,32 @@ class Runner:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._local = threading.local()
-        groups: dict[int, list[str]] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            groups.setdefault(id(tensor), []).append(name)
-        self._aliases = {name: group for group in groups.values() for name in group}
+        self._aliases = aliases(model)
 
     def __call__(self, patch: Patch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The network's output under `patch`; tensors not in it are the backbone's."""
-        shell: _Shell | None = getattr(self._local, "shell", None)
-        if shell is None:
-            shell = self._local.shell = _Shell(share_copy(self._model), self._aliases)
-        shell.put_on(patch)
+        local = vars(self._local)
+        if "shell" not in local:
+            local["shell"], local["worn"] = Shell(self._model), _NOTHING
+            local["shell"].module.eval()
+        shell: Shell = local["shell"]
+        if local["worn"] is not patch:
+            local["worn"] = None
+            shell.strip()
+            self._put_on(shell, patch)
+            local["worn"] = patch
         return shell.module(*args, **kwargs)
 
-
-class _Shell:
-    """One thread's copy of the modules and the patch that it wears."""
-
-    def __init__(self, module: nn.Module, aliases: Mapping[str, list[str]]) -> None:
-        self.module = module
-        self._aliases = aliases
-        self._worn = Patch()
-        self._plain: dict[str, Tensor | None] = {}
-        self._straight: list[Any] = []
-
-    def put_on(self, patch: Patch) -> None:
-        if patch is self._worn:
-            return
-        for name, plain in self._plain.items():
-            self._set(name, plain)
-        for module in self._straight:
-            del module.forward
-        self._plain, self._straight = {}, []
+    def _put_on(self, shell: Shell, patch: Patch) -> None:
         for name, tensor in patch.tensors.items():
             for alias in self._aliases[name]:
-                self._plain[alias] = self._set(alias, tensor)
+                shell.set(alias, tensor)
         for name, (weight, bits) in patch.bits.items():
             for alias in self._aliases[name]:
-                self._read_bits(alias, weight, bits)
-        self._worn = patch
-
-    def _set(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        path, _, attribute = name.rpartition(".")
-        module = self.module.get_submodule(path)
-        home: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
-        old: Tensor | None = home[attribute]
-        home[attribute] = tensor
-        return old
-
-    def _read_bits(self, name: str, weight: Tensor, bits: Tensor) -> None:
-        path, _, attribute = name.rpartition(".")
-        module: Any = self.module.get_submodule(path)
-        if type(module) is nn.Linear and attribute == "weight" and "forward" not in vars(module):
-            vars(module)["forward"] = _LinearFromBits(module, weight, bits)
-            self._straight.append(module)
+                path, _, attribute = alias.rpartition(".")
+                module = shell.module.get_submodule(path)
+                if type(module) is nn.Linear and attribute == "weight" and "forward" not in vars(module):
+                    shell.put(path, _LinearFromBits(module, weight, bits))
 
 
 class _LinearFromBits:
@@ -129,3 +101,6 @@ class _LinearFromBits:
         if reads_bits(input, self._weight):
             return ops.linear_packed(input, self._weight, self._bits, self._module.bias)
         return F.linear(input, self._module.weight, self._module.bias)
+
+
+_NOTHING = Patch()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dwm_fast import ops
-from dwm_fast.bank.mixed import network_bits
-from dwm_fast.bank.record import DomainMasks
+from dwm_fast.bank.record import DomainMasks, network_bits
 from dwm_fast.errors import InputError
 
 MEASURES = ("jaccard", "and", "or", "xor")

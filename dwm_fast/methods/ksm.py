@@ -13,7 +13,7 @@ from dwm_fast.methods._real_masks import RealMaskOptions, learn_real_masks
 from dwm_fast.methods._sequence import SequenceLearner, Tensors, norm_names, part, seeded
 from dwm_fast.methods.sequence import Task
 from dwm_fast.nn import KernelSoft
-from dwm_fast.ops.kernel_soft import kernel_shape, soft_values
+from dwm_fast.ops.kernel_soft import kernel_shape
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class KSMLearner(SequenceLearner):
         keep = masked.keep_masks()
         self._masks[task.name] = {"keep": keep}
         self._scales[task.name] = {
-            layer: soft_values(module.mask_logits.detach(), keep[layer])[~keep[layer]].half()
+            layer: method.kind.stored(module.mask_logits.detach(), module.unit)
             for layer, module in masked.mask_layers().items()
         }
         return {"fraction_kept": masked.fraction_kept()}

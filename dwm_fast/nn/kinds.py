@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
-from dwm_fast.ops.kernel_soft import kernel_shape
+from dwm_fast.ops.kernel_soft import kernel_shape, soft_values
 
 INIT_SCHEMES = ("1s", "uniform", "weight_based_1s")
 """How `Threshold` starts (names of Piggyback's code)."""
@@ -88,6 +88,15 @@ class MaskKind:
     def keep(self, logits: Tensor) -> Tensor:
         """Deterministic keep mask, bool, of the logits' shape."""
         return logits >= 0
+
+    @property
+    def form(self) -> str:
+        """How a mask of this kind is stored: "binary" is one bit per weight and nothing else (docs/format.md)."""
+        return "binary"
+
+    def stored(self, logits: Tensor, unit: float) -> Tensor | None:
+        """What the form holds beside the keep bits: floats in fp16, or bool (True = minus); None for bits alone."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `kind_from_dict` reads back."""
@@ -179,6 +188,13 @@ class Threshold(MaskKind):
         kept = logits > self.threshold
         return kept | (logits < 0) if self.ternary else kept
 
+    @property
+    def form(self) -> str:
+        return "ternary" if self.ternary else "binary"
+
+    def stored(self, logits: Tensor, unit: float) -> Tensor | None:
+        return logits < 0 if self.ternary else None
+
 
 @dataclass(frozen=True)
 class Edit(MaskKind):
@@ -231,6 +247,13 @@ class Edit(MaskKind):
     def keep(self, logits: Tensor) -> Tensor:
         return logits.abs() <= 1
 
+    @property
+    def form(self) -> str:
+        return "edit"
+
+    def stored(self, logits: Tensor, unit: float) -> Tensor:
+        return (logits * unit).half().reshape(-1)
+
 
 @dataclass(frozen=True)
 class KernelSoft(MaskKind):
@@ -270,6 +293,14 @@ class KernelSoft(MaskKind):
 
     def keep(self, logits: Tensor) -> Tensor:
         return logits >= self.threshold
+
+    @property
+    def form(self) -> str:
+        return "soft"
+
+    def stored(self, logits: Tensor, unit: float) -> Tensor:
+        keep = self.keep(logits)
+        return soft_values(logits, keep)[~keep].half()
 
 
 _KINDS: dict[str, type[MaskKind]] = {k.name: k for k in (GumbelSigmoid, Threshold, Edit, KernelSoft)}

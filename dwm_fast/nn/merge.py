@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from dwm_fast.errors import InputError
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw, drop_mask, recast
-from dwm_fast.nn.model import MaskedModel, replace_module
+from dwm_fast.nn.model import MaskedModel
+from dwm_fast.nn.shell import Shell
 
 
 def merge(masked: MaskedModel) -> nn.Module:
@@ -33,15 +32,11 @@ def merge(masked: MaskedModel) -> nn.Module:
     layers = list(masked.mask_layers().values())
     with torch.no_grad():
         baked, _, _ = draw(layers, masked.rng_state, masked.tau, training=False)
-    plain = copy.deepcopy(masked.model)
+    shell = Shell(masked.model, shared=())
     for name, weight in zip(masked.mask_layers(), baked, strict=True):
-        module = _plain_layer(plain.get_submodule(name), weight)
-        if not name:
-            plain = module
-        else:
-            replace_module(plain, name, module)
-    plain.requires_grad_(True)
-    return plain.train(masked.training)
+        shell.put(name, _plain_layer(shell.module.get_submodule(name), weight))
+    shell.module.requires_grad_(True)
+    return shell.module.train(masked.training)
 
 
 def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -23,21 +22,11 @@ from dwm_fast.nn.layers import (
     new_tau,
 )
 from dwm_fast.nn.select import maskable_layers, refuse_shared
+from dwm_fast.nn.shell import Shell
 from dwm_fast.ops._library import autocast_dtype
 from dwm_fast.ops.sample import penalty
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-
-
-def copy_sharing(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
-    """A deep copy of `model` in which the tensors of `shared` are the same objects, not copies."""
-    return copy.deepcopy(model, {id(t): t for t in shared})
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 class Sampler(Protocol):
@@ -260,20 +249,13 @@ def mask_model(
     """
     chosen = maskable_layers(model, include, exclude)
     refuse_shared(model, chosen)
-    copied = copy_sharing(model, [m.weight for m in chosen.values()])
+    shell = Shell(model, [m.weight for m in chosen.values()])
     weights = {id(m.weight) for m in chosen.values()}
-    for parameter in copied.parameters():
+    for parameter in shell.module.parameters():
         if id(parameter) not in weights:
             parameter.requires_grad_(False)
-    for name, layer in chosen.items():
-        plain = copied.get_submodule(name)
-        masked: nn.Module
-        if isinstance(layer, nn.Linear):
-            masked = MaskedLinear.from_linear(plain, kind, seed=0)  # type: ignore[arg-type]
-        else:
-            masked = MaskedConv2d.from_conv(plain, kind, seed=0)  # type: ignore[arg-type]
-        if not name:
-            copied = masked
-        else:
-            replace_module(copied, name, masked)
-    return MaskedModel(copied, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)
+    for name in chosen:
+        plain: Any = shell.module.get_submodule(name)
+        make = MaskedLinear.from_linear if isinstance(plain, nn.Linear) else MaskedConv2d.from_conv
+        shell.put(name, make(plain, kind, seed=0))
+    return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)

@@ -8,12 +8,9 @@ from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.nn.kinds import KernelSoft
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear, drop_mask, recast
-from dwm_fast.nn.model import MaskedModel, copy_sharing, replace_module
-
-_BINARY = (ops.Mode.KEEP, ops.Mode.THRESHOLD)
-"""Deterministic rules whose mask is one bit per weight."""
+from dwm_fast.nn.model import MaskedModel
+from dwm_fast.nn.shell import Shell
 
 
 class PackedLayer(nn.Module):
@@ -138,24 +135,16 @@ def pack(masked: MaskedModel) -> nn.Module:
         raise InputError(f"pack got {type(masked).__name__}; expected a MaskedModel, from dwm_fast.mask_model")
     layers = masked.mask_layers()
     shared = [t for layer in layers.values() for t in (layer.frozen_weight, layer.mask_logits)]
-    network = copy_sharing(masked.model, shared)
+    shell = Shell(masked.model, shared)
     for name in layers:
-        layer = network.get_submodule(name)
-        packed: nn.Module
-        if isinstance(layer, MaskedLinear):
-            packed = PackedLinear.from_masked(layer)
-        else:
-            assert isinstance(layer, MaskedConv2d)
-            packed = PackedConv2d.from_masked(layer)
-        if not name:
-            network = packed
-        else:
-            replace_module(network, name, packed)
-    return network.requires_grad_(False).eval()
+        layer = shell.module.get_submodule(name)
+        assert isinstance(layer, MaskedLayer)
+        shell.put(name, _packed(layer, PackedLinear if isinstance(layer, MaskedLinear) else PackedConv2d))
+    return shell.module.requires_grad_(False).eval()
 
 
 def _packed(layer: MaskedLayer, cls: type[_Packed]) -> _Packed:
-    if isinstance(layer.kind, KernelSoft) or layer.kind.eval_mode not in _BINARY:
+    if layer.kind.form != "binary":
         raise InputError(
             f"a mask of kind {layer.kind!r} is more than one bit per weight and cannot be packed; bake it in with "
             "dwm_fast.merge(masked)"
