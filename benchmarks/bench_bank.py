@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import dwm_fast
 from dwm_fast import ops
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 from dwm_fast.ops.bank import bank_linear
 
 from .bench_linear import close_to
@@ -56,7 +56,7 @@ def linear(context: Context, domains: int, rows: int) -> Case:
             part = slice(d * rows, (d + 1) * rows)
             close_to(ours()[part], x[part], weight, masks[d])
 
-    backend = _backends.chosen("bank_linear", device.type)
+    backend = backends.chosen("bank_linear", device.type)
     ways = [
         Way("one dense product, no masks", lambda: lambda: F.linear(x, weight), moved, flops, graph=True),
         Way("loop over domains, weight copies", make_copies, flops=flops, graph=True),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dwm_fast import ops
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 
 from .context import Context
 from .machine import copy_way
@@ -47,7 +47,7 @@ def _case(
     rivals: Sequence[Way],
     gate: Callable[[], None],
 ) -> Case:
-    backend = _backends.chosen(op, context.device.type)
+    backend = backends.chosen(op, context.device.type)
     numpy_too = [w for w in rivals if not (context.on_gpu and w.name.startswith("numpy"))]
     ways = [
         *numpy_too,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast import ops
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 
 from .context import Context
 from .measure import Case, Way, require
@@ -46,7 +46,7 @@ def packed(context: Context, rows: int, channels: int, pixels: int) -> Case:
             error = float((found.double() - expected).abs().max() / expected.abs().max())
             require(error <= 4 * torch.finfo(dtype).eps, f"convolution is off by {error:.1e} of its largest entry")
 
-    backend = _backends.chosen("conv2d_packed", device.type)
+    backend = backends.chosen("conv2d_packed", device.type)
     ways = [
         Way("dense convolution", lambda: lambda: dense(weight), flops=flops, graph=True),
         Way("eager: unpack, multiply, convolution", lambda: by_hand, flops=flops, graph=True),

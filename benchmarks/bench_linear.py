@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast import ops
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 
 from .context import Context
 from .measure import Case, Way, require
@@ -51,7 +51,7 @@ def packed(context: Context, rows: int) -> Case:
         with ops.use_way("one-pass"):
             return ops.linear_packed(x, weight, bits)
 
-    backend = _backends.chosen("linear_packed", device.type)
+    backend = backends.chosen("linear_packed", device.type)
     moved = packed_bytes(rows, n, k, element)
     ways = [
         Way("dense product", lambda: lambda: F.linear(x, weight), moved - n * k // 8, flops, graph=True),
@@ -63,7 +63,7 @@ def packed(context: Context, rows: int) -> Case:
             moved,
             flops,
             graph=True,
-            backend=_backends.chosen("apply", device.type),
+            backend=backends.chosen("apply", device.type),
         ),
     ]
     if context.on_gpu:
@@ -101,7 +101,7 @@ def drawn(context: Context, rows: int) -> Case:
             kept = ops.sample([logits], [weight], state, tau, dtype=dtype)[0][0] != 0
         close_to(step(None)[0].detach(), x.detach(), weight, kept)
 
-    backend, flops = _backends.chosen("linear", device.type), 6 * rows * n * k
+    backend, flops = backends.chosen("linear", device.type), 6 * rows * n * k
     ways = [
         Way("eager: draw, multiply, products", lambda: by_hand, flops=flops, graph=True),
         Way("ours", lambda: lambda: step(None), flops=flops, graph=True, backend=backend),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import dwm_fast
 from dwm_fast import ops
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 
 from .context import Context
 from .machine import copy_way
@@ -69,7 +69,7 @@ def _forward(context: Context, pack: bool) -> Case:
         Way("eager", lambda: eager, moved, graph=False),
         *context.compiled(eager, moved),
         copy_way(moved, context.device),
-        Way("ours", lambda: ours, moved, graph=True, backend=_backends.chosen("sample", context.device.type)),
+        Way("ours", lambda: ours, moved, graph=True, backend=backends.chosen("sample", context.device.type)),
     ]
     return Case(
         "sample forward and bits" if pack else "sample forward",
@@ -132,7 +132,7 @@ def backward(context: Context) -> Case:
             require(error < 1e-5, f"layer {i}: gradient is off by {error:.1e} of its largest entry")
             require(torch.equal(found[i], through[i]), f"layer {i}: autograd gives another gradient")
 
-    backend = _backends.chosen("sample_backward", context.device.type)
+    backend = backends.chosen("sample_backward", context.device.type)
     return Case(
         "sample backward",
         {"network": "resnet18", "weights": t.count, "dtype": "float32"},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dwm_fast
 from dwm_fast.graphs import capture_step
 from dwm_fast.nn import GumbelSigmoid, mask_model, maskable_layers
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 from dwm_fast.optim import FrozenAdamW, MaskAdam
 
 from .context import Context
@@ -152,7 +152,7 @@ def _check_mask_step(setting: _Setting) -> None:
 def mask_training(context: Context, name: str, rows: int, pixels: int) -> Case:
     """A mask-training step: forward under fresh masks, backward, regulariser, optimiser."""
     setting = _Setting(context, name, rows, pixels)
-    backend = _backends.chosen("sample", context.device.type)
+    backend = backends.chosen("sample", context.device.type)
     ways = [Way("dense step", lambda: setting.captured(setting.dense()))]
     if context.on_gpu:
         ways.append(Way("dense step, not captured", lambda: setting.eager(setting.dense())))
@@ -210,7 +210,7 @@ def _check_frozen_step(setting: _Setting) -> None:
 def frozen_tuning(context: Context, name: str, rows: int, pixels: int) -> Case:
     """A fine-tuning step that leaves half of the weights as they are."""
     setting = _Setting(context, name, rows, pixels)
-    backend = _backends.chosen("frozen_adamw", context.device.type)
+    backend = backends.chosen("frozen_adamw", context.device.type)
     ways = [
         Way("dense step, nothing frozen", lambda: setting.captured(setting.dense())),
         Way("torch's AdamW, kept weights put back", lambda: setting.captured(_FrozenStep(setting, by_hand=True))),
@@ -259,7 +259,7 @@ def packed_inference(context: Context, name: str, rows: int, pixels: int) -> Cas
             # About twenty layers, each of which rounds its sums and its output in another order: three eps a layer.
             require(error <= 64 * eps, f"the network's output is off by {error:.1e} of its largest entry")
 
-    backend = _backends.chosen("linear_packed", context.device.type)
+    backend = backends.chosen("linear_packed", context.device.type)
     ways = [
         Way("dense, a masked copy of its own", lambda: forward(merged), graph=True),
         Way("eager: unpack, multiply, forward", lambda: forward(eager), graph=True),

@@ -9,7 +9,7 @@ from typing import Any
 
 import dwm_fast
 from dwm_fast.methods import TrainOptions
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 from dwm_fast.pacs.config import StudyConfig, builtin_defaults
 from dwm_fast.pacs.study import Study, load_data
 
@@ -63,7 +63,7 @@ def pair(context: Context) -> Case:
     def made(run: Run) -> Any:
         return lambda: run
 
-    backend = _backends.chosen("sample", context.device.type)
+    backend = backends.chosen("sample", context.device.type)
     ways = [Way("reference backend", made(by_reference)), Way("ours", made(study), backend=backend)]
     parameters = {"pairs": 1, "methods": "none,binary", **{f"{what} epochs": n for what, n in _EPOCHS.items()}}
     return Case("study", parameters, ways, gate)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import dwm_fast
 from dwm_fast import ops
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 from dwm_fast.optim import FrozenAdamW, FrozenSGD
 
 from .bench_sample import checked_layers
@@ -64,7 +64,7 @@ def _frozen_case(
             error = float((a - b).detach()[~keep].abs().max())
             require(error <= 1e-6, f"a free weight is {error:.1e} away from torch.optim's")
 
-    backend = _backends.chosen(op, context.device.type)
+    backend = backends.chosen(op, context.device.type)
     ways = [
         Way(f"torch's fused {name}, nothing frozen", make_torch, moved, graph=True),
         copy_way(moved, context.device),
@@ -167,7 +167,7 @@ def mask_adam(context: Context) -> Case:
             error = float((found.logits[i] - e)[sure].abs().max())
             require(error < 1e-4, f"layer {i}: a logit is {error:.1e} away from the reference's after a step of 1e-2")
 
-    backend = _backends.chosen("mask_adam", context.device.type)
+    backend = backends.chosen("mask_adam", context.device.type)
     ways = [
         Way("torch's fused Adam alone", make_torch, ADAMW_BYTES * t.count, graph=True),
         copy_way(moved, context.device),

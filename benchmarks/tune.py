@@ -24,7 +24,7 @@ import torch
 
 import dwm_fast
 from dwm_fast._files import cache_folder, write_atomic
-from dwm_fast.ops import _dispatch
+from dwm_fast.ops import ways
 
 from .checkout import TREE
 from .machine import device_name, facts
@@ -77,7 +77,7 @@ def candidates(shape: Shape) -> list[Any]:
     if shape.m == 1:
         rows = [Tiles(16, 256, 1, splits=s, stages=2) for s in (1, 2, 4)]
         return [*rows, Tiles(16, 128, 1, splits=4), Tiles(64, 128, 16, splits=4)]
-    if shape.m > _dispatch.PACKED_ROWS:
+    if shape.m > ways.PACKED_ROWS:
         return [Tiles(128, 64, 128, num_warps=8), Tiles(64, 64, 64)]
     block_m = max(16, 1 << (shape.m - 1).bit_length())
     drawn = "packed" not in shape.op
@@ -85,10 +85,10 @@ def candidates(shape: Shape) -> list[Any]:
     return found if drawn else [*found, Tiles(64, 128, block_m, splits=4), Tiles(64, 128, block_m, splits=8)]
 
 
-def problem_of(shape: Shape, device: torch.device) -> _dispatch.Problem:
+def problem_of(shape: Shape, device: torch.device) -> ways.Problem:
     """The shape as the rule sees it."""
     m, k = (shape.m * shape.side**2, shape.k * shape.taps) if shape.taps > 1 else (shape.m, shape.k)
-    return _dispatch.problem_on(shape.op, device, torch.bfloat16, torch.bfloat16, m, shape.n, k, False, shape.taps)
+    return ways.problem_on(shape.op, device, torch.bfloat16, torch.bfloat16, m, shape.n, k, False, shape.taps)
 
 
 def operation(shape: Shape, device: torch.device) -> Callable[[], Any]:
@@ -120,7 +120,7 @@ def _forced(run: Callable[[], Any], way: str, tiles: Any = None) -> Callable[[],
     from dwm_fast.kernels._product_launch import override_product
 
     def forced() -> Any:
-        with _dispatch.use_way(way), override_product(tiles) if tiles else contextlib.nullcontext():
+        with ways.use_way(way), override_product(tiles) if tiles else contextlib.nullcontext():
             return run()
 
     return forced
@@ -149,25 +149,25 @@ def _first(result: Any) -> torch.Tensor:
 def measured(shape: Shape, device: torch.device) -> dict[str, Any] | None:
     """A row of the table: the times of both ways, and the tiles that were fastest in one pass; None if none ran."""
     run = operation(shape, device)
-    staged = _forced(run, _dispatch.STAGED)
+    staged = _forced(run, ways.STAGED)
     expected = _first(staged())
-    calls = {tiles: _forced(run, _dispatch.ONE_PASS, tiles) for tiles in candidates(shape)}
+    calls = {tiles: _forced(run, ways.ONE_PASS, tiles) for tiles in candidates(shape)}
     calls = {tiles: call for tiles, call in calls.items() if _agrees(call, expected)}
     if not calls:
         return None
-    ways = [Way(str(tiles), lambda call=call: call, graph=True) for tiles, call in calls.items()]
-    case = Case("tune", {}, [Way("staged", lambda: staged, graph=True), *ways], lambda: None)
+    tilings = [Way(str(tiles), lambda call=call: call, graph=True) for tiles, call in calls.items()]
+    case = Case("tune", {}, [Way("staged", lambda: staged, graph=True), *tilings], lambda: None)
     timings, _ = measure(case, device, _BUDGET)
     seconds = {name: percentile(timing.seconds, 50) for name, timing in timings.items()}
     fastest = min((tiles for tiles in calls if str(tiles) in seconds), key=lambda tiles: seconds[str(tiles)])
     return row_of(problem_of(shape, device), seconds["staged"], seconds[str(fastest)], fastest)
 
 
-def row_of(problem: _dispatch.Problem, staged: float, one_pass: float, tiles: Any) -> dict[str, Any]:
+def row_of(problem: ways.Problem, staged: float, one_pass: float, tiles: Any) -> dict[str, Any]:
     """A row of the table, from seconds."""
     return {
         "op": problem.op,
-        "dtype": _dispatch.dtype_name(problem),
+        "dtype": ways.dtype_name(problem),
         "taps": problem.taps,
         "m": problem.m,
         "n": problem.n,
@@ -182,14 +182,14 @@ def save(rows: Sequence[dict[str, Any]], device: torch.device, paths: Sequence[P
     """Write the table; rows of another measurement in the same file give way to those of the same problem."""
     new = {tuple(row[field] for field in _KEY) for row in rows}
     commit = find_source(TREE, dwm_fast.__version__).commit
-    about = {"format": _dispatch.TABLE_FORMAT, "commit": commit, **facts(device)}
+    about = {"format": ways.TABLE_FORMAT, "commit": commit, **facts(device)}
     for path in paths:
         kept: list[dict[str, Any]] = []
         with contextlib.suppress(OSError, ValueError):
-            kept = [row for row in _dispatch.read_table(path) if tuple(row[field] for field in _KEY) not in new]
+            kept = [row for row in ways.read_table(path) if tuple(row[field] for field in _KEY) not in new]
         lines = ",\n".join(json.dumps(row) for row in [*kept, *rows])
         write_atomic(path, f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
-    _dispatch.forget_tables()
+    ways.forget_tables()
 
 
 def tune(
@@ -217,11 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks: tune measures a GPU and torch sees none", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    name, cache = f"dispatch-{_dispatch.slug(device_name(device))}.json", cache_folder()
+    name, cache = f"dispatch-{ways.slug(device_name(device))}.json", cache_folder()
     folders = [*([cache] if cache else []), *([options.out] if options.out else [])]
     shapes = grid()
     for number, row in enumerate(tune(device, shapes, options.seconds, [f / name for f in folders]), 1):
-        faster = _dispatch.ONE_PASS if row["one_pass_us"] <= row["staged_us"] else _dispatch.STAGED
+        faster = ways.ONE_PASS if row["one_pass_us"] <= row["staged_us"] else ways.STAGED
         print(
             f"[{number}/{len(shapes)}] {row['op']} M={row['m']} N={row['n']} K={row['k']}: one pass "
             f"{row['one_pass_us']} us, staged {row['staged_us']} us; {faster}",

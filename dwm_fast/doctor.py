@@ -9,7 +9,7 @@ import torch
 
 import dwm_fast
 from dwm_fast.errors import BackendUnavailable
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 
 _OPTIONAL = {
     "constriction": "entropy-coded mask files: pip install 'dwm-fast[coding]'",
@@ -26,7 +26,7 @@ def diagnose() -> list[str]:
         f"dwm-fast {dwm_fast.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         _gpu_line(),
     ]
-    forced = _backends.forced_backend()
+    forced = backends.forced_backend()
     if forced:
         lines.append(f"backend forced to '{forced}' (DWM_FAST_BACKEND)")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -44,7 +44,7 @@ def diagnose() -> list[str]:
 
 def _chosen(op: str, device: str) -> str:
     try:
-        return _backends.chosen(op, device)
+        return backends.chosen(op, device)
     except BackendUnavailable as error:
         return f"cannot run: {error}"
 
@@ -54,7 +54,7 @@ def _unused_backends() -> list[str]:
     failing: dict[tuple[str, str], list[str]] = {}
     ready = set()
     for op in _SHOWN:
-        for backend, reason in _backends.availability(op).items():
+        for backend, reason in backends.availability(op).items():
             if reason == "ready":
                 ready.add(backend)
             else:

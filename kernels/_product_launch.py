@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwm_fast.ops import _dispatch
+from dwm_fast.ops import ways
 
 _PROGRAMS = 528
 """Programs to aim at, whatever the GPU: four for each of the 132 multiprocessors of an H200."""
@@ -64,13 +64,13 @@ def override_product(tiles: ProductTiles | None = None, *, wide: bool = False) -
         _tiles, _wide = before
 
 
-def product_tiles(problem: _dispatch.Problem, back: bool) -> ProductTiles:
+def product_tiles(problem: ways.Problem, back: bool) -> ProductTiles:
     """Tiles of `masked_product_kernel`; `back`: the sum is over N and the outputs are K."""
     given = _tiles or _measured(problem)
     if given is not None:
         return given
     chosen = _product_by_size(problem, back)
-    if problem.m > _dispatch.PACKED_ROWS:
+    if problem.m > ways.PACKED_ROWS:
         return chosen
     outputs, summed = (problem.k, problem.n) if back else (problem.n, problem.k)
     block_r, block_c = (chosen.block_k, chosen.block_n) if back else (chosen.block_n, chosen.block_k)
@@ -79,7 +79,7 @@ def product_tiles(problem: _dispatch.Problem, back: bool) -> ProductTiles:
     return dataclasses.replace(chosen, splits=max(splits, 1))
 
 
-def _product_by_size(problem: _dispatch.Problem, back: bool) -> ProductTiles:
+def _product_by_size(problem: ways.Problem, back: bool) -> ProductTiles:
     rows, whole = problem.m, problem.k % (32 if problem.packed else 4) == 0
     if rows == 1:
         return ProductTiles(16, 128, 1, stages=4 if problem.packed and whole else 3)
@@ -90,12 +90,12 @@ def _product_by_size(problem: _dispatch.Problem, back: bool) -> ProductTiles:
         return ProductTiles(64, 64 if whole else 32, block_m, stages=2)
     if problem.dtype == torch.float32 or back:
         return ProductTiles(64, 64, block_m)
-    if rows > _dispatch.PACKED_ROWS:
+    if rows > ways.PACKED_ROWS:
         return ProductTiles(128, 64, 128, num_warps=8)
     return ProductTiles(64, 128 if whole else 64, block_m)
 
 
-def gradient_tiles(problem: _dispatch.Problem) -> ProductTiles:
+def gradient_tiles(problem: ways.Problem) -> ProductTiles:
     """Tiles of `mask_gradient_kernel`."""
     given = _tiles or _measured(problem)
     if given is not None:
@@ -106,7 +106,7 @@ def gradient_tiles(problem: _dispatch.Problem) -> ProductTiles:
     return ProductTiles(64, 64, block_m)
 
 
-def convolution_tiles(problem: _dispatch.Problem, back: bool = False) -> ProductTiles:
+def convolution_tiles(problem: ways.Problem, back: bool = False) -> ProductTiles:
     """Tiles of the kernels of `conv`: block_n outputs, block_k inputs, block_m pixels; at most four warps."""
     given = _tiles or _measured(problem)
     if given is None:
@@ -116,9 +116,9 @@ def convolution_tiles(problem: _dispatch.Problem, back: bool = False) -> Product
     return dataclasses.replace(given, block_m=max(given.block_m, 16), num_warps=min(given.num_warps, 4))
 
 
-def _measured(problem: _dispatch.Problem) -> ProductTiles | None:
+def _measured(problem: ways.Problem) -> ProductTiles | None:
     """The tiles that `benchmarks.tune` found best for the nearest shape, if it measured one."""
-    row = _dispatch.nearest(problem)
+    row = ways.nearest(problem)
     return ProductTiles(**row["tiles"]) if row is not None and "tiles" in row else None
 
 
@@ -145,6 +145,6 @@ def packed_words(bits: Tensor) -> Tensor:
     return (bits if whole else bits.contiguous().clone()).view(torch.int32)
 
 
-def precision(problem: _dispatch.Problem) -> str:
+def precision(problem: ways.Problem) -> str:
     """How fp32 operands are multiplied, in Triton's words."""
     return "tf32" if problem.tf32 else "ieee"

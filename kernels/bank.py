@@ -22,8 +22,8 @@ from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
 from dwm_fast.kernels._products import product
 from dwm_fast.kernels._tables import TL_DTYPES
-from dwm_fast.ops._dispatch import matmul_tf32
 from dwm_fast.ops.bank import bank_conv2d_reference, bank_linear_reference
+from dwm_fast.ops.ways import matmul_tf32
 
 
 @triton.jit

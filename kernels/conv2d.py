@@ -17,7 +17,6 @@ from dwm_fast.kernels._product_launch import convolution_tiles, packed_words, pr
 from dwm_fast.kernels.conv import conv_mask_gradient_kernel, conv_product_kernel
 from dwm_fast.kernels.linear import from_bits, multiply
 from dwm_fast.kernels.linear_grad import empty_like, gradients
-from dwm_fast.ops._dispatch import Problem, convolution_tf32, one_pass, problem_on
 from dwm_fast.ops.conv2d import (
     conv2d_input_grad_reference,
     conv2d_mask_grad_reference,
@@ -26,6 +25,7 @@ from dwm_fast.ops.conv2d import (
     conv2d_packed_weight_grad_reference,
     conv2d_reference,
 )
+from dwm_fast.ops.ways import Problem, convolution_tf32, one_pass, problem_on
 
 _MAX_PIXELS = 2**31 - 2**16
 """Pixels are counted in int32."""

@@ -26,7 +26,6 @@ from dwm_fast.kernels._product_launch import (
 )
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, activated, load_tile, masked_tile, product
 from dwm_fast.kernels.philox import seed_and_step
-from dwm_fast.ops._dispatch import Problem, matmul_tf32, one_pass, problem_on
 from dwm_fast.ops.linear import (
     ACTIVATIONS,
     linear_input_grad_reference,
@@ -34,6 +33,7 @@ from dwm_fast.ops.linear import (
     linear_packed_reference,
     linear_reference,
 )
+from dwm_fast.ops.ways import Problem, matmul_tf32, one_pass, problem_on
 
 
 @triton.jit(do_not_specialize=["layer", "step_offset"])

@@ -18,8 +18,8 @@ from dwm_fast.kernels._product_launch import ProductTiles, gradient_tiles, index
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, kept_tile, load_tile, noise_tile, product
 from dwm_fast.kernels.linear import linear_problem, rows_of
 from dwm_fast.kernels.philox import seed_and_step
-from dwm_fast.ops._dispatch import Problem, one_pass
 from dwm_fast.ops.linear import linear_mask_grad_reference, linear_packed_weight_grad_reference
+from dwm_fast.ops.ways import Problem, one_pass
 
 
 @triton.jit(do_not_specialize=["layer", "step_offset"])

@@ -12,8 +12,9 @@ from torch import nn
 from dwm_fast.errors import BackendUnavailable, InputError
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.packed import PackedConv2d, PackedLayer, PackedLinear
-from dwm_fast.ops import _backends
-from dwm_fast.ops._dispatch import (
+from dwm_fast.ops import backends
+from dwm_fast.ops.autocast import autocast_dtype
+from dwm_fast.ops.ways import (
     STAGED,
     Choice,
     Problem,
@@ -22,7 +23,6 @@ from dwm_fast.ops._dispatch import (
     matmul_tf32,
     problem_on,
 )
-from dwm_fast.ops._library import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _check_shape(layer: MaskedLayer | PackedLayer, shape: Sequence[int]) -> None
 def _choice(op: str, layer: MaskedLayer | PackedLayer, shape: Sequence[int], dtype: torch.dtype | None) -> Choice:
     weight = _weight(layer)
     try:
-        backend = _backends.chosen(op, weight.device.type)
+        backend = backends.chosen(op, weight.device.type)
     except BackendUnavailable as error:
         return Choice(STAGED, str(error))
     if backend == "reference":

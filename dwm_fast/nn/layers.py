@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn.kinds import GumbelSigmoid, KernelSoft, MaskKind
-from dwm_fast.ops._library import autocast_dtype
+from dwm_fast.ops.autocast import autocast_dtype
 
 
 def new_rng_state(seed: int | None, device: torch.device | str | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from dwm_fast.nn.layers import (
 )
 from dwm_fast.nn.select import maskable_layers, refuse_shared
 from dwm_fast.nn.shell import Shell
-from dwm_fast.ops._library import autocast_dtype
+from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.sample import penalty
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

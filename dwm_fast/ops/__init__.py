@@ -1,8 +1,6 @@
 """Operations: one file each, the only door to any kernel. Schemas, fakes and references need torch alone."""
 
-from dwm_fast.ops._backends import BACKENDS, use_backend
-from dwm_fast.ops._dispatch import WAYS, use_way
-from dwm_fast.ops._modes import Mode
+from dwm_fast.ops.backends import BACKENDS, use_backend
 from dwm_fast.ops.bank import bank_conv2d, bank_linear
 from dwm_fast.ops.bits import (
     apply,
@@ -16,12 +14,14 @@ from dwm_fast.ops.bits import (
     unpack,
 )
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed, padded
+from dwm_fast.ops.draw import Mode
 from dwm_fast.ops.kernel_soft import kernel_soft
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.philox import advance, random_words, uniform
 from dwm_fast.ops.sample import penalty, sample
 from dwm_fast.ops.soft_mask import raise_importance, soft_masked_sgd
 from dwm_fast.ops.update import frozen_adamw, frozen_sgd, mask_adam
+from dwm_fast.ops.ways import WAYS, use_way
 
 __all__ = [
     "BACKENDS",

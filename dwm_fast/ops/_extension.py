@@ -19,10 +19,9 @@ from dwm_fast.ops import _build
 
 _build.load("cpu")
 
-from dwm_fast.ops._dispatch import Problem, one_pass  # noqa: E402
-from dwm_fast.ops._layout import COMBINATIONS, FLOATS, PACKABLE, in_order, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.bank import multiply_by_blocks, product_by_blocks, segments  # noqa: E402
 from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402 - only where the extension loads
+from dwm_fast.ops.layout import COMBINATIONS, FLOATS, PACKABLE, in_order, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.linear import ACTIVATIONS  # noqa: E402
 from dwm_fast.ops.sample import sample_backward_reference, sample_reference  # noqa: E402
 from dwm_fast.ops.update import (  # noqa: E402
@@ -30,6 +29,7 @@ from dwm_fast.ops.update import (  # noqa: E402
     frozen_sgd_reference,
     mask_adam_reference,
 )
+from dwm_fast.ops.ways import Problem, one_pass  # noqa: E402
 
 TensorList = Sequence[Tensor]
 

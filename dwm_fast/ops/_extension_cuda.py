@@ -15,8 +15,8 @@ from dwm_fast.ops import _build
 
 _build.load("cuda")
 
-from dwm_fast.ops._layout import COMBINATIONS, PACKABLE, known, restored  # noqa: E402 - only where the library loads
 from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402
+from dwm_fast.ops.layout import COMBINATIONS, PACKABLE, known, restored  # noqa: E402 - only where the library loads
 
 TensorList = Sequence[Tensor]
 

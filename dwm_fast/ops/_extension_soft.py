@@ -15,8 +15,8 @@ from dwm_fast.ops import _build
 
 _build.load("cpu")
 
-from dwm_fast.ops._layout import FLOATS, in_order, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.kernel_soft import kernel_soft_backward_reference, kernel_soft_reference  # noqa: E402
+from dwm_fast.ops.layout import FLOATS, in_order, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.soft_mask import raise_importance_reference, soft_masked_sgd_reference  # noqa: E402
 
 TensorList = Sequence[Tensor]

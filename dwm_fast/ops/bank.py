@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops import _backends
-from dwm_fast.ops._dispatch import LARGE_WEIGHT, Problem, one_pass
-from dwm_fast.ops._library import autocast_dtype, define
+from dwm_fast.ops import backends
+from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import packed_nbytes
+from dwm_fast.ops.registration import define
+from dwm_fast.ops.ways import LARGE_WEIGHT, Problem, one_pass
 
 _BLOCK_BYTES = 2 << 20
 _BLOCK_ROWS = 128
@@ -69,7 +70,7 @@ def multiplies_bits(weight: Tensor) -> bool:
     Smaller weights stay in a cache once they are masked: torch's product of them costs less than reading bits again
     in every call.
     """
-    return is_large(weight) and _backends.chosen("linear_packed", "cpu") == "cpp"
+    return is_large(weight) and backends.chosen("linear_packed", "cpu") == "cpp"
 
 
 def reads_bits(x: Tensor, weight: Tensor) -> bool:
@@ -129,10 +130,6 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-_backends.register("bank_linear", "reference", f"{__name__}:bank_linear_reference")
-_backends.register("bank_conv2d", "reference", f"{__name__}:bank_conv2d_reference")
-
-
 def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -144,12 +141,14 @@ def _conv2d_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 define(
     "bank_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor offsets, SymInt samples) -> Tensor",
+    reference=bank_linear_reference,
     fake=_linear_fake,
     device_of=lambda a: a[0],
 )
 define(
     "bank_conv2d(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor offsets, SymInt samples, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    reference=bank_conv2d_reference,
     fake=_conv2d_fake,
     device_of=lambda a: a[0],
 )
@@ -198,17 +197,17 @@ def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, *_: An
     return torch.empty_like(x), torch.empty_like(weight), grad.new_empty((bits.shape[0], weight.shape[0]))
 
 
-_backends.register("bank_linear_backward", "reference", f"{__name__}:bank_linear_backward_reference")
-_backends.register("bank_conv2d_backward", "reference", f"{__name__}:bank_conv2d_backward_reference")
 define(
     "bank_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor offsets, SymInt samples) "
     "-> (Tensor, Tensor, Tensor)",
+    reference=bank_linear_backward_reference,
     fake=_backward_fake,
     device_of=lambda a: a[0],
 )
 define(
     "bank_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor offsets, SymInt samples, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> (Tensor, Tensor, Tensor)",
+    reference=bank_conv2d_backward_reference,
     fake=_backward_fake,
     device_of=lambda a: a[0],
 )

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops import _backends
-from dwm_fast.ops._library import define
+from dwm_fast.ops.registration import define
 
 ALIGNMENT = 16
 """Bytes: every tensor's bits start at a multiple of this in a network buffer."""
@@ -93,39 +92,45 @@ def overlap_reference(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
     return torch.stack([count_reference(a & b, numels), count_reference(a | b, numels)], dim=1)
 
 
-for _name in ("pack", "unpack", "apply", "count", "combine", "overlap"):
-    _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
-
-
 def _pack_fake(masks: Sequence[Tensor]) -> Tensor:
     nbytes = sum(packed_nbytes(m.numel()) for m in masks)
     device = masks[0].device if masks else torch.device("cpu")
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-define("pack(Tensor[] masks) -> Tensor", fake=_pack_fake, device_of=lambda a: a[0][0] if a[0] else torch.empty(0))
+define(
+    "pack(Tensor[] masks) -> Tensor",
+    reference=pack_reference,
+    fake=_pack_fake,
+    device_of=lambda a: a[0][0] if a[0] else torch.empty(0),
+)
 define(
     "unpack(Tensor bits, SymInt[] numels) -> Tensor[]",
+    reference=unpack_reference,
     fake=lambda bits, numels: [bits.new_empty(n, dtype=torch.bool) for n in numels],
     device_of=lambda a: a[0],
 )
 define(
     "apply(Tensor bits, Tensor[] weights) -> Tensor[]",
+    reference=apply_reference,
     fake=lambda bits, weights: [torch.empty_like(w) for w in weights],
     device_of=lambda a: a[0],
 )
 define(
     "count(Tensor bits, SymInt[] numels) -> Tensor",
+    reference=count_reference,
     fake=lambda bits, numels: bits.new_empty(len(numels), dtype=torch.int64),
     device_of=lambda a: a[0],
 )
 define(
     "combine(Tensor a, Tensor b, str op) -> Tensor",
+    reference=combine_reference,
     fake=lambda a, b, op: torch.empty_like(a),
     device_of=lambda a: a[0],
 )
 define(
     "overlap(Tensor a, Tensor b, SymInt[] numels) -> Tensor",
+    reference=overlap_reference,
     fake=lambda a, b, numels: a.new_empty((len(numels), 2), dtype=torch.int64),
     device_of=lambda a: a[0],
 )

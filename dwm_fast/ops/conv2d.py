@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops import _backends
-from dwm_fast.ops._library import autocast_operands, define, refuse_double_backward
+from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import check_length
 from dwm_fast.ops.linear import chain_rule, mask_grad_fake, masked_weight
+from dwm_fast.ops.registration import define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
 
 
@@ -96,8 +96,6 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, *geometry: Any) ->
 
 _NAMES = ("conv2d", "conv2d_input_grad", "conv2d_mask_grad")
 _PACKED_NAMES = ("conv2d_packed", "conv2d_packed_input_grad", "conv2d_packed_weight_grad")
-for _name in (*_NAMES, *_PACKED_NAMES):
-    _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
 
 
 def _shape_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
@@ -110,6 +108,7 @@ _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups
 
 define(
     f"conv2d(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_RULE}, {_GEOMETRY}) -> Tensor",
+    reference=conv2d_reference,
     fake=lambda x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *geometry: _shape_fake(
         x, weight, bias, *geometry
     ),
@@ -117,27 +116,32 @@ define(
 )
 define(
     f"conv2d_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, {_GEOMETRY}) -> Tensor",
+    reference=conv2d_input_grad_reference,
     fake=lambda grad, x, *_: torch.empty_like(x),
     device_of=lambda a: a[0],
 )
 define(
     f"conv2d_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, {_GEOMETRY}, bool need_logits, "
     "bool need_weight) -> (Tensor, Tensor)",
+    reference=conv2d_mask_grad_reference,
     fake=mask_grad_fake,
     device_of=lambda a: a[0],
 )
 define(
     f"conv2d_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    reference=conv2d_packed_reference,
     fake=lambda x, weight, bits, bias, *geometry: _shape_fake(x, weight, bias, *geometry),
     device_of=lambda a: a[0],
 )
 define(
     f"conv2d_packed_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {_GEOMETRY}) -> Tensor",
+    reference=conv2d_packed_input_grad_reference,
     fake=lambda grad, x, *_: torch.empty_like(x),
     device_of=lambda a: a[0],
 )
 define(
     f"conv2d_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {_GEOMETRY}) -> Tensor",
+    reference=conv2d_packed_weight_grad_reference,
     fake=lambda grad, x, weight, *_: torch.empty_like(weight),
     device_of=lambda a: a[0],
 )

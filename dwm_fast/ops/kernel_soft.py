@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops import _backends
-from dwm_fast.ops._library import define
 from dwm_fast.ops.philox import random_words, uniform
+from dwm_fast.ops.registration import define
 from dwm_fast.ops.sample import check_noise, hard
 
 TensorList = Sequence[Tensor]
@@ -87,13 +86,6 @@ def kernel_soft_backward_reference(
     return found
 
 
-KERNEL_SOFT_OPS = ("kernel_soft", "kernel_soft_backward")
-_backends.register_table("dwm_fast.kernels.kernel_soft", "triton", KERNEL_SOFT_OPS)
-_backends.register_table("dwm_fast.ops._extension_soft", "cpp", KERNEL_SOFT_OPS)
-_backends.register("kernel_soft", "reference", f"{__name__}:kernel_soft_reference")
-_backends.register("kernel_soft_backward", "reference", f"{__name__}:kernel_soft_backward_reference")
-
-
 def _fake(
     reals: TensorList, weights: TensorList, rng_state: Tensor, layers: Sequence[int], threshold: float, noisy: bool,
     step_offset: int, dtype: torch.dtype | None,
@@ -111,12 +103,14 @@ def _backward_fake(
 define(
     "kernel_soft(Tensor[] reals, Tensor[] weights, Tensor rng_state, int[] layers, float threshold, bool noisy, "
     "int step_offset, ScalarType? dtype) -> Tensor[]",
+    reference=kernel_soft_reference,
     fake=_fake,
     device_of=lambda args: args[2],
 )
 define(
     "kernel_soft_backward(Tensor[] grads, Tensor[] reals, Tensor[] weights, Tensor rng_state, int[] layers, "
     "float threshold, bool noisy, int step_offset) -> Tensor[]",
+    reference=kernel_soft_backward_reference,
     fake=_backward_fake,
     device_of=lambda args: args[3],
 )

@@ -1,7 +1,7 @@
 """linear: y = x (W * m)^T + b with the mask sampled (`linear`) or read from packed bits (`linear_packed`).
 
 The backward passes are operations of their own, so that each direction may be computed in one pass or staged
-(`_dispatch`). They are differentiable no further.
+(`ways`). They are differentiable no further.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops import _backends
-from dwm_fast.ops._library import autocast_operands, define, refuse_double_backward
+from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import check_length
+from dwm_fast.ops.registration import define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -103,8 +103,6 @@ def linear_packed_weight_grad_reference(grad: Tensor, x: Tensor, weight: Tensor,
 
 _NAMES = ("linear", "linear_input_grad", "linear_mask_grad")
 _PACKED_NAMES = ("linear_packed", "linear_packed_input_grad", "linear_packed_weight_grad")
-for _name in (*_NAMES, *_PACKED_NAMES):
-    _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
 
 
 def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -128,32 +126,38 @@ _RULE = "Tensor rng_state, Tensor tau, int layer, float threshold, int mode, int
 
 define(
     f"linear(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_RULE}) -> Tensor",
+    reference=linear_reference,
     fake=_linear_fake,
     device_of=lambda a: a[0],
 )
 define(
     f"linear_input_grad(Tensor grad, Tensor weight, Tensor logits, {_RULE}) -> Tensor",
+    reference=linear_input_grad_reference,
     fake=_input_grad_fake,
     device_of=lambda a: a[0],
 )
 define(
     f"linear_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, bool need_logits, "
     "bool need_weight) -> (Tensor, Tensor)",
+    reference=linear_mask_grad_reference,
     fake=mask_grad_fake,
     device_of=lambda a: a[0],
 )
 define(
     "linear_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, str activation) -> Tensor",
+    reference=linear_packed_reference,
     fake=_linear_fake,
     device_of=lambda a: a[0],
 )
 define(
     "linear_packed_input_grad(Tensor grad, Tensor weight, Tensor bits) -> Tensor",
+    reference=linear_packed_input_grad_reference,
     fake=_input_grad_fake,
     device_of=lambda a: a[0],
 )
 define(
     "linear_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits) -> Tensor",
+    reference=linear_packed_weight_grad_reference,
     fake=lambda grad, x, weight, bits: torch.empty_like(weight),
     device_of=lambda a: a[0],
 )

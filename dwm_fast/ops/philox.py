@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dwm_fast.ops import _backends
-from dwm_fast.ops._library import define
+from dwm_fast.ops.registration import define
 
 _MULTIPLIER_0 = 0xD2511F53
 _MULTIPLIER_1 = 0xCD9E8D57
@@ -94,9 +93,9 @@ def advance_reference(rng_state: Tensor, steps: int) -> Tensor:
     return drawn
 
 
-_backends.register("advance", "reference", f"{__name__}:advance_reference")
 define(
     "advance(Tensor(a!) rng_state, int steps) -> Tensor",
+    reference=advance_reference,
     fake=lambda rng_state, steps: torch.empty_like(rng_state),
     device_of=lambda args: args[0],
 )

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops import _backends
-from dwm_fast.ops._library import define
-from dwm_fast.ops._modes import GUMBEL_MODES, Mode
 from dwm_fast.ops.bits import pack_reference, packed_nbytes
+from dwm_fast.ops.draw import GUMBEL_MODES, Mode
 from dwm_fast.ops.philox import random_words, uniform
+from dwm_fast.ops.registration import define
 
 TensorList = Sequence[Tensor]
 
@@ -170,10 +169,6 @@ def sample_backward_reference(
     return dlogits, dweights
 
 
-_backends.register("sample", "reference", f"{__name__}:sample_reference")
-_backends.register("sample_backward", "reference", f"{__name__}:sample_backward_reference")
-
-
 def _sample_fake(
     logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: Sequence[int],
     thresholds: Sequence[float], mode: int, step_offset: int, dtype: torch.dtype | None, pack: bool,
@@ -198,6 +193,7 @@ _sample = define(
     "sample(Tensor[] logits, Tensor[] weights, Tensor rng_state, Tensor tau, int[] layers, "
     "float[] thresholds, int mode, int step_offset, ScalarType? dtype, bool pack) "
     "-> (Tensor[] masked, Tensor bits, Tensor penalty)",
+    reference=sample_reference,
     fake=_sample_fake,
     device_of=lambda args: args[2],
 )
@@ -206,6 +202,7 @@ _sample_backward = define(
     "Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mode, int step_offset, "
     "bool need_logits, bool need_weights) "
     "-> (Tensor[] dlogits, Tensor[] dweights)",
+    reference=sample_backward_reference,
     fake=_sample_backward_fake,
     device_of=lambda args: args[4],
 )

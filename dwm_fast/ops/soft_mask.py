@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops import _backends
-from dwm_fast.ops._library import define
+from dwm_fast.ops.registration import define
 
 TensorList = Sequence[Tensor]
 
@@ -41,24 +40,19 @@ def soft_masked_sgd_reference(weights: TensorList, gradients: TensorList, gammas
         weight.copy_(weight.to(wide) - move)
 
 
-SOFT_MASK_OPS = ("raise_importance", "soft_masked_sgd")
-_backends.register_table("dwm_fast.kernels.soft_mask", "triton", SOFT_MASK_OPS)
-_backends.register_table("dwm_fast.ops._extension_soft", "cpp", SOFT_MASK_OPS)
-for _name in SOFT_MASK_OPS:
-    _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
-
-
 def _in_place_fake(*args: object) -> None:
     """Everything is written in place and nothing is returned."""
 
 
 define(
     "raise_importance(Tensor(a!)[] gammas, Tensor[] gradients) -> ()",
+    reference=raise_importance_reference,
     fake=_in_place_fake,
     device_of=lambda args: args[0][0],
 )
 define(
     "soft_masked_sgd(Tensor(a!)[] weights, Tensor[] gradients, Tensor[] gammas, Tensor lr) -> ()",
+    reference=soft_masked_sgd_reference,
     fake=_in_place_fake,
     device_of=lambda args: args[3],
 )

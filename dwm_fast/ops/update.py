@@ -25,9 +25,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dwm_fast.ops import _backends
-from dwm_fast.ops._library import define
 from dwm_fast.ops.bits import packed_offsets, unpack_reference
+from dwm_fast.ops.registration import define
 from dwm_fast.ops.sample import sample_backward_reference
 
 TensorList = Sequence[Tensor]
@@ -174,10 +173,6 @@ def mask_adam_reference(
     )  # fmt: skip
 
 
-for _name in ("frozen_adamw", "frozen_sgd", "mask_adam"):
-    _backends.register(_name, "reference", f"{__name__}:{_name}_reference")
-
-
 def _in_place_fake(*args: object) -> None:
     """Everything is written in place and nothing is returned."""
 
@@ -186,6 +181,7 @@ define(
     "frozen_adamw(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
     "Tensor bits, Tensor ranks, Tensor steps, Tensor lr, float beta1, float beta2, float eps, float "
     "weight_decay, bool decoupled, bool maximize) -> ()",
+    reference=frozen_adamw_reference,
     fake=_in_place_fake,
     device_of=lambda args: args[6],
 )
@@ -193,6 +189,7 @@ define(
     "frozen_sgd(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor bits, Tensor "
     "ranks, Tensor steps, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, "
     "bool decoupled, bool maximize) -> ()",
+    reference=frozen_sgd_reference,
     fake=_in_place_fake,
     device_of=lambda args: args[5],
 )
@@ -202,6 +199,7 @@ define(
     "Tensor(c!)[] exp_avg_sq, Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mask_mode, "
     "int step_offset, Tensor penalty_scale, Tensor steps, Tensor lr, float beta1, float beta2, float eps, "
     "float weight_decay, bool decoupled) -> ()",
+    reference=mask_adam_reference,
     fake=_in_place_fake,
     device_of=lambda args: args[5],
 )

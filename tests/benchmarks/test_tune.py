@@ -11,7 +11,7 @@ import torch
 
 from dwm_fast._bench import tune
 from dwm_fast._bench.measure import Timing
-from dwm_fast.ops import _dispatch
+from dwm_fast.ops import ways
 
 CPU = torch.device("cpu")
 NAME = "NVIDIA Test 2"
@@ -23,14 +23,14 @@ def _device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tune, "operation", lambda shape, device: lambda: torch.ones(3))
 
-    def problem_of(shape: tune.Shape, device: torch.device) -> _dispatch.Problem:
+    def problem_of(shape: tune.Shape, device: torch.device) -> ways.Problem:
         sizes = (shape.m, shape.n, shape.k)
-        return _dispatch.Problem(shape.op, "cuda", torch.bfloat16, *sizes, taps=shape.taps, name=NAME)
+        return ways.Problem(shape.op, "cuda", torch.bfloat16, *sizes, taps=shape.taps, name=NAME)
 
     monkeypatch.setattr(tune, "problem_of", problem_of)
-    _dispatch.forget_tables()
+    ways.forget_tables()
     yield
-    _dispatch.forget_tables()
+    ways.forget_tables()
 
 
 def _measure_as(monkeypatch: pytest.MonkeyPatch, best: int, seconds: float) -> None:
@@ -45,7 +45,7 @@ def _measure_as(monkeypatch: pytest.MonkeyPatch, best: int, seconds: float) -> N
     monkeypatch.setattr(tune, "measure", measure)
 
 
-@pytest.mark.parametrize(("seconds", "way"), [(0.5, _dispatch.ONE_PASS), (2.0, _dispatch.STAGED)])
+@pytest.mark.parametrize(("seconds", "way"), [(0.5, ways.ONE_PASS), (2.0, ways.STAGED)])
 def test_the_rule_follows_what_was_measured_and_launches_use_the_best_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, way: str
 ) -> None:
@@ -53,10 +53,10 @@ def test_the_rule_follows_what_was_measured_and_launches_use_the_best_tiles(
 
     _measure_as(monkeypatch, best=2, seconds=seconds)
     shape = tune.Shape("linear_packed", 16, 4096, 4096)
-    paths = [_dispatch.table_paths(NAME)[0], tmp_path / "out" / "table.json"]
+    paths = [ways.table_paths(NAME)[0], tmp_path / "out" / "table.json"]
     assert len(list(tune.tune(CPU, [shape], 1e9, paths))) == 1
     problem = tune.problem_of(shape, CPU)
-    assert _dispatch.choose(problem).way == way
+    assert ways.choose(problem).way == way
     assert product_tiles(problem, False) == tune.candidates(shape)[2]
     assert paths[0].read_text() == paths[1].read_text()
 
@@ -70,8 +70,8 @@ def test_a_new_measurement_replaces_the_row_of_its_problem_alone(
     list(tune.tune(CPU, shapes, 1e9, [path]))
     _measure_as(monkeypatch, best=0, seconds=0.25)
     list(tune.tune(CPU, shapes[:1], 1e9, [path]))
-    assert {row["m"]: row["one_pass_us"] for row in _dispatch.read_table(path)} == {1: 0.25e6, 16: 0.5e6}
-    assert json.loads(path.read_text())["format"] == _dispatch.TABLE_FORMAT
+    assert {row["m"]: row["one_pass_us"] for row in ways.read_table(path)} == {1: 0.25e6, 16: 0.5e6}
+    assert json.loads(path.read_text())["format"] == ways.TABLE_FORMAT
 
 
 def test_time_that_is_over_starts_no_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from dwm_fast import ops
 from dwm_fast.errors import BackendUnavailable
 from dwm_fast.kernels._product_launch import ProductTiles, override_product
 from dwm_fast.ops import Mode
-from dwm_fast.ops._dispatch import use_way
+from dwm_fast.ops.ways import use_way
 
 FAMILY = settings(
     deadline=None, max_examples=5, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)

@@ -10,7 +10,7 @@ from torch import nn
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.ops import Mode
-from dwm_fast.ops._dispatch import use_way
+from dwm_fast.ops.ways import use_way
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from torch import nn
 import dwm_fast as dwm
 from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 
 KINDS = [dwm.GumbelSigmoid(), dwm.GumbelSigmoid(hard=False), dwm.Threshold()]
 X = torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(1))
@@ -196,7 +196,7 @@ def test_it_says_which_way_runs_and_why():
     model = masked()
     packed = dwm.pack(model)
     few, many = dwm.explain(packed[5], (4, 432)).forward, dwm.explain(packed[5], (99, 432))
-    backend = _backends.chosen("linear_packed", "cpu")
+    backend = backends.chosen("linear_packed", "cpu")
     assert few.way == ("one-pass" if backend == "cpp" else "staged")
     assert ("M=4" in few.why) == (backend == "cpp")
     assert many.forward.way == "staged"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 import threading
-import types
 import warnings
 
 import pytest
@@ -13,22 +12,31 @@ import torch
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.errors import BackendUnavailable, DwmError, InputError
-from dwm_fast.ops import _backends
+from dwm_fast.ops import backends
 
 
 @pytest.fixture
 def table(monkeypatch):
-    """The table of backends with every implementation of `count` replaced by what a test registers."""
+    """A table of backends in which nobody computes `count` but who a test names: a function, or what loading raises."""
     monkeypatch.delenv("DWM_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(_backends, "_targets", {k: v for k, v in _backends._targets.items() if k[0] != "count"})
-    module = types.ModuleType("implementations_of_count")
-    module.answer, module.other = answer, other
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    _backends._probe.cache_clear()
-    _backends._warn_once.cache_clear()
-    yield lambda backend, name: _backends.register("count", backend, f"{module.__name__}:{name}")
-    _backends._probe.cache_clear()
-    _backends._warn_once.cache_clear()
+    others = {op: function for op, function in backends.REFERENCES.items() if op != "count"}
+    named = {"reference": others, "cpp": {}, "triton": {}, "cuda": {}}
+
+    def name(backend, found):
+        named[backend] = found if isinstance(found, Exception) else {**named[backend], "count": found}
+        backends._loaded.cache_clear()
+
+    def load(backend):
+        if isinstance(named[backend], Exception):
+            raise named[backend]
+        return named[backend]
+
+    monkeypatch.setattr(backends, "_TABLE", {b: functools.partial(load, b) for b in named})
+    backends._loaded.cache_clear()
+    backends._warn_once.cache_clear()
+    yield name
+    backends._loaded.cache_clear()
+    backends._warn_once.cache_clear()
 
 
 def answer(bits, numels):
@@ -58,8 +66,8 @@ def test_an_unknown_name_in_the_environment_is_named_with_its_variable(monkeypat
 
 
 def test_the_environment_forces_a_backend_and_use_backend_outranks_it(table, monkeypatch):
-    table("reference", "answer")
-    table("cpp", "other")
+    table("reference", answer)
+    table("cpp", other)
     assert _count() == 7
     monkeypatch.setenv("DWM_FAST_BACKEND", "reference")
     assert _count() == 42
@@ -70,8 +78,8 @@ def test_the_environment_forces_a_backend_and_use_backend_outranks_it(table, mon
 
 
 def test_blocks_nest_and_end_even_after_an_error(table):
-    table("reference", "answer")
-    table("cpp", "other")
+    table("reference", answer)
+    table("cpp", other)
     with dwm_fast.use_backend("reference"):
         with dwm_fast.use_backend("cpp"):
             assert _count() == 7
@@ -84,8 +92,8 @@ def test_blocks_nest_and_end_even_after_an_error(table):
 
 
 def test_a_forced_backend_holds_on_other_threads_as_autograd_needs(table):
-    table("reference", "answer")
-    table("cpp", "other")
+    table("reference", answer)
+    table("cpp", other)
     seen = []
     with dwm_fast.use_backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(_count()))
@@ -95,36 +103,32 @@ def test_a_forced_backend_holds_on_other_threads_as_autograd_needs(table):
 
 
 def test_a_missing_implementation_falls_through_with_one_warning(table):
-    _backends.register("count", "cpp", "dwm_fast.no_such_module:count")
-    table("reference", "answer")
-    with pytest.warns(RuntimeWarning, match="backend 'cpp' is not used: No module named 'dwm_fast.no_such_module'"):
+    table("cpp", ModuleNotFoundError("No module named 'nowhere'"))
+    table("reference", answer)
+    with pytest.warns(RuntimeWarning, match="backend 'cpp' is not used: No module named 'nowhere'"):
         assert _count() == 42
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _count() == 42
 
 
-def test_whatever_a_backend_raises_while_loading_is_one_line_and_never_an_error(table, monkeypatch):
-    def explode(name):
-        raise OSError("cannot load the library\nwith a second line")
-
-    _backends.register("count", "cpp", "somewhere:count")
-    table("reference", "answer")
-    assert _backends.get("count", "mps") is answer
-    monkeypatch.setattr(_backends, "importlib", types.SimpleNamespace(import_module=explode))
+def test_whatever_a_backend_raises_while_loading_is_one_line_and_never_an_error(table):
+    table("cpp", OSError("cannot load the library\nwith a second line"))
+    table("reference", answer)
+    assert backends.chosen("count", "mps") == "reference"
     with pytest.warns(RuntimeWarning, match="not used: cannot load the library$"):
         assert _count() == 42
 
 
 def test_a_forced_backend_that_cannot_run_says_why(table):
-    _backends.register("count", "cpp", "dwm_fast.no_such_module:count")
-    table("reference", "answer")
+    table("cpp", ModuleNotFoundError("No module named 'nowhere'"))
+    table("reference", answer)
     with dwm_fast.use_backend("cpp"), pytest.raises(BackendUnavailable, match="'cpp' was asked for and cannot run"):
         _count()
 
 
 def test_a_forced_backend_without_the_operation_says_so(table):
-    table("reference", "answer")
+    table("reference", answer)
     with dwm_fast.use_backend("cpp"), pytest.raises(BackendUnavailable, match="'cpp' was asked for and has no 'count'"):
         _count()
 
@@ -140,34 +144,38 @@ def test_gpu_backends_refuse_cpu_tensors_in_one_line(name, hint, monkeypatch):
 
 
 def test_the_interpreter_lets_triton_take_cpu_tensors(table, monkeypatch):
-    table("triton", "other")
+    table("triton", other)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with dwm_fast.use_backend("triton"):
         assert _count() == 7
 
 
 def test_the_fastest_available_backend_of_the_device_is_taken(table):
-    for backend, name in (("reference", "answer"), ("cpp", "other"), ("triton", "other"), ("cuda", "answer")):
+    for backend, name in (("reference", answer), ("cpp", other), ("triton", other), ("cuda", answer)):
         table(backend, name)
-    assert _backends.get("count", "cpu") is other
-    assert _backends.get("count", "cuda") is answer
-    assert _backends.get("count", "mps") is answer
+    for device, backend, function in (("cpu", "cpp", other), ("cuda", "cuda", answer), ("mps", "reference", answer)):
+        assert backends.chosen("count", device) == backend
+        assert backends.get("count", backend) is function
 
 
 def test_every_operation_has_a_reference():
-    operations = {op for op, _ in _backends._targets}
+    operations = {
+        str(schema).partition("::")[2].partition("(")[0]
+        for schema in torch._C._jit_get_all_schemas()
+        if str(schema).startswith("dwm_fast::")
+    }
     assert {"sample", "sample_backward", "pack", "unpack", "apply", "count", "combine", "overlap"} <= operations
     assert {"linear", "conv2d", "linear_packed", "conv2d_packed", "advance"} <= operations
     for op in operations:
-        assert _backends.availability(op)["reference"] == "ready"
+        assert backends.availability(op)["reference"] == "ready"
 
 
 def test_availability_gives_the_reason_for_each_backend(table):
-    table("reference", "answer")
-    _backends.register("count", "cpp", "dwm_fast.no_such_module:count")
-    assert _backends.availability("count") == {
+    table("reference", answer)
+    table("cpp", ModuleNotFoundError("No module named 'nowhere'"))
+    assert backends.availability("count") == {
         "reference": "ready",
-        "cpp": "No module named 'dwm_fast.no_such_module'",
+        "cpp": "No module named 'nowhere'",
     }
 
 
