@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from dwm_fast.bank import hub, sets
-from dwm_fast.bank.adopt import Adopted, adopt, check_mask_shape, weight_names
+from dwm_fast.bank.adopt import Adopted, adopt, weight_names
+from dwm_fast.bank.backbone import Backbone
 from dwm_fast.bank.cache import ByteLru
 from dwm_fast.bank.file import MaskFile
-from dwm_fast.bank.fingerprint import Fingerprinter
 from dwm_fast.bank.folder import load_domain, open_domain, read_rows
 from dwm_fast.bank.mixed import mixed_twin
 from dwm_fast.bank.record import DomainMasks, MaskInfo, check_domain_name, make_domain
-from dwm_fast.bank.runner import Patch, Runner, domain_patch
+from dwm_fast.bank.runner import Patch, domain_patch
 from dwm_fast.bank.save import Origin, save_entries
 from dwm_fast.bank.serve import Served
-from dwm_fast.errors import InputError, MaskFileError
+from dwm_fast.errors import InputError
 
 _MODULE_NBYTES = 1 << 16
 """What a network without its tensors is counted as, in the memory budget."""
@@ -69,13 +69,8 @@ class MaskBank:
         self._active: str | None = None
         self._lock = threading.RLock()
         self._cache: ByteLru[Any] = ByteLru(memory_budget)
-        self._adopt_backbone()
-
-    def _adopt_backbone(self) -> None:
-        self._tensors: dict[str, Tensor] = self.backbone.state_dict(keep_vars=True)
-        self._parameters = dict(self.backbone.named_parameters())
-        self._prints = Fingerprinter(self._parameters)
-        self._runner = Runner(self.backbone)
+        self._net = Backbone(backbone)
+        self._stamp = self._net.stamp()
 
     @property
     def domains(self) -> list[str]:
@@ -130,15 +125,15 @@ class MaskBank:
             InputError: the name is taken or not usable, or a tensor does not fit the backbone.
         """
         if hasattr(masks, "keep_masks"):
-            given = adopt(masks, self._tensors)
+            given = adopt(masks, self._net.tensors)
         elif isinstance(masks, Mapping):
-            given = Adopted(weight_names(masks, self._tensors))
+            given = Adopted(weight_names(masks, self._net.tensors))
         else:
             raise InputError(
                 f"masks: given {type(masks).__name__}; expected a mapping of bool tensors, or a model with keep_masks()"
             )
         names = list(given.masks)
-        self._check_parameters(names)
+        self._net.check_names(names)
         record = make_domain(
             domain,
             given.masks,
@@ -148,7 +143,7 @@ class MaskBank:
             options=given.options if options is None else options,
             state=given.state if state is None else state,
             values=given.values if values is None else values,
-            fingerprint=self._prints.of(names),
+            fingerprint=self._net.fingerprint(names),
         )
         self.add_record(record)
 
@@ -228,7 +223,7 @@ class MaskBank:
                 classes -inf.
         """
         if domains is None:
-            return self._runner(self._patch(self._active), args, kwargs)
+            return self._net.run(self._patch(self._active), args, kwargs)
         sizes = [a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0]
         if sizes and len(domains) not in sizes and domains:
             raise InputError(f"domains: given {len(domains)} names for a batch of {sizes[0]}; expected one per sample")
@@ -236,14 +231,14 @@ class MaskBank:
         number = {name: i for i, name in enumerate(names)}
         device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         ids = torch.tensor([number[name] for name in domains], dtype=torch.int64, device=device)
-        return self.serve(names)(*args, ids=ids, **kwargs)
+        return self.serve(names).run(ids, args, kwargs)
 
     def serve(self, names: Sequence[str]) -> Served:
         """Prepare domains for mixed batches that name them by number; see `Served`."""
         if not names:
             raise InputError("no domains were named; give at least one")
         entries = tuple(self._entry(name) for name in names)
-        key = ("served", tuple(names), entries, self._prints.stamp())
+        key = ("served", tuple(names), entries, self._current())
         served: Served = self._cache.get(key, lambda: self._make_served(names))
         return served
 
@@ -253,9 +248,10 @@ class MaskBank:
         nbytes += _MODULE_NBYTES
 
         def run_one(domain: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            return self._runner(self._patch(domain), args, kwargs)
+            return self._net.run(self._patch(domain), args, kwargs)
 
-        return Served(names, twin, run_one), nbytes
+        stamp = self._stamp
+        return Served(names, twin, run_one, lambda: self._net.stamp() == stamp), nbytes
 
     def overlap(self, names: Sequence[str] | None = None, measure: str = "jaccard") -> Tensor:
         """How the masks of domains lie over one another, (D, D), for `names` or all domains in order.
@@ -263,15 +259,15 @@ class MaskBank:
         measure: "jaccard" (float64: kept by both over kept by either), or the number of weights kept by both
         ("and"), by either ("or"), by exactly one ("xor"), int64. A weight without a mask counts as kept.
         """
-        return sets.overlap(self._records(names), self._tensors, measure)
+        return sets.overlap(self._records(names), self._net.tensors, measure)
 
     def union(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Bool masks by parameter name: kept by at least one of the domains (all by default)."""
-        return sets.combined(self._records(names), self._tensors, "or")
+        return sets.combined(self._records(names), self._net.tensors, "or")
 
     def intersection(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Bool masks by parameter name: kept by every one of the domains (all by default)."""
-        return sets.combined(self._records(names), self._tensors, "and")
+        return sets.combined(self._records(names), self._net.tensors, "and")
 
     def _records(self, names: Sequence[str] | None) -> list[DomainMasks]:
         return [self.record(name) for name in (self.domains if names is None else names)]
@@ -335,27 +331,30 @@ class MaskBank:
 
     def to(self, *args: Any, **kwargs: Any) -> MaskBank:
         """Move the backbone as `torch.nn.Module.to` does, in place; fingerprints stay those of before."""
-        self._prints.of(self._parameters)
-        before = self._prints
-        with self._lock:
-            self.backbone.to(*args, **kwargs)
-            self._cache.discard(lambda key: True)
-            self._adopt_backbone()
-            self._prints.inherit(before)
+        self._net.to(*args, **kwargs)
         return self
+
+    def _current(self) -> int:
+        """The backbone's stamp; what was made for an earlier one is forgotten."""
+        stamp = self._net.stamp()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self._cache.discard(lambda key: isinstance(key, tuple) and key[0] != "record")
+        return stamp
 
     def _patch(self, domain: str | None) -> Patch:
         if domain is None:
             return _NO_PATCH
         entry = self._entry(domain)
-        key = ("patch", entry, self._prints.stamp())
-        patch: Patch = self._cache.get(key, lambda: domain_patch(self._checked(domain), self._tensors))
+        key = ("patch", entry, self._current())
+        patch: Patch = self._cache.get(key, lambda: domain_patch(self._checked(domain), self._net.tensors))
         return patch
 
     def _checked(self, domain: str) -> DomainMasks:
         """A domain, after comparing its fingerprint with the weights as they are now."""
         record = self.record(domain)
-        self._check_fingerprint(record, f"domain '{domain}'", self._entry(domain).any_backbone)
+        if not self._entry(domain).any_backbone:
+            self._net.check_fingerprint(record, f"domain '{domain}'")
         return record
 
     def _read(self, entry: _Entry) -> tuple[DomainMasks, int]:
@@ -366,32 +365,10 @@ class MaskBank:
         extras = (*record.state.values(), *record.values.values())
         return record, record.bits.numel() + sum(t.numel() * t.element_size() for t in extras)
 
-    def _check_parameters(self, names: Iterable[str]) -> None:
-        wrong = [name for name in names if name not in self._parameters]
-        if wrong:
-            raise InputError(f"mask '{wrong[0]}' is not on a parameter (or is on a second name of a tied one)")
-
     def _check_fit(self, record: DomainMasks, source: str, any_backbone: bool) -> None:
-        """MaskFileError unless every tensor of the domain has its place, and the fingerprint is this backbone's."""
-        info = record.info
-        try:
-            self._check_parameters(info.layout.names)
-            for name, shape in zip(info.layout.names, info.layout.shapes, strict=True):
-                check_mask_shape(name, shape, tuple(self._tensors[name].shape))
-            missing = sorted(set(record.state) - set(self._tensors))
-            if missing:
-                raise InputError(f"state '{missing[0]}': the backbone has no such tensor")
-        except InputError as error:
-            raise MaskFileError(f"{source}: does not fit the backbone: {error}") from error
-        self._check_fingerprint(record, source, any_backbone)
-
-    def _check_fingerprint(self, record: DomainMasks, source: str, any_backbone: bool) -> None:
-        info = record.info
-        if info.fingerprint and not any_backbone and self._prints.of(info.layout.names) != info.fingerprint:
-            raise MaskFileError(
-                f"{source}: backbone: the masks of '{info.domain}' were made for other weights; load "
-                f"the backbone they belong to, or pass allow_other_backbone=True"
-            )
+        self._net.check_fit(record, source)
+        if not any_backbone:
+            self._net.check_fingerprint(record, source)
 
     def _entry(self, domain: str) -> _Entry:
         entry = self._entries.get(domain)

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwm_fast.ops.bank import bank_conv2d, bank_linear, multiplies_bits
+from dwm_fast.ops.bank import bank_conv2d, bank_linear, is_large, multiplies_bits
 from dwm_fast.ops.bits import apply
 
 Layer = Callable[[Tensor], Tensor]
+
+_CACHED_BYTES = 2 << 20
+"""Masked copies of a weight that are made together, before the first is multiplied."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +80,40 @@ class BankLinear:
 
     def __init__(self, weight: Tensor, bits: Tensor, bias: Tensor | None, plain: Container[int]) -> None:
         self.weight, self.bits, self.bias, self.plain = weight, bits, bias, plain
+        self.large = is_large(weight)
 
     def __call__(self, input: Tensor) -> Tensor:
         batch = current_batch.get()
         batch.check(input.shape[0])
         x = input.to(_compute_dtype(input))
         bias = _cast(self.bias, x)
-        if x.device.type == "cpu" and not multiplies_bits(self.weight):
-            return by_part(x, lambda domain, part: self._part(domain, part, bias))
+        if x.device.type == "cpu" and not (self.large and multiplies_bits(self.weight)):
+            return self._part_by_part(x, bias, batch)
         y = bank_linear(x, self.weight, self.bits, bias, batch.offsets, batch.samples)
         if x.device.type == "cpu":
             for domain, part in batch.parts(x.shape[0]):
                 if domain in self.plain:
-                    y[part] = self._part(domain, x[part], bias)
+                    y[part] = self._product(domain, x[part], self.weight, bias)
         return y
 
-    def _part(self, domain: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Rows of one domain as a network under that domain alone computes them."""
-        plain = domain in self.plain
-        weight = self.weight if plain else apply(self.bits[domain], [self.weight])[0]
+    def _part_by_part(self, x: Tensor, bias: Tensor | None, batch: Batch) -> Tensor:
+        """The rows of each domain as a network under that domain alone computes them."""
+        masked = self._masked([domain for domain, _ in batch.parts(x.shape[0]) if domain not in self.plain])
+
+        def product(domain: int, part: Tensor) -> Tensor:
+            return self._product(domain, part, self.weight if domain in self.plain else next(masked), bias)
+
+        return by_part(x, product)
+
+    def _masked(self, domains: list[int]) -> Iterator[Tensor]:
+        """The weight under each domain; one call masks as many as stay in a cache together."""
+        step = max(1, _CACHED_BYTES // max(1, self.weight.numel() * self.weight.element_size()))
+        for start in range(0, len(domains), step):
+            some = domains[start : start + step]
+            yield from apply(self.bits[some].reshape(-1), [self.weight] * len(some))
+
+    @staticmethod
+    def _product(domain: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.to(x.dtype), bias[domain] if bias is not None and bias.dim() == 2 else bias)
 
 

@@ -29,8 +29,11 @@ class Served:
         layerwise: whether layers look domains up per sample.
     """
 
-    def __init__(self, names: Sequence[str], twin: nn.Module | None, run_one: RunOne) -> None:
+    def __init__(
+        self, names: Sequence[str], twin: nn.Module | None, run_one: RunOne, is_current: Callable[[], bool]
+    ) -> None:
         self.names = tuple(names)
+        self._is_current = is_current
         self._twin = twin
         self._run_one = run_one
 
@@ -44,7 +47,16 @@ class Served:
 
         Where the domains' heads have different class counts, outputs are as wide as the widest, the missing
         classes -inf.
+
+        Raises:
+            InputError: ids of another form, or the backbone has changed since `MaskBank.serve`.
         """
+        if not self._is_current():
+            raise InputError("the backbone has changed since these domains were prepared; call bank.serve(names) again")
+        return self.run(ids, args, kwargs)
+
+    def run(self, ids: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The same, for a caller that knows the backbone to be as it was."""
         if ids.dtype != torch.int64 or ids.dim() != 1 or ids.numel() == 0:
             raise InputError(f"ids: given {ids.dtype} of shape {tuple(ids.shape)}; expected int64 of shape (B,), B > 0")
         order = torch.argsort(ids, stable=True)

@@ -1,0 +1,149 @@
+"""The network under a bank: its tensors by name, whether it is still as it was, and fingerprints of its weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwm_fast.bank.adopt import check_mask_shape
+from dwm_fast.bank.fingerprint import combined_digest, tensor_digest
+from dwm_fast.bank.record import DomainMasks
+from dwm_fast.bank.runner import Runner
+from dwm_fast.errors import InputError, MaskFileError
+from dwm_fast.nn.shell import tensors_of
+
+_WHOLE = 1 << 14
+"""Elements up to which every one of a tensor's is compared in each call."""
+_SAMPLES = 1 << 10
+"""Elements of a larger tensor that are compared, evenly spaced."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Backbone:
+    """Holds a network and notices when it changes.
+
+    Args:
+        model: the network; never written to.
+
+    Attributes:
+        tensors, parameters: the state dict's tensors, and the parameters, by name.
+        run: calls the network under a domain's tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._lock = threading.RLock()
+        self._stamp = 0
+        self._look()
+
+    def _look(self) -> None:
+        """Take the network as it is now for what it should be."""
+        state = self.model.state_dict(keep_vars=True)
+        self.tensors: dict[str, Tensor] = {n: t for n, t in state.items() if isinstance(t, Tensor)}
+        self.parameters = dict(self.model.named_parameters())
+        self.run = Runner(self.model)
+        self._slots = list(_slots(self.model))
+        self._digests: dict[str, bytes] = {}
+        self._take_marks()
+
+    def _take_marks(self) -> None:
+        self._watched = list({id(tensor): tensor for tensor in tensors_of(self.model)}.values())
+        self._marks = [_mark(tensor) for tensor in self._watched]
+        views = [_sampled(tensor) for tensor in self._watched]
+        self._samples = [(view, view.clone()) for view in views if view is not None]
+
+    def stamp(self) -> int:
+        """A number that changes when a module, a tensor or a tensor's content has changed since the last call.
+
+        Looked at are: which modules and tensors the network has; every tensor's version counter, storage, dtype and
+        device; and, on a CPU, the values themselves, all of a tensor up to 2^14 elements and 2^10 evenly spaced ones of
+        a larger: writing through `.data`, as averages of weights do, leaves no other trace.
+        """
+        with self._lock:
+            if any(home.get(key) is not value for home, key, value in self._slots):
+                self._look()
+                self._stamp += 1
+            elif any(_mark(tensor) != mark for tensor, mark in zip(self._watched, self._marks, strict=True)) or any(
+                not torch.equal(view, was) for view, was in self._samples
+            ):
+                self._digests = {}
+                self._take_marks()
+                self._stamp += 1
+            return self._stamp
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """Fingerprint of the named parameters; each is hashed once until the network changes."""
+        with self._lock:
+            self.stamp()
+            return combined_digest({name: self._digest(name) for name in names})
+
+    def _digest(self, name: str) -> bytes:
+        if name not in self._digests:
+            self._digests[name] = tensor_digest(name, self.parameters[name])
+        return self._digests[name]
+
+    def to(self, *args: Any, **kwargs: Any) -> None:
+        """Move the network as `torch.nn.Module.to` does, in place; fingerprints stay those of before."""
+        with self._lock:
+            self.fingerprint(self.parameters)
+            digests = self._digests
+            self.model.to(*args, **kwargs)
+            self._look()
+            self._digests = digests
+            self._stamp += 1
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """InputError unless every name is a parameter's."""
+        wrong = [name for name in names if name not in self.parameters]
+        if wrong:
+            raise InputError(f"mask '{wrong[0]}' is not on a parameter (or is on a second name of a tied one)")
+
+    def check_fit(self, record: DomainMasks, source: str) -> None:
+        """MaskFileError unless every tensor of the domain has its place here."""
+        layout = record.info.layout
+        try:
+            self.check_names(layout.names)
+            for name, shape in zip(layout.names, layout.shapes, strict=True):
+                check_mask_shape(name, shape, tuple(self.tensors[name].shape))
+            missing = sorted(set(record.state) - set(self.tensors))
+            if missing:
+                raise InputError(f"state '{missing[0]}': the backbone has no such tensor")
+        except InputError as error:
+            raise MaskFileError(f"{source}: does not fit the backbone: {error}") from error
+
+    def check_fingerprint(self, record: DomainMasks, source: str) -> None:
+        """MaskFileError where the domain says which weights it was made for, and these are others."""
+        info = record.info
+        if info.fingerprint and self.fingerprint(info.layout.names) != info.fingerprint:
+            raise MaskFileError(
+                f"{source}: backbone: the masks of '{info.domain}' were made for other weights; load "
+                f"the backbone they belong to, or pass allow_other_backbone=True"
+            )
+
+
+def _slots(model: nn.Module) -> Iterable[tuple[dict[str, Any], str, Any]]:
+    """Every place of the network that holds a module or a tensor, with what it holds."""
+    for module in model.modules():
+        for home in (module._parameters, module._buffers, module._modules):
+            yield from ((home, key, value) for key, value in home.items())
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    place = tensor.data_ptr() if tensor.layout is torch.strided and not tensor.is_meta else 0
+    return version, place, tensor.dtype, tensor.device
+
+
+def _sampled(tensor: Tensor) -> Tensor | None:
+    """A view of some of a CPU tensor's elements, as whole numbers so that NaN equals NaN; None where there are none."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel() or tensor.is_quantized:
+        return None
+    plain = tensor.detach()
+    plain = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
+    span = 1 + sum((size - 1) * step for size, step in zip(plain.shape, plain.stride(), strict=True))
+    step = 1 if span <= _WHOLE else span // _SAMPLES
+    return plain.as_strided((1 + (span - 1) // step,), (step,)).view(_BITS[plain.element_size()])

@@ -1,0 +1,169 @@
+"""A backbone that changes under its bank: the new weights are served or the domain is refused, never stale ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from dwm_fast.bank import MaskBank
+from dwm_fast.errors import InputError, MaskFileError
+
+from . import nets
+
+X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(3))
+
+
+def _data_copy(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.data.copy_(torch.randn_like(parameter))
+
+
+def _average(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.data.mul_(0.999).add_(0.001)
+
+
+def _negate(net: nets.SmallNet) -> None:
+    net.conv2.weight.data.neg_()
+
+
+def _one_weight(net: nets.SmallNet) -> None:
+    net.conv2.weight.data[3, 2, 1, 1] += 5.0
+
+
+def _swap_storage(net: nets.SmallNet) -> None:
+    net.conv1.weight.data = net.conv1.weight.data * 2
+
+
+def _new_parameter(net: nets.SmallNet) -> None:
+    net.conv1.weight = nn.Parameter(net.conv1.weight.detach() * 2)
+
+
+def _new_module(net: nets.SmallNet) -> None:
+    net.hidden = nn.Linear(12, 20)
+
+
+def _assign(net: nn.Module) -> None:
+    net.load_state_dict({n: t * 1.5 for n, t in net.state_dict().items()}, assign=True)
+
+
+def _in_place(net: nets.SmallNet) -> None:
+    with torch.no_grad():
+        net.conv1.weight.mul_(1.5)
+
+
+def _statistics(net: nets.SmallNet) -> None:
+    net.bn1.running_mean.data += 1.0
+
+
+def _bias(net: nets.SmallNet) -> None:
+    net.conv1.bias.data += 1.0
+
+
+CHANGES = [
+    _data_copy,
+    _average,
+    _negate,
+    _one_weight,
+    _swap_storage,
+    _new_parameter,
+    _new_module,
+    _assign,
+    _in_place,
+    _statistics,
+    _bias,
+]
+
+
+def _keep_all(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: torch.ones_like(net.get_parameter(name)).bool() for name in nets.MASKED}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alone", "mixed"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_a_mask_that_keeps_all_gives_what_the_changed_network_gives_or_is_refused(
+    change: Callable[[nn.Module], None], mixed: bool
+) -> None:
+    net = nets.small_net()
+    bank = MaskBank(net)
+    bank.add("photo", _keep_all(net))
+    bank.add("art", _keep_all(net), state=nets.state_for(net, 1, 4))
+    bank.activate("photo")
+
+    def call() -> torch.Tensor:
+        return bank(X, domains=["photo", "art", "photo", "photo"])[[0, 2, 3]] if mixed else bank(X)[[0, 2, 3]]
+
+    with torch.no_grad():
+        before = call()
+        change(net.eval())
+        expected = net.eval()(X)[[0, 2, 3]]
+        assert not torch.equal(before, expected)
+        try:
+            found = call()
+        except MaskFileError as error:
+            assert "were made for other weights" in str(error)
+            return
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_another_dtype_is_refused_until_it_is_taken_back() -> None:
+    net = nets.small_net()
+    bank = MaskBank(net)
+    bank.add("photo", _keep_all(net))
+    before = bank.masks("photo")
+    net.half()
+    with pytest.raises(MaskFileError, match="were made for other weights"):
+        bank.activate("photo")
+    assert all(torch.equal(bank.masks("photo")[name], mask) for name, mask in before.items())
+
+
+def test_weights_that_come_back_are_served_again() -> None:
+    net = nets.small_net()
+    bank = MaskBank(net)
+    bank.add("photo", _keep_all(net))
+    bank.activate("photo")
+    before, shadow = bank(X), {name: p.detach().clone() for name, p in net.named_parameters()}
+    _average(net)
+    with pytest.raises(MaskFileError, match="were made for other weights"):
+        bank(X)
+    for name, parameter in net.named_parameters():
+        parameter.data.copy_(shadow[name])
+    assert torch.equal(bank(X), before)
+
+
+@pytest.mark.parametrize("width", [1, 7], ids=["a row", "rows"])
+def test_a_run_of_a_large_weight_is_seen(width: int) -> None:
+    """2^10 evenly spaced elements are compared: no run of a 2^-10th of the weight escapes."""
+    net = nn.Sequential(nn.Linear(1024, 1024))
+    bank = MaskBank(net)
+    bank.add("photo", {"0": torch.ones(1024, 1024, dtype=torch.bool)})
+    bank.activate("photo")
+    bank(torch.ones(1, 1024))
+    net[0].weight.data[500 : 500 + width] = 0.0
+    with pytest.raises(MaskFileError, match="were made for other weights"):
+        bank(torch.ones(1, 1024))
+
+
+def test_domains_prepared_for_a_network_that_changed_are_refused() -> None:
+    net = nets.small_net()
+    bank = MaskBank(net)
+    bank.add("photo", _keep_all(net))
+    served = bank.serve(["photo"])
+    ids = torch.zeros(4, dtype=torch.int64)
+    assert served(X, ids=ids).shape == (4, 4)
+    _bias(net)
+    with pytest.raises(InputError, match="the backbone has changed since"):
+        served(X, ids=ids)
+    assert torch.equal(bank.serve(["photo"])(X, ids=ids), net(X))
+
+
+def test_weights_that_are_no_numbers_do_not_count_as_changed() -> None:
+    net = copy.deepcopy(nets.small_net())
+    net.bn2.bias.data[0] = torch.nan
+    bank = MaskBank(net)
+    bank.add("photo", _keep_all(net))
+    assert bank.serve(["photo"]) is bank.serve(["photo"])
