@@ -101,10 +101,11 @@ def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
 def apply(bits: Tensor, weights: TensorList) -> list[Tensor]:
     if any(w.is_complex() for w in weights):
         return apply_reference(bits, weights)
-    dense = [known(w)[0] for w in weights]
+    contiguous = all(w.is_contiguous() for w in weights)
+    dense = weights if contiguous else [known(w)[0] for w in weights]
     masked = [torch.empty_like(w) for w in dense]
     _OPS.apply.default(bits.contiguous(), dense, masked)
-    return [restored(m, w) for m, w in zip(masked, weights, strict=True)]
+    return masked if contiguous else [restored(m, w) for m, w in zip(masked, weights, strict=True)]
 
 
 def count(bits: Tensor, numels: Sequence[int]) -> Tensor:

@@ -143,14 +143,12 @@ define(
     "bank_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor offsets, SymInt samples) -> Tensor",
     reference=bank_linear_reference,
     fake=_linear_fake,
-    device_of=lambda a: a[0],
 )
 define(
     "bank_conv2d(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor offsets, SymInt samples, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
     reference=bank_conv2d_reference,
     fake=_conv2d_fake,
-    device_of=lambda a: a[0],
 )
 
 _Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -202,14 +200,12 @@ define(
     "-> (Tensor, Tensor, Tensor)",
     reference=bank_linear_backward_reference,
     fake=_backward_fake,
-    device_of=lambda a: a[0],
 )
 define(
     "bank_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor offsets, SymInt samples, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> (Tensor, Tensor, Tensor)",
     reference=bank_conv2d_backward_reference,
     fake=_backward_fake,
-    device_of=lambda a: a[0],
 )
 
 

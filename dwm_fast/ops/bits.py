@@ -102,37 +102,31 @@ define(
     "pack(Tensor[] masks) -> Tensor",
     reference=pack_reference,
     fake=_pack_fake,
-    device_of=lambda a: a[0][0] if a[0] else torch.empty(0),
 )
 define(
     "unpack(Tensor bits, SymInt[] numels) -> Tensor[]",
     reference=unpack_reference,
     fake=lambda bits, numels: [bits.new_empty(n, dtype=torch.bool) for n in numels],
-    device_of=lambda a: a[0],
 )
 define(
     "apply(Tensor bits, Tensor[] weights) -> Tensor[]",
     reference=apply_reference,
     fake=lambda bits, weights: [torch.empty_like(w) for w in weights],
-    device_of=lambda a: a[0],
 )
 define(
     "count(Tensor bits, SymInt[] numels) -> Tensor",
     reference=count_reference,
     fake=lambda bits, numels: bits.new_empty(len(numels), dtype=torch.int64),
-    device_of=lambda a: a[0],
 )
 define(
     "combine(Tensor a, Tensor b, str op) -> Tensor",
     reference=combine_reference,
     fake=lambda a, b, op: torch.empty_like(a),
-    device_of=lambda a: a[0],
 )
 define(
     "overlap(Tensor a, Tensor b, SymInt[] numels) -> Tensor",
     reference=overlap_reference,
     fake=lambda a, b, numels: a.new_empty((len(numels), 2), dtype=torch.int64),
-    device_of=lambda a: a[0],
 )
 
 

@@ -112,38 +112,32 @@ define(
     fake=lambda x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *geometry: _shape_fake(
         x, weight, bias, *geometry
     ),
-    device_of=lambda a: a[0],
 )
 define(
     f"conv2d_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, {_GEOMETRY}) -> Tensor",
     reference=conv2d_input_grad_reference,
     fake=lambda grad, x, *_: torch.empty_like(x),
-    device_of=lambda a: a[0],
 )
 define(
     f"conv2d_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, {_GEOMETRY}, bool need_logits, "
     "bool need_weight) -> (Tensor, Tensor)",
     reference=conv2d_mask_grad_reference,
     fake=mask_grad_fake,
-    device_of=lambda a: a[0],
 )
 define(
     f"conv2d_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, {_GEOMETRY}) -> Tensor",
     reference=conv2d_packed_reference,
     fake=lambda x, weight, bits, bias, *geometry: _shape_fake(x, weight, bias, *geometry),
-    device_of=lambda a: a[0],
 )
 define(
     f"conv2d_packed_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {_GEOMETRY}) -> Tensor",
     reference=conv2d_packed_input_grad_reference,
     fake=lambda grad, x, *_: torch.empty_like(x),
-    device_of=lambda a: a[0],
 )
 define(
     f"conv2d_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {_GEOMETRY}) -> Tensor",
     reference=conv2d_packed_weight_grad_reference,
     fake=lambda grad, x, weight, *_: torch.empty_like(weight),
-    device_of=lambda a: a[0],
 )
 
 

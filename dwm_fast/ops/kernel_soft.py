@@ -105,14 +105,14 @@ define(
     "int step_offset, ScalarType? dtype) -> Tensor[]",
     reference=kernel_soft_reference,
     fake=_fake,
-    device_of=lambda args: args[2],
+    device_at=2,
 )
 define(
     "kernel_soft_backward(Tensor[] grads, Tensor[] reals, Tensor[] weights, Tensor rng_state, int[] layers, "
     "float threshold, bool noisy, int step_offset) -> Tensor[]",
     reference=kernel_soft_backward_reference,
     fake=_backward_fake,
-    device_of=lambda args: args[3],
+    device_at=3,
 )
 
 

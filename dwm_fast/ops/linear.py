@@ -128,38 +128,32 @@ define(
     f"linear(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_RULE}) -> Tensor",
     reference=linear_reference,
     fake=_linear_fake,
-    device_of=lambda a: a[0],
 )
 define(
     f"linear_input_grad(Tensor grad, Tensor weight, Tensor logits, {_RULE}) -> Tensor",
     reference=linear_input_grad_reference,
     fake=_input_grad_fake,
-    device_of=lambda a: a[0],
 )
 define(
     f"linear_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, bool need_logits, "
     "bool need_weight) -> (Tensor, Tensor)",
     reference=linear_mask_grad_reference,
     fake=mask_grad_fake,
-    device_of=lambda a: a[0],
 )
 define(
     "linear_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, str activation) -> Tensor",
     reference=linear_packed_reference,
     fake=_linear_fake,
-    device_of=lambda a: a[0],
 )
 define(
     "linear_packed_input_grad(Tensor grad, Tensor weight, Tensor bits) -> Tensor",
     reference=linear_packed_input_grad_reference,
     fake=_input_grad_fake,
-    device_of=lambda a: a[0],
 )
 define(
     "linear_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits) -> Tensor",
     reference=linear_packed_weight_grad_reference,
     fake=lambda grad, x, weight, bits: torch.empty_like(weight),
-    device_of=lambda a: a[0],
 )
 
 

@@ -97,7 +97,6 @@ define(
     "advance(Tensor(a!) rng_state, int steps) -> Tensor",
     reference=advance_reference,
     fake=lambda rng_state, steps: torch.empty_like(rng_state),
-    device_of=lambda args: args[0],
 )
 
 

@@ -195,7 +195,7 @@ _sample = define(
     "-> (Tensor[] masked, Tensor bits, Tensor penalty)",
     reference=sample_reference,
     fake=_sample_fake,
-    device_of=lambda args: args[2],
+    device_at=2,
 )
 _sample_backward = define(
     "sample_backward(Tensor[] grads, Tensor grad_penalty, Tensor[] logits, Tensor[] weights, "
@@ -204,7 +204,7 @@ _sample_backward = define(
     "-> (Tensor[] dlogits, Tensor[] dweights)",
     reference=sample_backward_reference,
     fake=_sample_backward_fake,
-    device_of=lambda args: args[4],
+    device_at=4,
 )
 
 

@@ -48,13 +48,12 @@ define(
     "raise_importance(Tensor(a!)[] gammas, Tensor[] gradients) -> ()",
     reference=raise_importance_reference,
     fake=_in_place_fake,
-    device_of=lambda args: args[0][0],
 )
 define(
     "soft_masked_sgd(Tensor(a!)[] weights, Tensor[] gradients, Tensor[] gammas, Tensor lr) -> ()",
     reference=soft_masked_sgd_reference,
     fake=_in_place_fake,
-    device_of=lambda args: args[3],
+    device_at=3,
 )
 
 

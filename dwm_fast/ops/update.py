@@ -183,7 +183,7 @@ define(
     "weight_decay, bool decoupled, bool maximize) -> ()",
     reference=frozen_adamw_reference,
     fake=_in_place_fake,
-    device_of=lambda args: args[6],
+    device_at=6,
 )
 define(
     "frozen_sgd(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor bits, Tensor "
@@ -191,7 +191,7 @@ define(
     "bool decoupled, bool maximize) -> ()",
     reference=frozen_sgd_reference,
     fake=_in_place_fake,
-    device_of=lambda args: args[5],
+    device_at=5,
 )
 define(
     # torch.compile passes arguments of a mutating operation by name, and keeps the name "mode" for itself.
@@ -201,7 +201,7 @@ define(
     "float weight_decay, bool decoupled) -> ()",
     reference=mask_adam_reference,
     fake=_in_place_fake,
-    device_of=lambda args: args[5],
+    device_at=5,
 )
 
 
