@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
+from dwm_fast.ops.sample import penalty
 from dwm_fast.ops.update import frozen_adamw, mask_adam
 from dwm_fast.optim._bucket import Bucket
 from dwm_fast.optim._state import DeviceOptimizer, non_negative, valid_betas
-from dwm_fast.optim.record import DrawRecorder, MaskRecord, MaskSource
+from dwm_fast.optim.folded import FoldedGradient
+from dwm_fast.optim.record import DrawRecorder, MaskSource, RecordedPart
 
 
 class MaskAdam(DeviceOptimizer):
     """Adam(W) on mask logits, straight from the gradients of the masked weights.
 
     With `fold` the source's backward stops at the gradient of the masked weights; `step` draws the noise
-    again and does the rest in one pass, so no gradient of the logits is ever stored (logits.grad stays None).
-    Several backward passes before a step (mask_samples > 1, accumulation), or a gradient that reached the
-    logits another way, are added up first, in more than one pass.
+    again and does the rest in one pass. `logits.grad` is there all the same: its values are formed when somebody
+    looks (clipping, DDP, a GradScaler, hooks, another optimiser), and then `step` uses what it finds in it. So
+    does it after several backward passes (mask_samples > 1, accumulation). After a folded step the gradient is
+    gone, and reading it raises InputError.
 
     Args:
         source: a `MaskedModel`, or several (each becomes one param group).
         lr, betas, weight_decay: Adam's; weight decay pulls logits to 0, that is keep probabilities to 1/2.
         eps: added to the root of the second moment; 1e-15 because logit gradients are near 1e-8 (see
             docs/optimisers.md).
-        coefficient: adds coefficient * sparsity_penalty() to the loss (its gradient only), a float or a 0-dim
-            fp32 tensor on the device.
+        coefficient: the step adds the gradient of coefficient * sparsity_penalty(), a float or a 0-dim fp32
+            tensor on the device. Like weight decay it acts in the step alone: `.grad` is without it.
         decoupled_weight_decay: AdamW's decay (True) or Adam's.
-        fold: False leaves the source alone and steps on logits.grad (for gradient clipping, GradScaler,
-            torch.compile).
+        fold: False leaves the source alone: an ordinary gradient that outlives the step.
 
     Raises:
         InputError: a number out of range, or coefficient with fold=False.
@@ -76,69 +78,52 @@ class MaskAdam(DeviceOptimizer):
                 self._recorders.append(DrawRecorder())
                 one.attach_recorder(self._recorders[-1])
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # torch's GradScaler then calls step() without looking for logits.grad, and step() says what to do.
-        return self.fold
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the recorded draws, and the gradients of the logits where there are any."""
-        super().zero_grad(set_to_none)
-        for recorder in self._recorders:
-            recorder.clear()
+        """As torch.optim's, without its detours."""
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def update(self, group: dict[str, Any], bucket: Bucket) -> None:
-        if getattr(self, "grad_scale", None) is not None:
-            raise InputError(
-                "MaskAdam(fold=True) was stepped by a GradScaler, which cannot see folded gradients; use "
-                "bfloat16 without a scaler, or MaskAdam(..., fold=False)"
-            )
-        records = [r for r in self._records_of(group) if r.logits[0] in bucket.index]
-        plain = any(p.grad is not None for p in bucket.params)
-        if not records:
-            if plain:
-                self._refuse_lost_penalty(group)
-                self._step_on_gradients(group, bucket, {})
+        active = [i for i, p in enumerate(bucket.params) if p.grad is not None]
+        if not active:
             return
-        slope = self._penalty_scale(group, bucket, records)
-        drawn = [r for r in records if any(g is not None for g in r.grads)] or records[:1]
-        if len(drawn) == 1 and not plain and _uniform(drawn[0].weights) and _uniform(drawn[0].grads):
-            self._step_folded(group, bucket, drawn[0], slope)
-        else:
-            self._step_on_gradients(group, bucket, _summed(drawn, slope))
+        parts = _one_draw([bucket.params[i].grad for i in active])
+        if parts is None:
+            self._step_on_gradients(group, bucket, active)
+            return
+        self._step_folded(group, bucket, active, parts)
+        for i in active:
+            bucket.params[i].grad.share.spend()  # type: ignore[union-attr]
 
-    def _records_of(self, group: dict[str, Any]) -> list[MaskRecord]:
-        index = next(i for i, g in enumerate(self.param_groups) if g is group)
-        return self._recorders[index].records if index < len(self._recorders) else []
-
-    def _refuse_lost_penalty(self, group: dict[str, Any]) -> None:
-        if isinstance(group["coefficient"], Tensor) or group["coefficient"] != 0:
-            raise InputError(
-                "logits have gradients but no draw was recorded: the coefficient's penalty cannot be added; "
-                "another MaskAdam may have been attached to the model since"
-            )
-
-    def _penalty_scale(self, group: dict[str, Any], bucket: Bucket, records: Iterable[MaskRecord]) -> Tensor:
-        """d loss / d (sum of the penalty's terms), 0-dim fp32: the coefficient's and the loss's own share."""
+    def _penalty_scale(self, group: dict[str, Any], bucket: Bucket) -> Tensor:
+        """coefficient / (elements of all groups), 0-dim fp32."""
         coefficient = group["coefficient"]
         total = sum(p.numel() for g in self.param_groups for p in g["params"])
         if isinstance(coefficient, Tensor):
             scale: Tensor = coefficient.to(torch.float32) / total
-        else:
-            scale = bucket.scale.fill_(coefficient / total)
-        for record in records:
-            if record.grad_penalty is not None:
-                scale = scale + record.grad_penalty / sum(x.numel() for x in record.logits)
-        return scale
+            return scale
+        return bucket.scale.fill_(coefficient / total)
 
-    def _step_folded(self, group: dict[str, Any], bucket: Bucket, record: MaskRecord, slope: Tensor) -> None:
-        active = [bucket.index[x] for x in record.logits]
+    def _step_folded(
+        self, group: dict[str, Any], bucket: Bucket, active: list[int], parts: Sequence[RecordedPart]
+    ) -> None:
+        """Chain rule, penalty and Adam from the gradients of one draw's masked weights."""
+        record, places = parts[0].record, [part.index for part in parts]
+        record.require_unchanged()
+        slope = self._penalty_scale(group, bucket)
+        if record.grad_penalty is not None:
+            slope = slope + record.grad_penalty / sum(x.numel() for x in record.logits)
         exp_avg, exp_avg_sq = self.states(group, bucket, active)
         _, _, steps = bucket.advance(active)
+        grads = record.filled()
         mask_adam(
             [bucket.params[i] for i in active],
-            record.weights,
-            _filled(record),
+            [record.weights[i] for i in places],
+            [grads[i] for i in places],
             exp_avg,
             exp_avg_sq,
             record.rng_state,
@@ -146,23 +131,23 @@ class MaskAdam(DeviceOptimizer):
             slope,
             steps,
             self.learning_rate(group, bucket),
-            mode=record.mode,
-            layers=record.layers,
-            thresholds=record.thresholds,
-            step_offset=record.step_offset,
+            mode=record.rule["mode"],
+            layers=[record.rule["layers"][i] for i in places],
+            thresholds=[record.rule["thresholds"][i] for i in places],
+            step_offset=record.rule["step_offset"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
         )
 
-    def _step_on_gradients(self, group: dict[str, Any], bucket: Bucket, recorded: dict[Tensor, Tensor]) -> None:
-        active, grads = [], []
-        for i, p in enumerate(bucket.params):
-            if p in recorded or p.grad is not None:
-                active.append(i)
-                parts = [g for g in (recorded.get(p), p.grad) if g is not None]
-                grads.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
+    def _step_on_gradients(self, group: dict[str, Any], bucket: Bucket, active: list[int]) -> None:
+        """Adam on what stands in `.grad`, plus the coefficient's share."""
+        grads = [_formed(grad) for grad in bucket.gradients(active)]
+        if isinstance(group["coefficient"], Tensor) or group["coefficient"] != 0:
+            slope = self._penalty_scale(group, bucket)
+            terms = self._penalty_terms(group, [bucket.params[i] for i in active])
+            grads = [grad + slope * term for grad, term in zip(grads, terms, strict=True)]
         exp_avg, exp_avg_sq = self.states(group, bucket, active)
         bits, ranks, steps = bucket.advance(active)
         frozen_adamw(
@@ -180,43 +165,41 @@ class MaskAdam(DeviceOptimizer):
             decoupled=group["decoupled_weight_decay"],
         )
 
+    def _penalty_terms(self, group: dict[str, Any], logits: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradient of the penalty's sum over the elements, for each of `logits`."""
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        mode = self._recorders[index].mode if index < len(self._recorders) else None
+        if mode is None:
+            raise InputError(
+                "logits have gradients but no draw was recorded: the coefficient's penalty cannot be added; "
+                "another MaskAdam may have been attached to the model since"
+            )
+        leaves = [x.detach().requires_grad_() for x in logits]
+        with torch.enable_grad():
+            total = penalty(leaves, mode) * sum(x.numel() for x in leaves)
+        if not total.requires_grad:  # a rule without a penalty
+            return [torch.zeros_like(x) for x in logits]
+        return torch.autograd.grad(total, leaves)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "fold": self.fold, "_recorders": []}
 
 
+def _formed(grad: Tensor) -> Tensor:
+    return grad.share.formed() if isinstance(grad, FoldedGradient) else grad
+
+
+def _one_draw(grads: Sequence[Tensor | None]) -> list[RecordedPart] | None:
+    """The parts of these gradients where all come from one draw, nobody has looked, and one operation can step."""
+    parts = []
+    for grad in grads:
+        if not isinstance(grad, FoldedGradient) or len(grad.share.parts) != 1:
+            return None
+        parts.append(grad.share.parts[0])
+    record = parts[0].record
+    alone = all(part.record is record for part in parts)
+    return parts if alone and _uniform(record.weights) and _uniform(record.grads) else None
+
+
 def _uniform(tensors: Sequence[Tensor | None]) -> bool:
     return len({t.dtype for t in tensors if t is not None}) == 1
-
-
-def _filled(record: MaskRecord) -> list[Tensor]:
-    """Gradients of the masked weights, zeros for layers that were not reached."""
-    dtype = next((g.dtype for g in record.grads if g is not None), torch.float32)
-    return [
-        torch.zeros_like(w, dtype=dtype, requires_grad=False) if g is None else g
-        for g, w in zip(record.grads, record.weights, strict=True)
-    ]
-
-
-def _summed(records: Sequence[MaskRecord], slope: Tensor) -> dict[Tensor, Tensor]:
-    """Gradient of every logit over all records; the penalty's share enters with the first."""
-    total: dict[Tensor, Tensor] = {}
-    for record in records:
-        count = sum(x.numel() for x in record.logits)
-        grad_penalty = slope * count if record is records[0] else torch.zeros_like(slope)
-        found, _ = torch.ops.dwm_fast.sample_backward(
-            _filled(record),
-            grad_penalty,
-            record.logits,
-            record.weights,
-            record.rng_state,
-            record.tau,
-            record.layers,
-            record.thresholds,
-            record.mode,
-            record.step_offset,
-            True,
-            False,
-        )
-        for logits, grad in zip(record.logits, found, strict=True):
-            total[logits] = total[logits].add_(grad) if logits in total else grad
-    return total
