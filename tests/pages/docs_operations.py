@@ -1,0 +1,17 @@
+import torch
+
+import dwm_fast
+from dwm_fast import ops
+
+logits, weights = [torch.zeros(4, 8), torch.zeros(2, 4)], [torch.randn(4, 8), torch.randn(2, 4)]
+reals = [torch.full((4, 8), 1e-2), torch.full((2, 4), 1e-2)]
+rng_state, tau = torch.tensor([7, 0]), torch.tensor(1.0)
+gradients, gammas = [torch.randn(4, 8), torch.randn(2, 4)], [torch.rand(4, 8), torch.rand(2, 4)]
+lr = torch.tensor(0.1, dtype=torch.float64)
+masks = mask_a, mask_b = torch.rand(4, 8) > 0.5, torch.rand(2, 4) > 0.5
+weight_a, weight_b = weights
+n_a, n_b = 32, 8
+other = ops.pack([mask_b.repeat(4, 1)[:4].repeat(1, 2), mask_a[:2, :4]])
+linear = torch.randn(3, 8), torch.randn(4, 8), torch.zeros(4, 8), None
+image = torch.randn(3, 8, 5, 5), torch.randn(4, 8, 3, 3), torch.zeros(4, 8, 3, 3), None
+model, x = dwm_fast.mask_model(torch.nn.Linear(8, 4), dwm_fast.GumbelSigmoid()), torch.randn(3, 8)
