@@ -12,6 +12,9 @@ masks = mask_a, mask_b = torch.rand(4, 8) > 0.5, torch.rand(2, 4) > 0.5
 weight_a, weight_b = weights
 n_a, n_b = 32, 8
 other = ops.pack([mask_b.repeat(4, 1)[:4].repeat(1, 2), mask_a[:2, :4]])
-linear = torch.randn(3, 8), torch.randn(4, 8), torch.zeros(4, 8), None
-image = torch.randn(3, 8, 5, 5), torch.randn(4, 8, 3, 3), torch.zeros(4, 8, 3, 3), None
-model, x = dwm_fast.mask_model(torch.nn.Linear(8, 4), dwm_fast.GumbelSigmoid()), torch.randn(3, 8)
+model = dwm_fast.mask_model(torch.nn.Linear(8, 4), dwm_fast.GumbelSigmoid())
+x, weight, weight_logits, bias = torch.randn(3, 8), torch.randn(4, 8), torch.zeros(4, 8), None
+images, filters, filter_logits = torch.randn(3, 8, 5, 5), torch.randn(4, 8, 3, 3), torch.zeros(4, 8, 3, 3)
+weight_bits, filter_bits = ops.pack([weight > 0]), ops.pack([filters > 0])
+bits_of_domains, filter_bits_of_domains = weight_bits.repeat(2, 1), filter_bits.repeat(2, 1)
+offsets, samples = torch.tensor([0, 1, 3]), 3
