@@ -1,0 +1,129 @@
+// What the CPU operations share: checks of what Python hands over, and the cutting of work into chunks that torch's own
+// thread pool takes. Private namespace dwm_fast_cpu; the public operations are dwm_fast.ops.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "bind.h"
+
+namespace dwm {
+
+using Numbers = std::vector<double>;
+
+inline const Kernels& kernels() {
+#if defined(DWM_WITH_AVX2)
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+  return avx2 ? kKernelsAvx2 : kKernelsBaseline;
+#else
+  return kKernelsBaseline;
+#endif
+}
+
+// Chunks of all tensors of a network, taken by threads in turn: a slow core takes fewer.
+struct Piece {
+  int64_t tensor, begin, end;
+};
+
+template <typename List>
+std::vector<Piece> pieces_of(const List& tensors) {
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Shape& shape = tensors[i].shape;
+    const int64_t step = chunk_elements(shape);
+    for (int64_t begin = 0; begin < shape.numel; begin += step) {
+      pieces.push_back({static_cast<int64_t>(i), begin, std::min(begin + step, shape.numel)});
+    }
+  }
+  return pieces;
+}
+
+// body(index) for every index in [0, count), on at most `most` threads.
+template <typename Body>
+void parallel(int64_t count, int64_t most, const Body& body) {
+  if (count <= 0) return;
+  const int64_t threads = std::min({count, most, static_cast<int64_t>(torch::stable::get_num_threads())});
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) body(i);
+  };
+  if (threads <= 1) return work(0, 1);
+  torch::stable::parallel_for(0, threads, 1, work);
+}
+
+template <typename List, typename Body>
+void for_pieces(const List& tensors, const Body& body) {
+  const std::vector<Piece> pieces = pieces_of(tensors);
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  parallel(count, count, [&](int64_t i) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    body(i, tensors[static_cast<size_t>(piece.tensor)], piece.begin, piece.end);
+  });
+}
+
+// A list of fp32 tensors of the weights' shapes and memory order.
+inline void check_state(const Tensors& list, const Tensors& weights, const char* name) {
+  check_count(list, weights.size(), name);
+  for (size_t i = 0; i < list.size(); ++i) {
+    check_float(list[i], name);
+    check_like(list[i], shape_of(weights[i]), name);
+  }
+}
+
+inline Type type_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  if (type == ScalarType::Float) return Type::f32;
+  if (type == ScalarType::BFloat16) return Type::bf16;
+  STD_TORCH_CHECK(type == ScalarType::Half, "dwm_fast: expected float32, bfloat16 or float16");
+  return Type::f16;
+}
+
+inline Type common_type(const Tensors& list, const char* name) {
+  if (list.empty()) return Type::f32;
+  const Type type = type_of(list[0]);
+  for (const Tensor& t : list) {
+    STD_TORCH_CHECK(type_of(t) == type, "dwm_fast: ", name, " must have one dtype");
+  }
+  return type;
+}
+
+inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+inline Noise noise_of(const Tensor& rng_state, int64_t step_offset) {
+  STD_TORCH_CHECK(rng_state.scalar_type() == ScalarType::Long && rng_state.numel() == 2 && rng_state.is_contiguous(),
+                  "dwm_fast: rng_state must be a contiguous int64 tensor of seed and step");
+  const int64_t* state = static_cast<const int64_t*>(rng_state.data_ptr());
+  const uint64_t step = static_cast<uint64_t>(state[1]) + static_cast<uint64_t>(step_offset);
+  return {static_cast<uint64_t>(state[0]), static_cast<uint32_t>(step)};
+}
+
+inline float scalar_of(const Tensor& t, const char* name) {
+  check_float(t, name);
+  STD_TORCH_CHECK(t.numel() == 1, "dwm_fast: ", name, " must have one element");
+  return *floats(t);
+}
+
+inline int64_t total_of(const Tensors& list) {
+  int64_t total = 0;
+  for (const Tensor& t : list) total += t.numel();
+  return total;
+}
+
+inline BackwardRule backward_rule(const Tensors& grads, const Tensors& weights, const Tensor& rng_state,
+                                const Tensor& tau, int64_t mode, int64_t step_offset) {
+  STD_TORCH_CHECK(mode >= 0 && mode <= kEdit, "dwm_fast: unknown mode");
+  return {static_cast<int>(mode),
+          common_type(grads, "grads"),
+          common_type(weights, "weights"),
+          noise_of(rng_state, step_offset),
+          1.0f / scalar_of(tau, "tau"),
+          0.0f};
+}
+
+inline void check_gradients(const Tensors& grads, const Tensors& weights) {
+  check_count(grads, weights.size(), "grads");
+  for (size_t i = 0; i < grads.size(); ++i) check_like(grads[i], shape_of(weights[i]), "grads");
+}
+
+}  // namespace dwm
