@@ -21,3 +21,7 @@ class BackendUnavailable(DwmError, RuntimeError):
 
 class MaskFileError(DwmError):
     """A mask file is truncated, corrupted, of another format version, or belongs to another backbone."""
+
+
+class Unsupported(Exception):
+    """A backend's word to its operation that it does not know these tensors: the reference computes them."""

@@ -35,6 +35,7 @@ from dwm_fast.kernels._tiles import (
     taps_offsets,
 )
 from dwm_fast.kernels.philox import seed_and_step
+from dwm_fast.ops.draw import Draw
 
 
 @triton.jit(do_not_specialize=["step_offset"])
@@ -174,29 +175,21 @@ def has_penalty(mode: int) -> bool:
 
 
 def sample(
-    logits: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rng_state: Tensor,
-    tau: Tensor,
-    layers: Sequence[int],
-    thresholds: Sequence[float],
-    mode: int,
-    step_offset: int,
-    dtype: torch.dtype | None,
-    pack: bool,
+    logits: Sequence[Tensor], weights: Sequence[Tensor], draw: Draw, dtype: torch.dtype | None, pack: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Masked weights, packed bits (empty unless `pack`) and penalty; arguments: dwm_fast.ops.sample."""
     require_fp32(logits)
-    device, launch = rng_state.device, launch_parameters("sample")
+    device, launch = draw.rng_state.device, launch_parameters("sample")
     words = _tables.first_words([w.numel() for w in weights])
     bits = _tables.empty(4 * words[-1] if pack else 0, dtype=torch.uint8, device=device)
-    masked: list[Tensor] = [rng_state] * len(weights)
+    masked: list[Tensor] = [draw.rng_state] * len(weights)
     with _tables.device_guard(device):
         calls = []
         for indices in groups_of(weights):
             roles = [pick(logits, indices), pick(weights, indices)]
             plan = _tables.plan(
-                roles, launch, outputs=(1,), layers=pick(layers, indices), thresholds=pick(thresholds, indices),
+                roles, launch, outputs=(1,), layers=pick(draw.layers, indices),
+                thresholds=pick(draw.thresholds, indices),
                 words=pick(words, indices),
             )  # fmt: skip
             calls.append((indices, roles, plan))
@@ -210,11 +203,11 @@ def sample(
             if plan.num_blocks:
                 sample_fwd_kernel[(plan.num_blocks,)](
                     pointers(roles), plan.rows, plan.geometry, plan.blocks, flat, bits.view(torch.int32),
-                    partials[first:], rng_state, tau, step_offset, WEIGHT=TL_DTYPES[roles[1][0].dtype], MODE=mode,
-                    PACK=pack, **plan.constants(launch), **OPTIONS,
+                    partials[first:], draw.rng_state, draw.tau, draw.step_offset, WEIGHT=TL_DTYPES[roles[1][0].dtype],
+                    MODE=draw.mode, PACK=pack, **plan.constants(launch), **OPTIONS,
                 )  # fmt: skip
             first += plan.num_blocks
-        penalty = _mean(partials, sum(w.numel() for w in weights)) if has_penalty(mode) else None
+        penalty = _mean(partials, sum(w.numel() for w in weights)) if has_penalty(draw.mode) else None
         if penalty is None:
             penalty = torch.zeros((), dtype=torch.float32, device=device)
     return masked, bits, penalty
@@ -229,43 +222,34 @@ def _mean(partials: Tensor, total: int) -> Tensor | None:
 
 
 def sample_backward(
-    grads: Sequence[Tensor],
-    grad_penalty: Tensor,
-    logits: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rng_state: Tensor,
-    tau: Tensor,
-    layers: Sequence[int],
-    thresholds: Sequence[float],
-    mode: int,
-    step_offset: int,
-    need_logits: bool,
-    need_weights: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+    grads: Sequence[Tensor], grad_penalty: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor], draw: Draw,
+    need_logits: bool, need_weights: bool,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Gradients of logits (fp32) and of weights (their dtype), each with its tensor's strides; [] where not needed."""
     require_fp32(logits)
     launch, total = launch_parameters("sample_backward"), sum(x.numel() for x in logits)
-    results: list[list[Tensor]] = [[rng_state] * len(x) if need else [] for x, need in (
+    results: list[list[Tensor]] = [[draw.rng_state] * len(x) if need else [] for x, need in (
         (logits, need_logits), (weights, need_weights))]  # fmt: skip
     if not (need_logits or need_weights):
         return results[0], results[1]
-    with _tables.device_guard(rng_state.device):
+    with _tables.device_guard(draw.rng_state.device):
         for indices in groups_of(weights, grads):
             roles = [pick(logits, indices), pick(weights, indices), pick(grads, indices)]
             plan = _tables.plan(
-                roles, launch, outputs=(0, 1), layers=pick(layers, indices),
-                thresholds=pick(thresholds, indices),
+                roles, launch, outputs=(0, 1), layers=pick(draw.layers, indices),
+                thresholds=pick(draw.thresholds, indices),
             )  # fmt: skip
             flats = []
             for which, needed in enumerate((need_logits, need_weights)):
-                flat, views = plan.outputs(which, roles[which][0].dtype) if needed else (rng_state, [])
+                flat, views = plan.outputs(which, roles[which][0].dtype) if needed else (draw.rng_state, [])
                 flats.append(flat)
                 for i, view in zip(indices, views, strict=False):
                     results[which][i] = view
             if plan.num_blocks:
                 sample_bwd_kernel[(plan.num_blocks,)](
-                    pointers(roles), plan.rows, plan.geometry, plan.blocks, *flats, grad_penalty, rng_state,
-                    tau, step_offset, total, WEIGHT=TL_DTYPES[roles[1][0].dtype], GRAD=TL_DTYPES[roles[2][0].dtype],
-                    MODE=mode, NEED_LOGITS=need_logits, NEED_WEIGHTS=need_weights, **plan.constants(launch), **OPTIONS,
+                    pointers(roles), plan.rows, plan.geometry, plan.blocks, *flats, grad_penalty, draw.rng_state,
+                    draw.tau, draw.step_offset, total, WEIGHT=TL_DTYPES[roles[1][0].dtype],
+                    GRAD=TL_DTYPES[roles[2][0].dtype], MODE=draw.mode, NEED_LOGITS=need_logits,
+                    NEED_WEIGHTS=need_weights, **plan.constants(launch), **OPTIONS,
                 )  # fmt: skip
     return results[0], results[1]

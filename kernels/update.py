@@ -27,6 +27,7 @@ from dwm_fast.kernels._tiles import (
     taps_offsets,
 )
 from dwm_fast.kernels.philox import seed_and_step
+from dwm_fast.ops.draw import Draw
 
 
 @triton.jit
@@ -250,9 +251,8 @@ def frozen_sgd(
 
 def mask_adam(
     logits: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor],
-    exp_avg_sq: Sequence[Tensor], rng_state: Tensor, tau: Tensor, layers: Sequence[int],
-    thresholds: Sequence[float], mode: int, step_offset: int, penalty_scale: Tensor, steps: Tensor, lr: Tensor,
-    beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
+    exp_avg_sq: Sequence[Tensor], draw: Draw, penalty_scale: Tensor, steps: Tensor, lr: Tensor, beta1: float,
+    beta2: float, eps: float, weight_decay: float, decoupled: bool,
 ) -> None:  # fmt: skip
     """Chain rule, penalty and one Adam(W) step on logits; arguments: dwm_fast.ops.update."""
     if not logits:
@@ -260,12 +260,12 @@ def mask_adam(
     require_fp32(logits)
     _one_dtype("mask_adam", weights, grads)
     launch, roles = launch_parameters("update"), [logits, weights, grads, exp_avg, exp_avg_sq]
-    with _tables.device_guard(rng_state.device):
-        plan = _tables.plan(roles, launch, layers=layers, thresholds=thresholds)
+    with _tables.device_guard(draw.rng_state.device):
+        plan = _tables.plan(roles, launch, layers=draw.layers, thresholds=draw.thresholds)
         if plan.num_blocks:
             mask_adam_kernel[(plan.num_blocks,)](
-                pointers(roles), plan.rows, plan.geometry, plan.blocks, rng_state, tau, penalty_scale, steps, lr,
-                split(beta1, beta2, eps, weight_decay), step_offset, WEIGHT=TL_DTYPES[weights[0].dtype],
-                GRAD=TL_DTYPES[grads[0].dtype], MODE=mode, DECAY=weight_decay != 0, DECOUPLED=decoupled,
+                pointers(roles), plan.rows, plan.geometry, plan.blocks, draw.rng_state, draw.tau, penalty_scale, steps,
+                lr, split(beta1, beta2, eps, weight_decay), draw.step_offset, WEIGHT=TL_DTYPES[weights[0].dtype],
+                GRAD=TL_DTYPES[grads[0].dtype], MODE=draw.mode, DECAY=weight_decay != 0, DECOUPLED=decoupled,
                 **plan.constants(launch), **OPTIONS,
             )  # fmt: skip

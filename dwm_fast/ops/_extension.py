@@ -7,28 +7,26 @@ order of float32, bfloat16 or float16; anything else takes a copy in such an ord
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwm_fast.errors import Unsupported
 from dwm_fast.ops import _build
 
 _build.load("cpu")
 
 from dwm_fast.ops.bank import multiply_by_blocks, product_by_blocks, segments  # noqa: E402
-from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402 - only where the extension loads
+from dwm_fast.ops.bits import packed_nbytes  # noqa: E402 - only where the extension loads
+from dwm_fast.ops.draw import Draw  # noqa: E402
 from dwm_fast.ops.layout import COMBINATIONS, FLOATS, PACKABLE, in_order, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.linear import ACTIVATIONS  # noqa: E402
-from dwm_fast.ops.sample import sample_backward_reference, sample_reference  # noqa: E402
-from dwm_fast.ops.update import (  # noqa: E402
-    frozen_adamw_reference,
-    frozen_sgd_reference,
-    mask_adam_reference,
-)
 from dwm_fast.ops.ways import Problem, one_pass  # noqa: E402
 
 TensorList = Sequence[Tensor]
@@ -41,48 +39,42 @@ def _uniform(tensors: TensorList, dtypes: tuple[torch.dtype, ...]) -> bool:
 
 
 def sample(
-    logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: Sequence[int],
-    thresholds: Sequence[float], mode: int, step_offset: int, dtype: torch.dtype | None, pack: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    logits: TensorList, weights: TensorList, draw: Draw, dtype: torch.dtype | None, pack: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
     simple = (dtype is None or dtype in FLOATS) and _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,))
     if not (simple and weights):
-        return sample_reference(logits, weights, rng_state, tau, layers, thresholds, mode, step_offset, dtype, pack)
+        raise Unsupported
     dense, orders = zip(*map(known, weights), strict=True)
     scores = [in_order(x, order) for x, order in zip(logits, orders, strict=True)]
     masked = [torch.empty_like(w, dtype=dtype) for w in dense]
-    nbytes = sum(packed_nbytes(w.numel()) for w in weights) if pack else 0
-    bits = torch.zeros(nbytes, dtype=torch.uint8)
+    bits = torch.zeros(sum(packed_nbytes(w.numel()) for w in weights) if pack else 0, dtype=torch.uint8)
     penalty = torch.empty((), dtype=torch.float32)
-    _OPS.sample.default(
-        masked, bits, penalty, scores, dense, rng_state, tau.float(), layers, thresholds, mode, step_offset
-    )
+    _OPS.sample.default(masked, bits, penalty, scores, dense, *_fp32(draw))
     return [restored(m, w) for m, w in zip(masked, weights, strict=True)], bits, penalty
 
 
 def sample_backward(
-    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor,
-    layers: Sequence[int], thresholds: Sequence[float], mode: int, step_offset: int, need_logits: bool,
+    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, draw: Draw, need_logits: bool,
     need_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     simple = _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,)) and _uniform(grads, FLOATS)
     if not (simple and weights):
-        return sample_backward_reference(
-            grads, grad_penalty, logits, weights, rng_state, tau, layers, thresholds, mode, step_offset,
-            need_logits, need_weights,
-        )  # fmt: skip
+        raise Unsupported
     scores, orders = zip(*map(known, logits), strict=True)
     dense = [in_order(w, order) for w, order in zip(weights, orders, strict=True)]
     incoming = [in_order(g, order) for g, order in zip(grads, orders, strict=True)]
     dlogits = [torch.empty_like(x) for x in scores] if need_logits else []
     dweights = [torch.empty_like(w) for w in dense] if need_weights else []
-    _OPS.sample_backward.default(
-        dlogits, dweights, incoming, grad_penalty.float(), scores, dense, rng_state, tau.float(), layers, thresholds,
-        mode, step_offset,
-    )  # fmt: skip
+    _OPS.sample_backward.default(dlogits, dweights, incoming, grad_penalty.float(), scores, dense, *_fp32(draw))
     return (
         [restored(d, x) for d, x in zip(dlogits, logits, strict=False)],
         [restored(d, w) for d, w in zip(dweights, weights, strict=False)],
     )
+
+
+def _fp32(draw: Draw) -> tuple[Any, ...]:
+    """The draw as the C++ operations take it."""
+    return dataclasses.replace(draw, tau=draw.tau.float()).flat()
 
 
 def pack(masks: TensorList) -> Tensor:
@@ -100,7 +92,7 @@ def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
 
 def apply(bits: Tensor, weights: TensorList) -> list[Tensor]:
     if any(w.is_complex() for w in weights):
-        return apply_reference(bits, weights)
+        raise Unsupported
     contiguous = all(w.is_contiguous() for w in weights)
     dense = weights if contiguous else [known(w)[0] for w in weights]
     masked = [torch.empty_like(w) for w in dense]
@@ -158,10 +150,7 @@ def frozen_adamw(
 ) -> None:  # fmt: skip
     aligned = _alike(weights, grads, exp_avg, exp_avg_sq, compact=ranks.numel() > 0)
     if aligned is None:
-        return frozen_adamw_reference(
-            weights, grads, exp_avg, exp_avg_sq, bits, ranks, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
-            maximize,
-        )  # fmt: skip
+        raise Unsupported
     _OPS.frozen_adamw.default(
         weights, aligned, exp_avg, exp_avg_sq, _lane_bits(bits, weights), ranks.contiguous(), steps.contiguous(), lr,
         beta1, beta2, eps, weight_decay, decoupled, maximize,
@@ -176,10 +165,7 @@ def frozen_sgd(
     states = [momentum_buffers] if momentum != 0 else []
     aligned = _alike(weights, grads, *states, compact=ranks.numel() > 0)
     if aligned is None:
-        return frozen_sgd_reference(
-            weights, grads, momentum_buffers, bits, ranks, steps, lr, momentum, dampening, weight_decay, nesterov,
-            decoupled, maximize,
-        )  # fmt: skip
+        raise Unsupported
     _OPS.frozen_sgd.default(
         weights, aligned, momentum_buffers, _lane_bits(bits, weights), ranks.contiguous(), steps.contiguous(), lr,
         momentum, dampening, weight_decay, nesterov, decoupled, maximize,
@@ -188,21 +174,17 @@ def frozen_sgd(
 
 def mask_adam(
     logits: TensorList, weights: TensorList, grads: TensorList, exp_avg: TensorList, exp_avg_sq: TensorList,
-    rng_state: Tensor, tau: Tensor, layers: Sequence[int], thresholds: Sequence[float], mode: int,
-    step_offset: int, penalty_scale: Tensor, steps: Tensor, lr: Tensor, beta1: float, beta2: float,
-    eps: float, weight_decay: float, decoupled: bool,
+    draw: Draw, penalty_scale: Tensor, steps: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float,
+    weight_decay: float, decoupled: bool,
 ) -> None:  # fmt: skip
     aligned = _alike(logits, grads, logits, exp_avg, exp_avg_sq)
     if aligned is None or not _uniform(weights, FLOATS):
-        return mask_adam_reference(
-            logits, weights, grads, exp_avg, exp_avg_sq, rng_state, tau, layers, thresholds, mode, step_offset,
-            penalty_scale, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
-        )  # fmt: skip
+        raise Unsupported
     orders = [order_of(x) or torch.contiguous_format for x in logits]
     dense = [in_order(w, order) for w, order in zip(weights, orders, strict=True)]
     _OPS.mask_adam.default(
-        logits, dense, aligned, exp_avg, exp_avg_sq, rng_state, tau.float(), layers, thresholds, mode, step_offset,
-        penalty_scale.float(), steps.contiguous(), lr, beta1, beta2, eps, weight_decay, decoupled,
+        logits, dense, aligned, exp_avg, exp_avg_sq, *_fp32(draw), penalty_scale.float(), steps.contiguous(), lr,
+        beta1, beta2, eps, weight_decay, decoupled,
     )  # fmt: skip
 
 

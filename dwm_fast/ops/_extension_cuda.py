@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dwm_fast.errors import Unsupported
 from dwm_fast.ops import _build
 
 _build.load("cuda")
 
-from dwm_fast.ops.bits import apply_reference, packed_nbytes  # noqa: E402
+from dwm_fast.ops.bits import packed_nbytes  # noqa: E402
 from dwm_fast.ops.layout import COMBINATIONS, PACKABLE, known, restored  # noqa: E402 - only where the library loads
 
 TensorList = Sequence[Tensor]
@@ -38,7 +39,7 @@ def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
 
 def apply(bits: Tensor, weights: TensorList) -> list[Tensor]:
     if any(w.is_complex() for w in weights):
-        return apply_reference(bits, weights)
+        raise Unsupported
     dense = [known(w)[0] for w in weights]
     masked = [torch.empty_like(w) for w in dense]
     _OPS.apply.default(aligned(bits), dense, masked)

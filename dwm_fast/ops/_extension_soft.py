@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dwm_fast.errors import Unsupported
 from dwm_fast.ops import _build
 
 _build.load("cpu")
 
-from dwm_fast.ops.kernel_soft import kernel_soft_backward_reference, kernel_soft_reference  # noqa: E402
 from dwm_fast.ops.layout import FLOATS, in_order, known, order_of, restored  # noqa: E402
-from dwm_fast.ops.soft_mask import raise_importance_reference, soft_masked_sgd_reference  # noqa: E402
+from dwm_fast.ops.soft_mask import raise_importance_reference  # noqa: E402
 
 TensorList = Sequence[Tensor]
 
@@ -35,7 +35,7 @@ def kernel_soft(
     step_offset: int, dtype: torch.dtype | None,
 ) -> list[Tensor]:  # fmt: skip
     if noisy or dtype not in (None, torch.float32) or not _fp32(reals, weights):
-        return kernel_soft_reference(reals, weights, rng_state, layers, threshold, noisy, step_offset, dtype)
+        raise Unsupported
     dense = [known(w)[0] for w in weights]
     masked = [torch.empty_like(w) for w in dense]
     _OPS.kernel_soft.default(masked, [r.contiguous() for r in reals], dense, threshold)
@@ -47,7 +47,7 @@ def kernel_soft_backward(
     threshold: float, noisy: bool, step_offset: int,
 ) -> list[Tensor]:  # fmt: skip
     if noisy or not _fp32(reals, weights, grads):
-        return kernel_soft_backward_reference(grads, reals, weights, rng_state, layers, threshold, noisy, step_offset)
+        raise Unsupported
     dense, orders = zip(*map(known, weights), strict=True) if weights else ((), ())
     incoming = [in_order(g, order) for g, order in zip(grads, orders, strict=True)]
     scores = [r.contiguous() for r in reals]
@@ -61,7 +61,7 @@ def soft_masked_sgd(weights: TensorList, gradients: TensorList, gammas: TensorLi
     simple = all(len({t.dtype for t in tensors}) == 1 for tensors in (weights, gradients)) and _fp32(gammas)
     simple = simple and weights[0].dtype in FLOATS and gradients[0].dtype in FLOATS
     if not simple or len(orders) < len(weights):
-        return soft_masked_sgd_reference(weights, gradients, gammas, lr)
+        raise Unsupported
     incoming = [in_order(g, order) for g, order in zip(gradients, orders, strict=True)]
     free = [g if g.dim() == 0 else in_order(g, order) for g, order in zip(gammas, orders, strict=True)]
     _OPS.soft_masked_sgd.default(list(weights), incoming, free, lr)

@@ -1,12 +1,17 @@
-"""The mask rules that every backend of `sample` knows, by number."""
+"""Draw: all that a draw of masks depends on beside logits and weights; one value from the public door to a kernel."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 
 class Mode(enum.IntEnum):
-    """How the learned tensor of a layer becomes a mask (formulas: docs/operations.md)."""
+    """How the learned tensor of a layer becomes a mask (formulas: docs/operations.md); the numbers of every backend."""
 
     GUMBEL_HARD = 0
     """m ~ Bernoulli(sigmoid(l)), straight-through gradient of the soft sample (Csordas et al. 2021)."""
@@ -23,3 +28,43 @@ class Mode(enum.IntEnum):
 
 
 GUMBEL_MODES = (Mode.GUMBEL_HARD, Mode.GUMBEL_SOFT)
+
+PACKED = 6
+"""In the place of a mode: the mask is read from packed bits, nothing is drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How the masks of a list of tensors are drawn.
+
+    Attributes:
+        rng_state: int64 (2,): seed and step. tau: 0-dim fp32, the temperature.
+        layers: the noise contract's layer number of each tensor. thresholds: one number per tensor.
+        mode: a `Mode`. step_offset: added to the step (sample j of a split batch).
+    """
+
+    rng_state: Tensor
+    tau: Tensor
+    layers: Sequence[int]
+    thresholds: Sequence[float]
+    mode: int
+    step_offset: int = 0
+
+    SCHEMA: ClassVar[str] = "Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mode, int step_offset"
+    SCHEMA_OF_ONE: ClassVar[str] = "Tensor rng_state, Tensor tau, int layer, float threshold, int mode, int step_offset"
+
+    @classmethod
+    def of_one(
+        cls, rng_state: Tensor, tau: Tensor, layer: int, threshold: float, mode: int, step_offset: int = 0
+    ) -> Draw:
+        """The draw of one tensor."""
+        return cls(rng_state, tau, (layer,), (threshold,), mode, step_offset)
+
+    @classmethod
+    def from_bits(cls, anything: Tensor) -> Draw:
+        """The draw of a product that reads bits; its tensors are never read."""
+        return cls(anything, anything, (0,), (0.0,), PACKED)
+
+    def flat(self) -> tuple[Any, ...]:
+        """As torch's schema takes it."""
+        return self.rng_state, self.tau, list(self.layers), list(self.thresholds), int(self.mode), self.step_offset

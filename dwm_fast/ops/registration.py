@@ -1,4 +1,8 @@
-"""How an operation is registered with torch: schema, fake, and one kernel that asks the table of backends."""
+"""How an operation is registered with torch: schema, fake, and one kernel that asks the table of backends.
+
+Schemas are flat, as torch wants them. Behind them a draw travels as one value: `define`
+regroups, once, for fakes and every backend.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwm_fast.errors import InputError
+from dwm_fast.errors import InputError, Unsupported
 from dwm_fast.ops import backends
 from dwm_fast.ops.autocast import without_autocast
+from dwm_fast.ops.draw import Draw
 
 _LIBRARY = torch.library.Library("dwm_fast", "DEF")  # type: ignore[no-untyped-call]
+
+_VALUES: tuple[tuple[str, Callable[..., Any]], ...] = ((Draw.SCHEMA, Draw),)
+
+
+def _regroup(schema: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What makes the values above of an operation's flat arguments."""
+    places = []
+    for text, make in _VALUES:
+        before, found, _ = schema.replace("int mask_mode", "int mode").partition(text)
+        if found:
+            places.append((before.count(","), text.count(",") + 1, make))
+    places.sort(key=lambda place: place[0], reverse=True)
+
+    def grouped(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        for start, count, make in places:
+            args = (*args[:start], make(*args[start : start + count]), *args[start + count :])
+        return args
+
+    return grouped
 
 
 def define(
@@ -22,29 +46,35 @@ def define(
     fake: Callable[..., Any],
     device_at: int = 0,
     tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
-) -> str:
-    """Register `schema` under the namespace dwm_fast and return its qualified name.
+) -> None:
+    """Register `schema` under the namespace dwm_fast.
 
-    `reference` is the specification in plain PyTorch, the backend that runs anywhere. The device of argument number
-    `device_at` (of its first tensor, where it is a list) decides between backends. Autocast is off inside: an operation
-    computes in the dtypes it was given, and whoever calls it reads autocast's.
+    `reference` is the specification in plain PyTorch, the backend that runs anywhere; it, `fake` and every backend
+    take the schema's arguments with a `Draw` in the place of its parts, and a backend that raises `Unsupported` leaves
+    these tensors to it. The device of argument number `device_at` (of its first tensor, where it is a list) decides
+    between backends. Autocast is off inside: an operation computes in the dtypes it was given, and whoever calls it
+    reads autocast's.
     """
     name = schema.partition("(")[0]
+    grouped = _regroup(schema)
     backends.REFERENCES[name] = reference
     _LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
 
     def kernel(*args: Any) -> Any:
         device_type = _device_type(args[device_at])
         with without_autocast(device_type):
-            return backends.get(name, backends.chosen(name, device_type))(*args)
+            given = grouped(args)
+            try:
+                return backends.get(name, backends.chosen(name, device_type))(*given)
+            except Unsupported:
+                return reference(*given)
 
     def shapes(*args: Any) -> Any:
         with without_autocast(_device_type(args[device_at])):
-            return fake(*args)
+            return fake(*grouped(args))
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dwm_fast::{name}", shapes, lib=_LIBRARY)
-    return f"dwm_fast::{name}"
 
 
 def _device_type(given: Tensor | Sequence[Tensor]) -> str:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import pack_reference, packed_nbytes
-from dwm_fast.ops.draw import GUMBEL_MODES, Mode
+from dwm_fast.ops.draw import GUMBEL_MODES, Draw, Mode
 from dwm_fast.ops.philox import random_words, uniform
 from dwm_fast.ops.registration import define
 
 TensorList = Sequence[Tensor]
 
 
-def _noise(logits: Tensor, rng_state: Tensor, layer: int, step_offset: int) -> Tensor:
+def _noise(logits: Tensor, draw: Draw, i: int) -> Tensor:
     """u in (0, 1), fp32, of the logits' shape; element index is the logical contiguous order."""
-    return uniform(random_words(logits.numel(), rng_state, layer, step_offset)).view(logits.shape)
+    return uniform(random_words(logits.numel(), draw.rng_state, draw.layers[i], draw.step_offset)).view(logits.shape)
 
 
 def _soft(logits: Tensor, u: Tensor, tau: Tensor) -> Tensor:
@@ -36,18 +36,16 @@ def hard(logits: Tensor, u: Tensor) -> Tensor:
     return u > 1.0 / (1.0 + torch.exp(logits))
 
 
-def mask_value(
-    logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float, mode: int, step_offset: int
-) -> tuple[Tensor, Tensor]:
-    """Mask value m (fp32; for EDIT: ones) and keep bits (bool) of one tensor, each of the logits' shape.
+def mask_value(logits: Tensor, draw: Draw, i: int) -> tuple[Tensor, Tensor]:
+    """Mask value m (fp32; for EDIT: ones) and keep bits (bool) of tensor i, each of the logits' shape.
 
     Computed in contiguous order: vectorised exponentials round an element by its place in memory.
     """
-    logits = logits.contiguous()
+    logits, threshold, mode = logits.contiguous(), draw.thresholds[i], draw.mode
     if mode in GUMBEL_MODES:
-        u = _noise(logits, rng_state, layer, step_offset)
+        u = _noise(logits, draw, i)
         keep = hard(logits, u)
-        return (keep.float() if mode == Mode.GUMBEL_HARD else _soft(logits, u, tau)), keep
+        return (keep.float() if mode == Mode.GUMBEL_HARD else _soft(logits, u, draw.tau)), keep
     if mode == Mode.KEEP:
         keep = logits >= 0
     elif mode == Mode.THRESHOLD:
@@ -89,45 +87,32 @@ def penalty(logits: TensorList, mode: int, device: torch.device | None = None) -
 
 
 def sample_reference(
-    logits: TensorList,
-    weights: TensorList,
-    rng_state: Tensor,
-    tau: Tensor,
-    layers: Sequence[int],
-    thresholds: Sequence[float],
-    mode: int,
-    step_offset: int,
-    dtype: torch.dtype | None,
-    pack: bool,
+    logits: TensorList, weights: TensorList, draw: Draw, dtype: torch.dtype | None, pack: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     masked, keeps = [], []
-    for scores, weight, layer, threshold in zip(logits, weights, layers, thresholds, strict=True):
-        value, keep = mask_value(scores, rng_state, tau, layer, threshold, mode, step_offset)
-        if mode == Mode.EDIT:
-            product = weight.to(scores.dtype) + threshold * scores
-        elif mode in (Mode.GUMBEL_SOFT, Mode.TERNARY):
+    for i, (scores, weight) in enumerate(zip(logits, weights, strict=True)):
+        value, keep = mask_value(scores, draw, i)
+        if draw.mode == Mode.EDIT:
+            product = weight.to(scores.dtype) + draw.thresholds[i] * scores
+        elif draw.mode in (Mode.GUMBEL_SOFT, Mode.TERNARY):
             product = weight.to(scores.dtype) * value
         else:
             product = torch.where(keep, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-        out = torch.empty_like(weight, dtype=dtype or weight.dtype)
-        masked.append(out.copy_(product))
+        masked.append(torch.empty_like(weight, dtype=dtype or weight.dtype).copy_(product))
         keeps.append(keep)
-    bits = pack_reference(keeps) if pack and keeps else rng_state.new_empty(0, dtype=torch.uint8)
-    return masked, bits, penalty(logits, mode, rng_state.device)
+    bits = pack_reference(keeps) if pack and keeps else draw.rng_state.new_empty(0, dtype=torch.uint8)
+    return masked, bits, penalty(logits, draw.mode, draw.rng_state.device)
 
 
-def _logits_gradient(
-    grad: Tensor, logits: Tensor, weight: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
-    threshold: float, mode: int, step_offset: int,
-) -> Tensor:  # fmt: skip
-    """d loss / d logits of one tensor without the regulariser, fp32."""
-    if mode in GUMBEL_MODES:
-        soft = _soft(logits, _noise(logits, rng_state, layer, step_offset), tau)
-        return grad * weight.to(logits.dtype) * (soft * (1.0 - soft) / tau)
-    if mode in (Mode.THRESHOLD, Mode.TERNARY):
+def _logits_gradient(grad: Tensor, logits: Tensor, weight: Tensor, draw: Draw, i: int) -> Tensor:
+    """d loss / d logits of tensor i without the regulariser, fp32."""
+    if draw.mode in GUMBEL_MODES:
+        soft = _soft(logits, _noise(logits, draw, i), draw.tau)
+        return grad * weight.to(logits.dtype) * (soft * (1.0 - soft) / draw.tau)
+    if draw.mode in (Mode.THRESHOLD, Mode.TERNARY):
         return grad * weight.to(logits.dtype)
-    if mode == Mode.EDIT:
-        return grad * threshold
+    if draw.mode == Mode.EDIT:
+        return grad * draw.thresholds[i]
     return torch.zeros_like(logits)
 
 
@@ -141,47 +126,36 @@ def _penalty_gradient(logits: Tensor, mode: int, total: int) -> Tensor | float:
 
 
 def sample_backward_reference(
-    grads: TensorList,
-    grad_penalty: Tensor,
-    logits: TensorList,
-    weights: TensorList,
-    rng_state: Tensor,
-    tau: Tensor,
-    layers: Sequence[int],
-    thresholds: Sequence[float],
-    mode: int,
-    step_offset: int,
-    need_logits: bool,
+    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, draw: Draw, need_logits: bool,
     need_weights: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     total = max(1, sum(x.numel() for x in logits))
     dlogits, dweights = [], []
-    for grad, scores, weight, layer, threshold in zip(grads, logits, weights, layers, thresholds, strict=True):
+    for i, (grad, scores, weight) in enumerate(zip(grads, logits, weights, strict=True)):
         g = grad.to(scores.dtype)
         if need_logits:
             dense = scores.contiguous()
-            d = _logits_gradient(g, dense, weight, rng_state, tau, layer, threshold, mode, step_offset)
-            d = d + grad_penalty * _penalty_gradient(dense, mode, total)
+            d = _logits_gradient(g, dense, weight, draw, i)
+            d = d + grad_penalty * _penalty_gradient(dense, draw.mode, total)
             dlogits.append(torch.empty_like(scores).copy_(d))
         if need_weights:
-            value, _ = mask_value(scores, rng_state, tau, layer, threshold, mode, step_offset)
+            value, _ = mask_value(scores, draw, i)
             dweights.append(torch.empty_like(weight).copy_(g * value))
     return dlogits, dweights
 
 
 def _sample_fake(
-    logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: Sequence[int],
-    thresholds: Sequence[float], mode: int, step_offset: int, dtype: torch.dtype | None, pack: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    logits: TensorList, weights: TensorList, draw: Draw, dtype: torch.dtype | None, pack: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
     masked = [torch.empty_like(w, dtype=dtype or w.dtype) for w in weights]
     nbytes = sum(packed_nbytes(w.numel()) for w in weights) if pack else 0
-    return masked, rng_state.new_empty(nbytes, dtype=torch.uint8), _no_penalty(logits, rng_state.device)
+    state = draw.rng_state
+    return masked, state.new_empty(nbytes, dtype=torch.uint8), _no_penalty(logits, state.device)
 
 
 def _sample_backward_fake(
-    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, rng_state: Tensor,
-    tau: Tensor, layers: Sequence[int], thresholds: Sequence[float], mode: int, step_offset: int,
-    need_logits: bool, need_weights: bool,
+    grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, draw: Draw, need_logits: bool,
+    need_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     return (
         [torch.empty_like(x) for x in logits] if need_logits else [],
@@ -189,19 +163,16 @@ def _sample_backward_fake(
     )
 
 
-_sample = define(
-    "sample(Tensor[] logits, Tensor[] weights, Tensor rng_state, Tensor tau, int[] layers, "
-    "float[] thresholds, int mode, int step_offset, ScalarType? dtype, bool pack) "
+define(
+    f"sample(Tensor[] logits, Tensor[] weights, {Draw.SCHEMA}, ScalarType? dtype, bool pack) "
     "-> (Tensor[] masked, Tensor bits, Tensor penalty)",
     reference=sample_reference,
     fake=_sample_fake,
     device_at=2,
 )
-_sample_backward = define(
-    "sample_backward(Tensor[] grads, Tensor grad_penalty, Tensor[] logits, Tensor[] weights, "
-    "Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mode, int step_offset, "
-    "bool need_logits, bool need_weights) "
-    "-> (Tensor[] dlogits, Tensor[] dweights)",
+define(
+    f"sample_backward(Tensor[] grads, Tensor grad_penalty, Tensor[] logits, Tensor[] weights, {Draw.SCHEMA}, "
+    "bool need_logits, bool need_weights) -> (Tensor[] dlogits, Tensor[] dweights)",
     reference=sample_backward_reference,
     fake=_sample_backward_fake,
     device_at=4,
@@ -209,11 +180,9 @@ _sample_backward = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    logits, weights, rng_state, tau, layers, thresholds, mode, step_offset, _, _ = inputs
+    logits, weights, rng_state, tau, *ctx.rule, _, _ = inputs
     ctx.save_for_backward(rng_state, tau, *logits, *weights)
-    ctx.arguments = (list(layers), list(thresholds), mode, step_offset)
-    ctx.need_logits = any(x.requires_grad for x in logits)
-    ctx.need_weights = any(w.requires_grad for w in weights)
+    ctx.needed = any(x.requires_grad for x in logits), any(w.requires_grad for w in weights)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty: Tensor | None) -> tuple[Any, ...]:
@@ -223,22 +192,10 @@ def _backward(ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty
     filled = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
     if grad_penalty is None:
         grad_penalty = torch.zeros((), device=rng_state.device)
-    dlogits, dweights = torch.ops.dwm_fast.sample_backward(
-        filled,
-        grad_penalty,
-        logits,
-        weights,
-        rng_state,
-        tau,
-        *ctx.arguments,
-        ctx.need_logits,
-        ctx.need_weights,
+    found = torch.ops.dwm_fast.sample_backward(
+        filled, grad_penalty, logits, weights, rng_state, tau, *ctx.rule, *ctx.needed
     )
-    return (
-        dlogits if ctx.need_logits else [None] * count,
-        dweights if ctx.need_weights else [None] * count,
-        *([None] * 8),
-    )
+    return (*(g if needed else [None] * count for g, needed in zip(found, ctx.needed, strict=True)), *([None] * 8))
 
 
 torch.library.register_autograd("dwm_fast::sample", _backward, setup_context=_setup_context)
@@ -257,16 +214,9 @@ def check_noise(rng_state: Tensor, tau: Tensor) -> None:
         )
 
 
-def _check_sample(
-    logits: TensorList,
-    weights: TensorList,
-    rng_state: Tensor,
-    tau: Tensor,
-    layers: Sequence[int],
-    thresholds: Sequence[float],
-) -> None:
-    check_noise(rng_state, tau)
-    given = (len(logits), len(weights), len(layers), len(thresholds))
+def _check_sample(logits: TensorList, weights: TensorList, draw: Draw) -> None:
+    check_noise(draw.rng_state, draw.tau)
+    given = (len(logits), len(weights), len(draw.layers), len(draw.thresholds))
     if len(set(given)) > 1:
         raise InputError(
             f"sample got {given[0]} logits, {given[1]} weights, {given[2]} layers and {given[3]} thresholds; "
@@ -326,19 +276,12 @@ def sample(
         ([1.0, 0.0, 4.0], 5)
     """
     count = len(weights)
-    layers = range(count) if layers is None else layers
-    thresholds = [0.0] * count if thresholds is None else thresholds
-    _check_sample(logits, weights, rng_state, tau, layers, thresholds)
+    draw = Draw(
+        rng_state, tau, range(count) if layers is None else layers,
+        [0.0] * count if thresholds is None else thresholds, Mode(mode), step_offset,
+    )  # fmt: skip
+    _check_sample(logits, weights, draw)
     result: tuple[list[Tensor], Tensor, Tensor] = torch.ops.dwm_fast.sample(
-        list(logits),
-        list(weights),
-        rng_state,
-        tau,
-        list(layers),
-        list(thresholds),
-        int(Mode(mode)),
-        step_offset,
-        dtype,
-        pack,
+        list(logits), list(weights), *draw.flat(), dtype, pack
     )
     return result

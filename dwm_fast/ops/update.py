@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dwm_fast.ops.bits import packed_offsets, unpack_reference
+from dwm_fast.ops.draw import Draw
 from dwm_fast.ops.registration import define
 from dwm_fast.ops.sample import sample_backward_reference
 
@@ -157,16 +158,12 @@ def frozen_sgd_reference(
 
 def mask_adam_reference(
     logits: TensorList, weights: TensorList, grads: TensorList, exp_avg: TensorList, exp_avg_sq: TensorList,
-    rng_state: Tensor, tau: Tensor, layers: Sequence[int], thresholds: Sequence[float], mode: int,
-    step_offset: int, penalty_scale: Tensor, steps: Tensor, lr: Tensor, beta1: float, beta2: float,
-    eps: float, weight_decay: float, decoupled: bool,
+    draw: Draw, penalty_scale: Tensor, steps: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float,
+    weight_decay: float, decoupled: bool,
 ) -> None:  # fmt: skip
     total = sum(x.numel() for x in logits)
-    gradients, _ = sample_backward_reference(
-        grads, penalty_scale * total, logits, weights, rng_state, tau, layers, thresholds, mode, step_offset,
-        True, False,
-    )  # fmt: skip
-    nothing = rng_state.new_empty(0)
+    gradients, _ = sample_backward_reference(grads, penalty_scale * total, logits, weights, draw, True, False)
+    nothing = draw.rng_state.new_empty(0)
     frozen_adamw_reference(
         logits, gradients, exp_avg, exp_avg_sq, nothing.to(torch.uint8), nothing, steps, lr, beta1, beta2,
         eps, weight_decay, decoupled, False,
@@ -196,9 +193,8 @@ define(
 define(
     # torch.compile passes arguments of a mutating operation by name, and keeps the name "mode" for itself.
     "mask_adam(Tensor(a!)[] logits, Tensor[] weights, Tensor[] grads, Tensor(b!)[] exp_avg, "
-    "Tensor(c!)[] exp_avg_sq, Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mask_mode, "
-    "int step_offset, Tensor penalty_scale, Tensor steps, Tensor lr, float beta1, float beta2, float eps, "
-    "float weight_decay, bool decoupled) -> ()",
+    f"Tensor(c!)[] exp_avg_sq, {Draw.SCHEMA.replace('mode', 'mask_mode')}, Tensor penalty_scale, Tensor steps, "
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled) -> ()",
     reference=mask_adam_reference,
     fake=_in_place_fake,
     device_at=5,
@@ -300,9 +296,9 @@ def mask_adam(
     its own term of the penalty's sum): penalty_scale, a 0-dim fp32 tensor, is coefficient / (elements of the
     whole network).
     """
+    draw = Draw(rng_state, tau, layers, thresholds, mode, step_offset)
     torch.ops.dwm_fast.mask_adam(
-        list(logits), list(weights), list(grads), list(exp_avg), list(exp_avg_sq), rng_state, tau,
-        list(layers), list(thresholds), int(mode), step_offset, penalty_scale, steps, lr, betas[0], betas[1],
-        eps, weight_decay, decoupled,
+        list(logits), list(weights), list(grads), list(exp_avg), list(exp_avg_sq), *draw.flat(), penalty_scale, steps,
+        lr, *betas, eps, weight_decay, decoupled,
     )  # fmt: skip
     _written(logits, exp_avg, exp_avg_sq)

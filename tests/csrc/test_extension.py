@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import dwm_fast
 from dwm_fast.ops import _build, _extension, update
 from dwm_fast.ops.update import free_ranks
 
@@ -20,6 +22,20 @@ MODES = range(6)
 SHAPES = [(64, 3, 7, 7), (130, 33, 3, 3), (96, 64, 1, 1), (10, 513), (5,), (3, 2, 3, 3, 3), (1, 1, 1, 1)]
 SEED, STEP, LAYERS = -123456789012345, 2**32 + 7, [3, 0, 9, 1, 2**31, 5, 8]
 TIE = 2.0**-20
+
+
+class _Cpp:
+    """torch.ops.dwm_fast, computed by the backend 'cpp'."""
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            with dwm_fast.use_backend("cpp"):
+                return getattr(torch.ops.dwm_fast, name)(*args)
+
+        return call
+
+
+cpp = _Cpp()
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +112,7 @@ def sample(
     pack: bool = True,
     step_offset: int = 2,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    return _extension.sample(
-        logits, weights, state(), torch.tensor(tau), LAYERS, THRESHOLDS, mode, step_offset, dtype, pack
-    )
+    return cpp.sample(logits, weights, state(), torch.tensor(tau), LAYERS, THRESHOLDS, mode, step_offset, dtype, pack)
 
 
 def oracle(logit: Tensor, weight: Tensor, index: int, mode: int, tau: float) -> tuple[np.ndarray, ...]:
@@ -163,7 +177,7 @@ def test_sample_matches_fp64(mode: int, tau: float, order: str) -> None:
     mean = sum(sums[mode](x.double()).sum().item() for x in logits) / numel if mode in sums else 0.0
     assert penalty.item() == pytest.approx(mean, rel=1e-6)
     assert buffer.numel() == offsets([w.numel() for w in weights])[-1]
-    assert int(_extension.count(buffer, [w.numel() for w in weights]).sum()) == sum(
+    assert int(cpp.count(buffer, [w.numel() for w in weights]).sum()) == sum(
         b.sum() for b in bits_of(buffer, [w.numel() for w in weights])
     ), "padding bits are zero"
 
@@ -183,10 +197,10 @@ def test_sixteen_bit_edge_values_survive() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         kept = torch.full((2**16,), 5.0)
-        one = _extension.sample([kept], [every], state(), torch.tensor(1.0), [0], [0.0], 2, 0, None, False)[0][0]
+        one = cpp.sample([kept], [every], state(), torch.tensor(1.0), [0], [0.0], 2, 0, None, False)[0][0]
         assert torch.equal(one.isnan(), every.isnan())
         assert torch.equal(one[~every.isnan()], every[~every.isnan()])
-        wide = _extension.sample([kept], [every], state(), torch.tensor(1.0), [0], [0.0], 2, 0, torch.float32, False)
+        wide = cpp.sample([kept], [every], state(), torch.tensor(1.0), [0], [0.0], 2, 0, torch.float32, False)
         assert torch.equal(wide[0][0][~every.isnan()], every[~every.isnan()].float())
     generator = torch.Generator().manual_seed(2)
     floats = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
@@ -194,7 +208,7 @@ def test_sixteen_bit_edge_values_survive() -> None:
     for values in (floats, near):
         for dtype in (torch.float16, torch.bfloat16):
             kept = torch.ones_like(values)
-            got = _extension.sample([kept], [values], state(), torch.tensor(1.0), [0], [0.0], 2, 0, dtype, False)[0][0]
+            got = cpp.sample([kept], [values], state(), torch.tensor(1.0), [0], [0.0], 2, 0, dtype, False)[0][0]
             assert torch.equal(got.nan_to_num(nan=3.0), values.to(dtype).nan_to_num(nan=3.0))
 
 
@@ -205,7 +219,7 @@ def test_backward_matches_fp64(mode: int, order: str) -> None:
     generator = torch.Generator().manual_seed(3)
     grads = [torch.randn(s, generator=generator) for s in SHAPES]  # contiguous whatever the weights are
     total, grad_penalty = sum(x.numel() for x in logits), 1000.0
-    dlogits, dweights = _extension.sample_backward(
+    dlogits, dweights = cpp.sample_backward(
         grads,
         torch.tensor(grad_penalty),
         logits,
@@ -236,8 +250,8 @@ def test_backward_matches_fp64(mode: int, order: str) -> None:
 def test_backward_returns_only_what_is_needed() -> None:
     logits, weights = network("contiguous")
     arguments = (weights, torch.tensor(0.0), logits, weights, state(), torch.tensor(1.0), LAYERS, THRESHOLDS, 0, 0)
-    assert [len(part) for part in _extension.sample_backward(*arguments, True, False)] == [len(weights), 0]
-    assert [len(part) for part in _extension.sample_backward(*arguments, False, True)] == [0, len(weights)]
+    assert [len(part) for part in cpp.sample_backward(*arguments, True, False)] == [len(weights), 0]
+    assert [len(part) for part in cpp.sample_backward(*arguments, False, True)] == [0, len(weights)]
 
 
 @pytest.mark.parametrize("mode", [0, 1])
@@ -285,17 +299,17 @@ def test_pack_unpack_and_apply_match_numpy(dtype: torch.dtype, order: str) -> No
     generator = torch.Generator().manual_seed(4)
     masks = [ORDERS[order](-torch.randint(-1, 2, s, generator=generator).float()).to(dtype) for s in SHAPES]
     numels = [m.numel() for m in masks]
-    buffer = _extension.pack(masks)
+    buffer = cpp.pack(masks)
     expected = np.zeros(offsets(numels)[-1], np.uint8)
     for mask, start in zip(masks, offsets(numels), strict=False):
         packed = np.packbits((mask != 0).reshape(-1).numpy(), bitorder="little")
         expected[start : start + packed.size] = packed
     assert np.array_equal(buffer.numpy(), expected)
-    for mask, flat in zip(masks, _extension.unpack(buffer, numels), strict=True):
+    for mask, flat in zip(masks, cpp.unpack(buffer, numels), strict=True):
         assert flat.dtype == torch.bool
         assert torch.equal(flat, (mask != 0).reshape(-1))
     weights = [ORDERS[order](torch.randn(s, generator=generator)).to(dtype) for s in SHAPES]
-    for mask, weight, got in zip(masks, weights, _extension.apply(buffer, weights), strict=True):
+    for mask, weight, got in zip(masks, weights, cpp.apply(buffer, weights), strict=True):
         assert torch.equal(got, torch.where(mask != 0, weight, torch.zeros((), dtype=dtype)))
         assert got.stride() == torch.empty_like(weight).stride()
         if dtype.is_floating_point:
@@ -306,24 +320,22 @@ def test_set_operations_match_numpy() -> None:
     generator = torch.Generator().manual_seed(5)
     numels = [1, 127, 128, 129, 0, 700_001]
     masks = [[torch.rand(n, generator=generator) < p for n in numels] for p in (0.3, 0.6)]
-    a, b = (_extension.pack(m) for m in masks)
+    a, b = (cpp.pack(m) for m in masks)
     one, two = ([m.numpy() for m in ms] for ms in masks)
     pairs = list(zip(one, two, strict=True))
-    assert _extension.count(a, numels).tolist() == [x.sum() for x in one]
-    assert _extension.overlap(a, b, numels).tolist() == [[(x & y).sum(), (x | y).sum()] for x, y in pairs]
+    assert cpp.count(a, numels).tolist() == [x.sum() for x in one]
+    assert cpp.overlap(a, b, numels).tolist() == [[(x & y).sum(), (x | y).sum()] for x, y in pairs]
     x, y = a.numpy(), b.numpy()
     for op, expected in {"and": x & y, "or": x | y, "xor": x ^ y, "andnot": x & ~y}.items():
-        assert np.array_equal(_extension.combine(a, b, op).numpy(), expected)
+        assert np.array_equal(cpp.combine(a, b, op).numpy(), expected)
 
 
 def test_empty_lists_and_empty_tensors_are_fine() -> None:
-    assert _extension.pack([]).numel() == 0
-    assert _extension.pack([torch.zeros(0)]).numel() == 0
-    assert _extension.unpack(torch.zeros(0, dtype=torch.uint8), [0])[0].numel() == 0
+    assert cpp.pack([]).numel() == 0
+    assert cpp.pack([torch.zeros(0)]).numel() == 0
+    assert cpp.unpack(torch.zeros(0, dtype=torch.uint8), [0])[0].numel() == 0
     empty = torch.zeros(0, 3)
-    masked, bits, penalty = _extension.sample(
-        [empty], [empty], state(), torch.tensor(1.0), [0], [0.0], 0, 0, None, True
-    )
+    masked, bits, penalty = cpp.sample([empty], [empty], state(), torch.tensor(1.0), [0], [0.0], 0, 0, None, True)
     assert masked[0].shape == (0, 3)
     assert bits.numel() == 0
     assert penalty.item() == 0.0
@@ -331,7 +343,7 @@ def test_empty_lists_and_empty_tensors_are_fine() -> None:
 
 def test_wrong_lengths_are_refused_before_memory_is_touched() -> None:
     with pytest.raises(RuntimeError, match="bits have 16 bytes, expected 32"):
-        _extension.unpack(torch.zeros(16, dtype=torch.uint8), [129])
+        cpp.unpack(torch.zeros(16, dtype=torch.uint8), [129])
     with pytest.raises(RuntimeError, match="another number of tensors"):
         torch.ops.dwm_fast_cpu.apply(torch.zeros(16, dtype=torch.uint8), [torch.ones(3)], [])
 
@@ -351,9 +363,9 @@ def masked_product(width: int, seed: int = 6) -> tuple[Tensor, Tensor, Tensor, T
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear_from_bits_matches_fp64(rows: int, width: int) -> None:
     weight, masks, biases, x = masked_product(width)
-    masked, bits, x = weight.double() * masks[0], _extension.pack([masks[0]]), x[: 2 * rows].view(2, rows, width)
+    masked, bits, x = weight.double() * masks[0], cpp.pack([masks[0]]), x[: 2 * rows].view(2, rows, width)
     for part in (x[:1], x[0], x[0, 0]):
-        got = _extension.linear_packed(part, weight, bits, biases[0], "none")
+        got = cpp.linear_packed(part, weight, bits, biases[0], "none")
         exact = torch.nn.functional.linear(part.double(), masked, biases[0].double())
         # Each lane adds ceil(width / 16) rounded products, four levels add the lanes and one the bias.
         terms = -(-width // 16) + 6
@@ -365,20 +377,20 @@ def test_linear_from_bits_matches_fp64(rows: int, width: int) -> None:
 @pytest.mark.parametrize("width", [5, 128, 5003])
 def test_a_row_from_bits_is_the_same_bit_for_bit_in_any_company(width: int) -> None:
     weight, masks, biases, x = masked_product(width)
-    bits = torch.stack([_extension.pack([mask]) for mask in masks])
+    bits = torch.stack([cpp.pack([mask]) for mask in masks])
     expected = []
     for row in range(7):
         domain = int(row >= 2)
-        expected.append(_extension.linear_packed(x[row], weight, bits[domain], biases[domain], "none"))
+        expected.append(cpp.linear_packed(x[row], weight, bits[domain], biases[domain], "none"))
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            y = _extension.bank_linear(x[:7], weight, bits, biases, torch.tensor([0, 2, 7]), 7)
+            y = cpp.bank_linear(x[:7], weight, bits, biases, torch.tensor([0, 2, 7]), 7)
             assert torch.equal(y, torch.stack(expected))
     finally:
         torch.set_num_threads(before)
-    shared = _extension.bank_linear(x[:7], weight, bits, biases[0], torch.tensor([0, 2, 7]), 7)
+    shared = cpp.bank_linear(x[:7], weight, bits, biases[0], torch.tensor([0, 2, 7]), 7)
     assert torch.equal(shared[:2], y[:2])
     assert not torch.equal(shared[2:], y[2:])
 
@@ -388,12 +400,12 @@ def test_integers_multiply_exactly_from_bits() -> None:
     generator = torch.Generator().manual_seed(9)
     weight, x = (torch.randint(-3, 4, (n, 5003), generator=generator).float() for n in (33, 60))
     masks = torch.rand(4, 33, 5003, generator=generator) < 0.6
-    bits = torch.stack([_extension.pack([mask]) for mask in masks])
+    bits = torch.stack([cpp.pack([mask]) for mask in masks])
     wide = torch.full((4, bits.shape[1] + 48), 255, dtype=torch.uint8)
     wide[:, 16:-32] = bits  # rows of bits may lie apart
     counts = [1, 0, 10, 4]  # ten are too many to be read from bits
     ends = torch.tensor([0, *counts]).cumsum(0)
-    y = _extension.bank_linear(x.view(15, 4, 5003), weight, wide[:, 16:-32], None, ends, 15)
+    y = cpp.bank_linear(x.view(15, 4, 5003), weight, wide[:, 16:-32], None, ends, 15)
     for domain, count in enumerate(counts):
         part = slice(int(ends[domain]), int(ends[domain]) + count)
         assert torch.equal(y[part], torch.nn.functional.linear(x.view(15, 4, 5003)[part], weight * masks[domain]))
@@ -402,7 +414,7 @@ def test_integers_multiply_exactly_from_bits() -> None:
 def test_infinite_inputs_meet_masked_weights_as_in_a_product() -> None:
     weight, masks, _, x = masked_product(33)
     x[0, 5], x[1, 7] = torch.inf, torch.nan
-    got = _extension.linear_packed(x[:3], weight, _extension.pack([masks[0]]), None, "none")
+    got = cpp.linear_packed(x[:3], weight, cpp.pack([masks[0]]), None, "none")
     expected = torch.nn.functional.linear(x[:3], torch.where(masks[0], weight, 0.0))
     torch.testing.assert_close(got, expected, equal_nan=True)
 
@@ -410,7 +422,7 @@ def test_infinite_inputs_meet_masked_weights_as_in_a_product() -> None:
 @pytest.mark.parametrize("parts", [[0, 0, 5], [0, -1, 2], [2, 0, 1], [-1, 0, 1], [0, 3, 2], [0, 0]])
 def test_parts_outside_of_the_matrices_are_refused_before_memory_is_touched(parts: list[int]) -> None:
     weight, masks, _, x = masked_product(33)
-    bits = torch.stack([_extension.pack([mask]) for mask in masks])
+    bits = torch.stack([cpp.pack([mask]) for mask in masks])
     with pytest.raises(RuntimeError, match=r"dwm_fast: (a part lies outside|parts come as)"):
         torch.ops.dwm_fast_cpu.linear_packed(x[:4], weight, bits, None, parts, torch.empty(4, 19))
 
@@ -423,7 +435,7 @@ def free_run(optimizer: str, order: str, dtype: torch.dtype) -> tuple[list[Tenso
         weights = [w.contiguous() for w in weights]
     start = [w.clone() for w in weights]
     masks = [torch.rand(s, generator=generator) < 0.5 for s in SHAPES]
-    bits, ranks = _extension.pack(masks), torch.zeros(0, dtype=torch.int64)
+    bits, ranks = cpp.pack(masks), torch.zeros(0, dtype=torch.int64)
     states = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in range(2)]
     lr, steps = torch.tensor(0.01, dtype=torch.float64), torch.zeros(len(weights))
     theirs = [torch.nn.Parameter(w.double().clone()) for w in weights]
@@ -439,13 +451,9 @@ def free_run(optimizer: str, order: str, dtype: torch.dtype) -> tuple[list[Tenso
         torch_optimizer.step()
         poisoned = [g.masked_fill(m, float("nan")) for g, m in zip(grads, masks, strict=True)]
         if optimizer == "adamw":
-            _extension.frozen_adamw(
-                weights, poisoned, *states, bits, ranks, steps, lr, 0.9, 0.999, 1e-8, 0.1, True, False
-            )
+            cpp.frozen_adamw(weights, poisoned, *states, bits, ranks, steps, lr, 0.9, 0.999, 1e-8, 0.1, True, False)
         else:
-            _extension.frozen_sgd(
-                weights, poisoned, states[0], bits, ranks, steps, lr, 0.9, 0.0, 0.1, True, False, False
-            )
+            cpp.frozen_sgd(weights, poisoned, states[0], bits, ranks, steps, lr, 0.9, 0.0, 0.1, True, False, False)
     for weight, before, mask, *moments in zip(weights, start, masks, *states, strict=True):
         assert torch.equal(weight[mask], before[mask]), "kept weights are bit-identical"
         assert all((m[mask] == 0).all() for m in moments), "state of kept lanes is never written"
@@ -466,7 +474,7 @@ class Compact:
         self.generator = torch.Generator().manual_seed(17)
         weights = [w.contiguous() if order == "strided" else w for w in network(order, dtype)[1]]
         self.masks = [torch.rand(s, generator=self.generator) < fraction for s in SHAPES]
-        self.bits, numels = _extension.pack(self.masks), [w.numel() for w in weights]
+        self.bits, numels = cpp.pack(self.masks), [w.numel() for w in weights]
         self.ranks = free_ranks(self.bits, numels)
         self.weights = {True: [w.clone() for w in weights], False: weights}
         free = [int((~mask).sum()) for mask in self.masks]
@@ -482,7 +490,7 @@ class Compact:
         for compact, weights in self.weights.items():
             ranks = self.ranks if compact else self.ranks[:0]
             first, second = self.states[compact]
-            where = _extension if kernels else update
+            where = cpp if kernels else update
             suffix = "" if kernels else "_reference"
             if optimizer == "adamw":
                 getattr(where, f"frozen_adamw{suffix}")(
@@ -570,7 +578,7 @@ def test_mask_adam_is_backward_then_adam(mode: int, order: str) -> None:
     generator = torch.Generator().manual_seed(8)
     grads = [torch.randn(s, generator=generator) for s in SHAPES]
     total, coefficient = sum(x.numel() for x in logits), 5.0
-    dlogits, _ = _extension.sample_backward(
+    dlogits, _ = cpp.sample_backward(
         grads,
         torch.tensor(coefficient),
         logits,
@@ -591,7 +599,7 @@ def test_mask_adam_is_backward_then_adam(mode: int, order: str) -> None:
     moments = [[torch.zeros_like(x) for x in logits] for _ in range(2)]
     if order == "strided":
         moments = [[strided(m) for m in part] for part in moments]
-    _extension.mask_adam(
+    cpp.mask_adam(
         logits,
         weights,
         grads,

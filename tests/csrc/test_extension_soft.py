@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dwm_fast.ops import _extension_soft as extension
+import dwm_fast
 from dwm_fast.ops.kernel_soft import kernel_soft_reference
 from dwm_fast.ops.soft_mask import soft_masked_sgd_reference
 
@@ -18,6 +18,20 @@ SHAPES = [
     (1, 1, 1, 1),
 ]
 STATE = torch.tensor([5, 0])
+
+
+class _Cpp:
+    """torch.ops.dwm_fast, computed by the backend 'cpp'."""
+
+    def __getattr__(self, name):
+        def call(*args):
+            with dwm_fast.use_backend("cpp"):
+                return getattr(torch.ops.dwm_fast, name)(*args)
+
+        return call
+
+
+extension = _Cpp()
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +61,8 @@ def reals(low):
 @pytest.mark.parametrize("low", [-0.01, 0.006, -0.04], ids=["mixed", "all kept", "all dropped"])
 def test_masked_weights_are_the_references_bits(like, low):
     weights = tensors(1, like)
-    masked = extension.kernel_soft(reals(low), weights, STATE, range(len(SHAPES)), 5e-3, False, 0, None)
-    expected = kernel_soft_reference(reals(low), weights, STATE, range(len(SHAPES)), 5e-3, False, 0, None)
+    masked = extension.kernel_soft(reals(low), weights, STATE, list(range(len(SHAPES))), 5e-3, False, 0, None)
+    expected = kernel_soft_reference(reals(low), weights, STATE, list(range(len(SHAPES))), 5e-3, False, 0, None)
     for mine, theirs, weight in zip(masked, expected, weights, strict=True):
         assert torch.equal(mine, theirs)
         assert mine.stride() == torch.empty_like(weight).stride()
@@ -57,7 +71,7 @@ def test_masked_weights_are_the_references_bits(like, low):
 @pytest.mark.parametrize("like", [lambda t: t, channels_last], ids=["contiguous", "channels_last"])
 def test_gradients_are_the_formula(like):
     weights, grads, r = tensors(1, like), tensors(2), reals(-0.01)
-    found = extension.kernel_soft_backward(grads, r, weights, STATE, range(len(SHAPES)), 5e-3, False, 0)
+    found = extension.kernel_soft_backward(grads, r, weights, STATE, list(range(len(SHAPES))), 5e-3, False, 0)
     for d, g, w, real in zip(found, grads, weights, r, strict=True):
         products = (g.double() * w.double()).flatten(2).sum(2) if w.dim() > 2 else g.double() * w.double()
         size = (g.double() * w.double()).abs().flatten(2).sum(2) if w.dim() > 2 else products.abs()
@@ -92,10 +106,10 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        masked = extension.kernel_soft(reals(-0.01), tensors(1), STATE, range(len(SHAPES)), 5e-3, False, 0, None)
+        masked = extension.kernel_soft(reals(-0.01), tensors(1), STATE, list(range(len(SHAPES))), 5e-3, False, 0, None)
     finally:
         torch.set_num_threads(before)
-    expected = kernel_soft_reference(reals(-0.01), tensors(1), STATE, range(len(SHAPES)), 5e-3, False, 0, None)
+    expected = kernel_soft_reference(reals(-0.01), tensors(1), STATE, list(range(len(SHAPES))), 5e-3, False, 0, None)
     assert all(torch.equal(a, b) for a, b in zip(masked, expected, strict=True))
 
 

@@ -7,6 +7,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.kernels import _pointers, _tables
 from dwm_fast.kernels.sample import sample, sample_backward
 from dwm_fast.kernels.update import mask_adam
+from dwm_fast.ops.draw import Draw
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,16 +34,16 @@ class Step:
         self.layers, self.thresholds = list(range(len(shapes))), [0.0] * len(shapes)
 
     def __call__(self):
-        shared = (self.rng, self.tau, self.layers, self.thresholds, 0, 0)
-        masked, bits, penalty = sample(self.logits, self.weights, *shared, torch.bfloat16, True)
+        draw = Draw(self.rng, self.tau, self.layers, self.thresholds, 0)
+        masked, bits, penalty = sample(self.logits, self.weights, draw, torch.bfloat16, True)
         grads = [m.float().sin().to(m.dtype) for m in masked]
-        dlogits, _ = sample_backward(grads, penalty, self.logits, self.weights, *shared, True, True)
+        dlogits, _ = sample_backward(grads, penalty, self.logits, self.weights, draw, True, True)
         mask_adam(
             self.logits,
             self.weights,
             grads,
             *self.moments,
-            *shared,
+            draw,
             self.scale,
             self.steps,
             self.lr,
@@ -128,14 +129,13 @@ def test_a_capture_without_warm_up_says_so():
 def test_streams_share_tables():
     step = Step()
     step.rng[1:].zero_()
-    expected = sample(step.logits, step.weights, step.rng, step.tau, step.layers, step.thresholds, 0, 0, None, True)
+    draw = Draw(step.rng, step.tau, step.layers, step.thresholds, 0)
+    expected = sample(step.logits, step.weights, draw, None, True)
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     for stream in streams:
         with torch.cuda.stream(stream):
-            actual = sample(
-                step.logits, step.weights, step.rng, step.tau, step.layers, step.thresholds, 0, 0, None, True
-            )
+            actual = sample(step.logits, step.weights, draw, None, True)
         torch.cuda.synchronize()
         assert torch.equal(actual[1], expected[1])
 

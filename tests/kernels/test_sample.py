@@ -10,6 +10,7 @@ import torch
 from dwm_fast.kernels import _pointers, _tables
 from dwm_fast.kernels._launch import Launch, override_launch
 from dwm_fast.kernels.sample import sample, sample_backward
+from dwm_fast.ops.draw import Draw
 
 HARD, SOFT, KEEP, THRESHOLD, TERNARY, EDIT = range(6)
 SEED, STEP, OFFSET = -(2**62) + 12345678901, 2**32 - 2, 3
@@ -41,26 +42,16 @@ class Network:
         self.rng = torch.tensor([SEED, STEP], device=device)
         self.tau = torch.tensor(0.7, device=device)
 
+    def draw(self, mode):
+        return Draw(self.rng, self.tau, self.layers, self.thresholds, mode, OFFSET)
+
     def sample(self, mode, dtype=None, pack=True):
-        return sample(
-            self.logits, self.weights, self.rng, self.tau, self.layers, self.thresholds, mode, OFFSET, dtype, pack
-        )
+        return sample(self.logits, self.weights, self.draw(mode), dtype, pack)
 
     def backward(self, mode, penalty=3.0, need_logits=True, need_weights=True):
         grad_penalty = torch.tensor(penalty, device=self.rng.device)
         return sample_backward(
-            self.grads,
-            grad_penalty,
-            self.logits,
-            self.weights,
-            self.rng,
-            self.tau,
-            self.layers,
-            self.thresholds,
-            mode,
-            OFFSET,
-            need_logits,
-            need_weights,
+            self.grads, grad_penalty, self.logits, self.weights, self.draw(mode), need_logits, need_weights
         )
 
     def logical(self, tensors):

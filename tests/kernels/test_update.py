@@ -6,6 +6,7 @@ import torch
 
 from dwm_fast.kernels import update as kernels
 from dwm_fast.kernels._launch import override_launch
+from dwm_fast.ops.draw import Draw
 
 SHAPES = [(1,), (131,), (12, 40), (3, 48, 3, 3), (2, 3, 3, 3), (16, 12)]
 NOTHING = torch.empty(0, dtype=torch.int64)
@@ -272,12 +273,7 @@ def test_mask_adam_is_the_chain_rule_and_then_adamw(device, oracle, mode):
             [g.bfloat16() for g in grads],
             m,
             v,
-            rng,
-            torch.tensor(0.7, device=device),
-            layers,
-            [0.0] * len(SHAPES),
-            mode,
-            2,
+            Draw(rng, torch.tensor(0.7, device=device), layers, [0.0] * len(SHAPES), mode, 2),
             scale,
             case.steps,
             case.lr,
@@ -308,12 +304,7 @@ def test_other_modes_take_their_own_gradient(device):
             [g],
             [m],
             [v],
-            torch.tensor([1, 0], device=device),
-            torch.tensor(1.0, device=device),
-            [0],
-            [0.5],
-            mode,
-            0,
+            Draw(torch.tensor([1, 0], device=device), torch.tensor(1.0, device=device), [0], [0.5], mode),
             torch.tensor(0.25, device=device),
             torch.ones(1, device=device),
             torch.tensor(1e-2, dtype=torch.float64, device=device),
