@@ -1,4 +1,4 @@
-"""Result files -> the tables and figures of README and docs, so that no figure is typed by hand.
+"""Result files -> the tables and figures of docs, so that no figure is typed by hand.
 
 python -m benchmarks.report            rewrite the generated blocks and figures
 python -m benchmarks.report --check    exit with 1 when a block is not what the result files say
@@ -22,7 +22,7 @@ from .results import Row, merged, read
 from .source import RESULTS
 from .table import by_case, case_lines, console, results_table, shown_number
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("docs/benchmarks.md",)
 FIGURES = Path("docs/figures")
 _LEADING = (
     "sample forward",
