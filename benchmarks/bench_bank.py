@@ -33,7 +33,7 @@ def linear(context: Context, domains: int, rows: int) -> Case:
     masks = [torch.rand(n, k, device=device) < 0.7 for _ in range(domains)]
     bits = torch.stack([ops.pack([m]) for m in masks])
     offsets = torch.arange(0, total + 1, rows, device=device)
-    parts = x.split(rows)
+    parts = torch.split(x, rows)
     flops = 2 * total * n * k
     moved = mixed_bytes(domains, rows, n, k, weight.element_size())
 

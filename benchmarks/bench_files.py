@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import lzma
 import tempfile
@@ -39,9 +40,7 @@ def _packed_bytes(record: DomainMasks) -> bytes:
 
 def _zstd(level: int) -> Any:
     """A zstd compressor; ImportError where the package is missing."""
-    import zstandard
-
-    return zstandard.ZstdCompressor(level=level)
+    return importlib.import_module("zstandard").ZstdCompressor(level=level)
 
 
 def _parameters(record: DomainMasks, kept: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from dwm_fast import ops
 from dwm_fast.ops import backends
 
 from .context import Context
-from .measure import Case, Way, require
+from .measure import Case, Run, Way, require
 from .rivals import gumbel_mask, unpacked
 
 
@@ -92,6 +93,9 @@ def drawn(context: Context, rows: int) -> Case:
             y = ops.linear(x, weight, logits, bias, state, tau)
             return (y, *torch.autograd.grad(y, [x, logits], grad))
 
+    def by_force(way: str) -> Run:
+        return lambda: step(way)
+
     def by_hand() -> Any:
         y = F.linear(x, weight * gumbel_mask(logits).to(dtype))
         return (y, *torch.autograd.grad(y, [x, logits], grad))
@@ -108,8 +112,7 @@ def drawn(context: Context, rows: int) -> Case:
     ]
     if context.on_gpu:
         ways += [
-            Way(f"ours, {way}", lambda way=way: lambda: step(way), flops=flops, graph=True, backend=backend)
-            for way in ops.WAYS
+            Way(f"ours, {way}", partial(by_force, way), flops=flops, graph=True, backend=backend) for way in ops.WAYS
         ]
     parameters = {"M": rows, "N": n, "K": k, "dtype": str(dtype)[6:]}
     return Case("linear with a drawn mask, forward and backward", parameters, ways, gate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,9 @@ class _Setting:
         model = network(self.name, self.context.device)
         for p in model.parameters():
             p.requires_grad_(False)
-        weights = [layer.weight.requires_grad_() for layer in maskable_layers(model).values()]
+        weights = [cast(nn.Parameter, layer.weight) for layer in maskable_layers(model).values()]
+        for weight in weights:
+            weight.requires_grad_()
         return model, weights
 
     def adam_options(self) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class _Setting:
         def step(x: Tensor, y: Tensor) -> Tensor:
             optimizer.zero_grad()
             loss = self.loss(model, x, y)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             return loss
 
@@ -100,7 +102,7 @@ class _Setting:
         def step(x: Tensor, y: Tensor) -> Tensor:
             optimizer.zero_grad()
             loss = objective(x, y)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             return loss
 
@@ -129,7 +131,7 @@ class _OurStep:
         loss = self.setting.loss(self.masked, x, y)
         if not self.folded:
             loss = loss + _COEFFICIENT * self.masked.sparsity_penalty()
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         return loss
 
@@ -189,7 +191,7 @@ class _FrozenStep:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
         loss = self.setting.loss(self.model, x, y)
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         if self.by_hand:
             with torch.no_grad():
@@ -229,7 +231,7 @@ def _eager_bits(model: nn.Module, packed: nn.Module) -> nn.Module:
     """The network with layers that unpack their bits in every forward, in plain PyTorch."""
     model = copy.deepcopy(model)
     for name, layer in maskable_layers(model).items():
-        layer.register_buffer("bits", packed.get_submodule(name).bits)
+        layer.register_buffer("bits", packed.get_buffer(f"{name}.bits"))
         layer.__class__ = EagerPackedConv2d if isinstance(layer, nn.Conv2d) else EagerPackedLinear
     return model
 
@@ -247,7 +249,8 @@ def packed_inference(context: Context, name: str, rows: int, pixels: int) -> Cas
     def forward(model: nn.Module) -> Run:
         def run() -> Tensor:
             with torch.inference_mode(), setting.autocast():
-                return model(setting.images)
+                out: Tensor = model(setting.images)
+            return out
 
         return run
 

@@ -36,6 +36,10 @@ def _parameters(weights: list[Tensor], grads: list[Tensor]) -> list[nn.Parameter
     return made
 
 
+def _step_of(optimizer: torch.optim.Optimizer) -> Run:
+    return optimizer.step
+
+
 def _frozen_case(
     context: Context, name: str, op: str, ours_class: Any, torch_class: Any, options: dict[str, Any], per: int
 ) -> Case:
@@ -47,10 +51,10 @@ def _frozen_case(
 
     def make_torch() -> Run:
         extra = {"capturable": True} if context.on_gpu and name == "AdamW" else {}
-        return torch_class(_parameters(t.weights, grads), fused=True, **options, **extra).step
+        return _step_of(torch_class(_parameters(t.weights, grads), fused=True, **options, **extra))
 
     def make_ours(compact: bool) -> Run:
-        return ours_class(_parameters(t.weights, grads), keep=keeps, compact=compact, **options).step
+        return _step_of(ours_class(_parameters(t.weights, grads), keep=keeps, compact=compact, **options))
 
     def gate() -> None:
         free, frozen = _parameters(t.weights, grads), _parameters(t.weights, grads)
@@ -94,7 +98,7 @@ class _MaskStep:
         self.t, self.grads = t, [grads[i] for i in self.layers]
         self.logits = [t.logits[i].clone() for i in self.layers]
         self.weights = [t.weights[i] for i in self.layers]
-        self.moments = [[torch.zeros_like(x) for x in self.logits] for _ in range(2)]
+        self.first, self.second = ([torch.zeros_like(x) for x in self.logits] for _ in range(2))
         device = t.rng_state.device
         self.scale = torch.tensor(10.0 / t.count, device=device)
         self.steps = torch.ones(len(self.layers), device=device)
@@ -105,7 +109,8 @@ class _MaskStep:
             self.logits,
             self.weights,
             self.grads,
-            *self.moments,
+            self.first,
+            self.second,
             self.t.rng_state,
             self.t.tau,
             self.scale,
@@ -123,14 +128,14 @@ def mask_adam(context: Context) -> Case:
     t = mask_tensors("resnet18", context.device)
     grads = [torch.randn_like(w) for w in t.weights]
     moved = MASK_ADAM_BYTES * t.count
-    extra = {"capturable": True} if context.on_gpu else {}
+    options: dict[str, Any] = {"lr": 1e-2, "fused": True, **({"capturable": True} if context.on_gpu else {})}
 
     def make_torch() -> Run:
-        return torch.optim.Adam(_parameters(t.logits, grads), lr=1e-2, fused=True, **extra).step
+        return _step_of(torch.optim.Adam(_parameters(t.logits, grads), **options))
 
     def make_staged() -> Run:
         learned = _parameters(t.logits, grads)
-        step = torch.optim.Adam(learned, lr=1e-2, fused=True, **extra).step
+        step = torch.optim.Adam(learned, **options).step
         penalty = torch.tensor(10.0, device=context.device)
 
         def run() -> None:
@@ -162,7 +167,7 @@ def mask_adam(context: Context) -> Case:
         expected = _MaskStep(t, grads, chosen)
         with dwm_fast.use_backend("reference"):
             expected()
-        for i, e, first in zip(chosen, expected.logits, expected.moments[0], strict=True):
+        for i, e, first in zip(chosen, expected.logits, expected.first, strict=True):
             sure = first.abs() > 1e-4 * first.abs().max()
             error = float((found.logits[i] - e)[sure].abs().max())
             require(error < 1e-4, f"layer {i}: a logit is {error:.1e} away from the reference's after a step of 1e-2")

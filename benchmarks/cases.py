@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,10 +27,12 @@ class Entry:
 
     Attributes:
         name: what --only matches.
-        areas: files of tests that have to be green before the case is worth timing (tests/*/test_<area>.py).
+        areas: files of tests that have to be green before the case is worth timing (tests/*/test_<area>.py, and those
+            whose names go on after it: "sample" has test_sample_tails.py too).
         build: makes the case; called just before it is measured.
         devices: device types on which it is run.
         quick: whether a quick run has it.
+        compiled: whether torch.compile makes some of its ways.
     """
 
     name: str
@@ -38,15 +40,18 @@ class Entry:
     build: Callable[[Context], Case]
     devices: tuple[str, ...] = ("cpu", "cuda")
     quick: bool = True
+    compiled: bool = False
 
 
-_SAMPLE = ("philox", "sample")
+_SAMPLE = ("philox", "sample", "gpu")
 _STEP = (*_SAMPLE, "update", "mask_adam", "model", "graphs")
+_PRODUCT = ("bits", "linear", "products_gpu")
+_CONVOLUTION = ("bits", "conv2d", "products_gpu")
 
 
 def _step(name: str, batch: int, pixels: int, device: str) -> Entry:
     build = partial(bench_step.mask_training, name=name, rows=batch, pixels=pixels)
-    return Entry(f"step-masks-{name}", _STEP, build, (device,))
+    return Entry(f"step-masks-{name}", _STEP, build, (device,), compiled=True)
 
 
 def _tune(name: str, batch: int, pixels: int, device: str) -> Entry:
@@ -56,16 +61,16 @@ def _tune(name: str, batch: int, pixels: int, device: str) -> Entry:
 
 def _infer(batch: int, pixels: int, device: str) -> Entry:
     build = partial(bench_step.packed_inference, name="resnet18", rows=batch, pixels=pixels)
-    return Entry("step-packed-resnet18", ("bits", "packed"), build, (device,))
+    return Entry("step-packed-resnet18", ("bits", "packed", "linear", "conv2d"), build, (device,))
 
 
 def _linear(rows: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
-    return Entry(f"linear-{rows}", ("bits", "linear"), partial(bench_linear.packed, rows=rows), devices)
+    return Entry(f"linear-{rows}", _PRODUCT, partial(bench_linear.packed, rows=rows), devices)
 
 
 def _drawn(rows: int) -> Entry:
     build = partial(bench_linear.drawn, rows=rows)
-    return Entry(f"drawn-linear-{rows}", (*_SAMPLE, "linear"), build)
+    return Entry(f"drawn-linear-{rows}", (*_SAMPLE, *_PRODUCT), build)
 
 
 def _bank(domains: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
@@ -73,7 +78,7 @@ def _bank(domains: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
 
 
 ENTRIES = (
-    Entry("sample-forward", _SAMPLE, bench_sample.forward),
+    Entry("sample-forward", _SAMPLE, bench_sample.forward, compiled=True),
     Entry("sample-backward", _SAMPLE, bench_sample.backward),
     _step("resnet18", 64, 224, "cuda"),
     _step("resnet18", 32, 64, "cpu"),
@@ -86,7 +91,7 @@ ENTRIES = (
     _bank(16),
     Entry("bits-pack", ("bits",), bench_bits.pack),
     Entry("bits-unpack", ("bits",), bench_bits.unpack),
-    Entry("sample-forward-bits", (*_SAMPLE, "bits"), bench_sample.forward_bits),
+    Entry("sample-forward-bits", (*_SAMPLE, "bits"), bench_sample.forward_bits, compiled=True),
     _tune("resnet18", 64, 224, "cuda"),
     _tune("resnet18", 32, 64, "cpu"),
     _infer(64, 224, "cuda"),
@@ -102,7 +107,7 @@ ENTRIES = (
     Entry("bank-coding", ("file",), partial(bench_files.coding, kept=0.2), ("cpu",)),
     Entry("bank-decoding", ("file",), partial(bench_files.decoding, kept=0.2), ("cpu",)),
     Entry("bank-switch", ("file", "folder"), partial(bench_files.switching, domains=8), ("cpu",)),
-    Entry("conv2d", ("bits", "conv2d"), partial(bench_conv2d.packed, rows=8, channels=256, pixels=14)),
+    Entry("conv2d", _CONVOLUTION, partial(bench_conv2d.packed, rows=8, channels=256, pixels=14)),
     _drawn(16),
     _step("vit_b_16", 64, 224, "cuda"),
     _step("resnet50", 64, 224, "cuda"),
@@ -110,7 +115,7 @@ ENTRIES = (
     _bank(2, ("cuda",)),
     _bank(4, ("cuda",)),
     _bank(8, ("cuda",)),
-    Entry("conv2d-wide", ("bits", "conv2d"), partial(bench_conv2d.packed, rows=64, channels=64, pixels=56), ("cuda",)),
+    Entry("conv2d-wide", _CONVOLUTION, partial(bench_conv2d.packed, rows=64, channels=64, pixels=56), ("cuda",)),
     _linear(256, ("cuda",)),
     _linear(1024, ("cuda",)),
     _linear(4096, ("cuda",)),
@@ -118,10 +123,20 @@ ENTRIES = (
 )
 
 
-def chosen(context: Context, only: str = "") -> Iterator[Entry]:
-    """Entries for a device, in order; `only` is a comma-separated list of beginnings of names."""
-    wanted = tuple(part.strip() for part in only.split(",") if part.strip())
-    for entry in ENTRIES:
-        here = context.device.type in entry.devices and (entry.quick or not context.quick)
-        if here and (not wanted or entry.name.startswith(wanted)):
-            yield entry
+SHARED = ("backends",)
+"""Areas of every case."""
+
+
+def chosen(context: Context, only: str = "", without: str = "") -> list[Entry]:
+    """Entries for a device, in order; `only` and `without` are comma-separated lists of beginnings of names."""
+    wanted, unwanted = _names(only), _names(without)
+    here = [e for e in ENTRIES if context.device.type in e.devices and (e.quick or not context.quick)]
+    return [
+        entry
+        for entry in here
+        if (not wanted or entry.name.startswith(wanted)) and not (unwanted and entry.name.startswith(unwanted))
+    ]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

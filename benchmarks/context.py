@@ -34,4 +34,4 @@ class Context:
             torch._dynamo.reset()
             return torch.compile(function)
 
-        return [] if self.quick else [Way("torch.compile", make, moved)]
+        return [] if self.quick else [Way("torch.compile", make, moved, compiled=True)]

@@ -37,7 +37,7 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
 
 
-def facts(device: torch.device) -> dict[str, str]:
+def facts(device: torch.device) -> dict[str, Any]:
     """Columns that every row of one run shares."""
     try:
         import triton

@@ -1,4 +1,4 @@
-"""Ways of doing one thing, timed side by side: interleaved in one process, medians with 20th and 80th percentiles."""
+"""Ways of doing one thing, timed side by side: each in turn with ours, medians with 20th and 80th percentiles."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,11 @@ Run = Callable[[], Any]
 _SHORTEST_BLOCK = 2e-3
 """Seconds on a CPU below which several calls are timed as one block."""
 _FLUSH_BYTES = 256 << 20
-"""Written before each timed call on a GPU, so that the second-level cache (60 MB on an H200) holds nothing of use."""
+"""Read before each timed call on a GPU; where four times the second-level cache (60 MB on an H200) is more, that."""
+
+
+OURS = "ours"
+"""Name of the way that the others are compared with."""
 
 
 class GateRed(Exception):
@@ -33,6 +37,7 @@ class Way:
         moved: bytes that one call must read and write, each tensor once; 0 where they are not counted.
         flops: floating-point operations of one call's matrix products; 0 where they are not counted.
         graph: whether a GPU may replay the call as a CUDA graph; False where the call decides that itself.
+        compiled: whether torch.compile makes it, which takes minutes: such ways are measured last.
         backend: who computes, for ways of ours.
         stored: whether the call returns bytes whose number is a result too.
     """
@@ -42,22 +47,27 @@ class Way:
     moved: int = 0
     flops: int = 0
     graph: bool = False
+    compiled: bool = False
     backend: str = ""
     stored: bool = False
 
     @property
     def is_ours(self) -> bool:
-        return self.name.split(",")[0] == "ours"
+        return self.name.split(",")[0] == OURS
 
 
 @dataclass(frozen=True)
 class Case:
-    """What `run` measures: the ways, and a gate that raises GateRed when ours is wrong."""
+    """What `run` measures: the ways, and a gate that raises GateRed when ours is wrong.
+
+    `partner`: the way that every other one is timed in turn with; where no way has that name, each is timed alone.
+    """
 
     name: str
     parameters: dict[str, Any]
     ways: Sequence[Way]
     gate: Callable[[], None]
+    partner: str = OURS
 
 
 @dataclass
@@ -70,6 +80,21 @@ class Timing:
     seconds: list[float] = field(default_factory=list)
     peak: int | None = None
     stored: int | None = None
+
+
+@dataclass
+class Measured:
+    """What is known of a case so far.
+
+    Attributes:
+        timings: way name -> Timing.
+        speed_ups: way name -> times of that way over its partner's, one for each round that had both.
+        missing: way name -> reason, for rivals that cannot run here.
+    """
+
+    timings: dict[str, Timing] = field(default_factory=dict)
+    speed_ups: dict[str, list[float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +124,14 @@ def require(condition: bool, message: str) -> None:
         raise GateRed(message)
 
 
+class _Clock(Protocol):
+    """Times one call, or several as a block: seconds per call."""
+
+    run: Run
+
+    def time(self) -> float: ...
+
+
 class _CpuClock:
     """Blocks of calls long enough for perf_counter; several calls come after one that warms caches and threads."""
 
@@ -120,12 +153,30 @@ class _CpuClock:
         return (time.perf_counter() - start) / self.calls
 
 
-class _GpuClock:
-    """CUDA events around one call or one graph replay, after a write that empties the second-level cache."""
+class Flush:
+    """Empties a GPU's second-level cache by reading a buffer that is several times as large.
 
-    def __init__(self, run: Run, warmup: int, graph: bool, flush: torch.Tensor) -> None:
+    It only reads. A write would leave the cache full of dirty lines, which the timed call would have to put back into
+    memory before it can use their places: traffic that is not its own. A line that was read is dropped for nothing, and
+    on its way in it pushes out what the call before has left there, dirty lines included, before the clock starts.
+    """
+
+    def __init__(self, device: torch.device, size: int = _FLUSH_BYTES) -> None:
+        if device.type == "cuda":
+            size = max(size, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+        self.buffer = torch.zeros(size // 4, device=device)
+        self.total = torch.zeros((), device=device)
+
+    def __call__(self) -> None:
+        torch.sum(self.buffer, 0, out=self.total)
+
+
+class _GpuClock:
+    """CUDA events around one call or one graph replay, after the second-level cache was emptied."""
+
+    def __init__(self, way: Way, run: Run, warmup: int, flush: Flush) -> None:
         self.flush = flush
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(max(2, warmup)):
@@ -133,27 +184,30 @@ class _GpuClock:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.run = run
-        if graph:
+        if way.graph:
             captured = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured):
                 self._kept = run()
             self.run = captured.replay
 
     def time(self) -> float:
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
-        self.flush.zero_()
+        self.flush()
         before.record()
         self.run()
         after.record()
         after.synchronize()
-        return before.elapsed_time(after) / 1e3
+        return float(before.elapsed_time(after)) / 1e3
 
 
-def _clock(way: Way, device: torch.device, budget: Budget, flush: torch.Tensor | None) -> tuple[Any, int | None]:
-    """A clock around a fresh, warm instance of the way, and the GPU memory that it took at most."""
-    if device.type != "cuda" or flush is None:
-        return _CpuClock(way.make(), budget.warmup), None
+def _clock(way: Way, device: torch.device, budget: Budget, flush: Flush | None) -> tuple[_Clock, Timing]:
+    """A clock around a fresh, warm instance of the way, and what is known of it before it is timed."""
+    if flush is None:
+        clock, timing = _CpuClock(way.make(), budget.warmup), Timing()
+        if way.stored:
+            timing.stored = len(clock.run())
+        return clock, timing
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -162,41 +216,61 @@ def _clock(way: Way, device: torch.device, budget: Budget, flush: torch.Tensor |
     run()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    return _GpuClock(run, budget.warmup, way.graph, flush), peak
+    return _GpuClock(way, run, budget.warmup, flush), Timing(peak=peak)
 
 
-def measure(case: Case, device: torch.device, budget: Budget) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Gate, warm up and time every way of a case, round by round, each round in another order.
+def _rounds(clocks: Sequence[_Clock], budget: Budget) -> list[list[float]]:
+    """Seconds of every clock, round by round; each round begins with another clock."""
+    seconds: list[list[float]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        while len(seconds) < budget.max_rounds:
+            if len(seconds) >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
+                break
+            turn = [(len(seconds) + i) % len(clocks) for i in range(len(clocks))]
+            times = {i: clocks[i].time() for i in turn}
+            seconds.append([times[i] for i in range(len(clocks))])
+    finally:
+        gc.enable()
+    return seconds
 
-    Returns:
-        way name -> Timing, aligned by round; and way name -> reason for rivals that cannot run here.
+
+def measure(
+    case: Case, device: torch.device, budget: Budget, done: Callable[[Measured], None] = lambda found: None
+) -> Measured:
+    """Gate a case, then time its ways: the partner alone, then every other in turn with it, torch.compile's last.
+
+    A way's state is gone before the next one is made, so none takes memory from another.
+
+    Args:
+        budget: of the case; its ways share the seconds.
+        done: called after each way with all that is known by then, so that a stop loses one way at most.
 
     Raises:
         GateRed: the gate failed; nothing was timed.
     """
     case.gate()
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
-    clocks, missing, timings = {}, {}, {}
-    for way in case.ways:
+    flush = Flush(device) if device.type == "cuda" else None
+    found = Measured()
+    partner: _Clock | None = None
+    share = replace(budget, seconds=budget.seconds / len(case.ways))
+    for way in sorted(case.ways, key=lambda way: (way.name != case.partner, way.compiled)):
         try:
-            clocks[way.name], peak = _clock(way, device, budget, flush)
+            clock, found.timings[way.name] = _clock(way, device, budget, flush)
         except Exception as error:
             if way.is_ours:
                 raise
-            missing[way.name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            found.missing[way.name] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
-        timings[way.name] = Timing(peak=peak, stored=len(clocks[way.name].run()) if way.stored else None)
-    names = list(clocks)
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        for count in range(budget.max_rounds):
-            if count >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
-                break
-            turn = count % len(names)
-            for name in names[turn:] + names[:turn]:
-                timings[name].seconds.append(clocks[name].time())
-    finally:
-        gc.enable()
-    return timings, missing
+        if partner is None:
+            found.timings[way.name].seconds += [seconds for (seconds,) in _rounds([clock], share)]
+            partner = clock if way.name == case.partner else None
+        else:
+            for first, second in _rounds([partner, clock], share):
+                found.timings[case.partner].seconds.append(first)
+                found.timings[way.name].seconds.append(second)
+                found.speed_ups.setdefault(way.name, []).append(second / first)
+        done(found)
+    return found

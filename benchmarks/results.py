@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .measure import Case, Timing, Way, percentile
-from .source import Source
+from dwm_fast._files import write_atomic
+from dwm_fast.errors import InputError
+
+from .measure import OURS, Case, Measured, Way, percentile
 
 _NOT_IN_KEY = "backend"
 """Parameter that says who computed: a faster backend replaces the figures of the one before."""
-
-
-class DirtySource(Exception):
-    """Rows of an edited tree, which no commit describes, are not recorded."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class Row:
 
 
 COLUMNS = [f.name for f in fields(Row)]
+_PERCENTILES = ("p20", "p50", "p80")
 
 
 def parameters_text(parameters: dict[str, Any]) -> str:
@@ -63,14 +61,8 @@ def _number(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _three(values: Sequence[float]) -> dict[str, float]:
-    return {f"p{q}": _number(percentile(values, q)) for q in (20, 50, 80)}
-
-
-def rows_of(
-    case: Case, timings: dict[str, Timing], ceilings: dict[str, float], facts: dict[str, str], commit: str
-) -> list[Row]:
-    """Every metric of a measured case.
+def rows_of(case: Case, found: Measured, ceilings: dict[str, float], facts: dict[str, Any], commit: str) -> list[Row]:
+    """Every metric of what is measured of a case.
 
     Args:
         ceilings: "copy" in GB/s and "product" in TFLOP/s, as far as they are known.
@@ -80,19 +72,18 @@ def rows_of(
     """
     rows: list[Row] = []
     for way in case.ways:
-        if way.name not in timings:
+        if way.name not in found.timings:
             continue
         parameters = {**case.parameters, **({_NOT_IN_KEY: way.backend} if way.backend else {})}
-        shared = {"parameters": parameters_text(parameters), "commit": commit, **facts}
-        for metric, unit, values in _metrics(way, timings, ceilings):
-            rows.append(Row(case=case.name, way=way.name, metric=metric, unit=unit, **_three(values), **shared))
+        text = parameters_text(parameters)
+        for metric, unit, values in _metrics(way, found, ceilings):
+            p20, p50, p80 = (_number(percentile(values, q)) for q in (20, 50, 80))
+            rows.append(Row(case.name, way.name, metric, unit, p20, p50, p80, text, commit=commit, **facts))
     return rows
 
 
-def _metrics(
-    way: Way, timings: dict[str, Timing], ceilings: dict[str, float]
-) -> Iterable[tuple[str, str, list[float]]]:
-    timing = timings[way.name]
+def _metrics(way: Way, found: Measured, ceilings: dict[str, float]) -> Iterable[tuple[str, str, list[float]]]:
+    timing = found.timings[way.name]
     seconds = timing.seconds
     yield "time", "ms", [s * 1e3 for s in seconds]
     for counted, scale, metric, unit, ceiling in (
@@ -108,11 +99,9 @@ def _metrics(
         yield "size", "bytes", [float(timing.stored)]
     if timing.peak is not None:
         yield "peak memory", "MiB", [timing.peak / 2**20]
-    if way.is_ours:
-        for rival, other in timings.items():
-            if rival != way.name:
-                pairs = zip(other.seconds, seconds, strict=True)
-                yield f"speed-up over {rival}", "x", [theirs / mine for theirs, mine in pairs]
+    if way.name == OURS:
+        for rival, ratios in found.speed_ups.items():
+            yield f"speed-up over {rival}", "x", ratios
 
 
 def read(path: Path) -> list[Row]:
@@ -123,7 +112,12 @@ def read(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"{path}: columns are {reader.fieldnames}; expected {COLUMNS}")
-        return [Row(**{n: float(v) if n in ("p20", "p50", "p80") else v for n, v in row.items()}) for row in reader]
+        return [_row(row) for row in reader]
+
+
+def _row(cells: Mapping[str, str]) -> Row:
+    values: dict[str, Any] = {n: float(text) if n in _PERCENTILES else text for n, text in cells.items()}
+    return Row(**values)
 
 
 def text(rows: Iterable[Row]) -> str:
@@ -145,16 +139,21 @@ def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 
 class ResultFile:
-    """A result file that is rewritten after every case, so that a stop loses nothing."""
+    """A result file that is rewritten after every way, so that a stop loses nothing.
+
+    Raises:
+        DataError, here and by `record`: the file cannot be written.
+        InputError: what is there is no result file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.record([])
 
-    def record(self, rows: Iterable[Row], source: Source) -> None:
-        """Put the rows into the file. DirtySource for a tree that no commit describes."""
-        if source.dirty:
-            raise DirtySource(f"{source.dirty} differs from commit {source.commit}; commit it, or use --allow-dirty")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".csv.part")
-        partial.write_text(text(merged(read(self.path), rows)), encoding="utf-8")
-        os.replace(partial, self.path)
+    def record(self, rows: Iterable[Row]) -> None:
+        """Put the rows into the file."""
+        try:
+            known = read(self.path)
+        except ValueError as error:
+            raise InputError(f"{error}; move the file away or choose another folder with --out") from error
+        write_atomic(self.path, text(merged(known, rows)))

@@ -32,7 +32,8 @@ class EagerMaskedConv2d(nn.Conv2d):
     mask_logits: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * gumbel_mask(self.mask_logits), self.bias)
+        out: Tensor = self._conv_forward(x, self.weight * gumbel_mask(self.mask_logits), self.bias)
+        return out
 
 
 class EagerPackedLinear(nn.Linear):
@@ -50,7 +51,8 @@ class EagerPackedConv2d(nn.Conv2d):
     bits: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * unpacked(self.bits, self.weight.shape), self.bias)
+        out: Tensor = self._conv_forward(x, self.weight * unpacked(self.bits, self.weight.shape), self.bias)
+        return out
 
 
 def eager_masked(model: nn.Module, init: float = 2.0) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -62,8 +64,9 @@ def eager_masked(model: nn.Module, init: float = 2.0) -> tuple[nn.Module, list[n
     for module in model.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
             module.__class__ = EagerMaskedConv2d if isinstance(module, nn.Conv2d) else EagerMaskedLinear
-            module.mask_logits = nn.Parameter(torch.full_like(module.weight, init))
-            logits.append(module.mask_logits)
+            learned = nn.Parameter(torch.full_like(module.get_parameter("weight"), init))
+            module.register_parameter("mask_logits", learned)
+            logits.append(learned)
     return model, logits
 
 

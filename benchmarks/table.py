@@ -85,5 +85,5 @@ def _line(way: str, *cells: str, style: str = "") -> Text:
 
 
 def console() -> Console:
-    """100 columns wide, whatever the terminal is."""
-    return Console(width=WIDTH, highlight=False)
+    """100 columns wide, whatever the terminal is; text is printed as it is, brackets and colons too."""
+    return Console(width=WIDTH, highlight=False, markup=False, emoji=False)

@@ -1,6 +1,7 @@
 """Measure which way and which tiles are fastest for masked products on this GPU, and remember it.
 
-python -m benchmarks.tune [--seconds 120] [--out FOLDER]
+python -m benchmarks.tune [--seconds 120] [--out FOLDER]            in a checkout
+python -m dwm_fast._bench.tune [--seconds 120] [--out FOLDER]       where the package is installed
 
 Every shape of the grid is timed staged and in one pass with each candidate's tiles, interleaved, and written after
 each shape to dispatch-<device>.json: in the user's cache, where the library reads it from then on, and in FOLDER. Put
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,8 @@ import dwm_fast
 from dwm_fast._files import cache_folder, write_atomic
 from dwm_fast.ops import ways
 
-from .checkout import TREE
 from .machine import device_name, facts
-from .measure import Budget, Case, Way, measure, percentile, require
-from .source import find_source
+from .measure import Budget, Case, Run, Way, measure, percentile, require
 
 _BUDGET = Budget(seconds=0.3, min_rounds=7, max_rounds=30)
 _ROWS = (1, 16, 64, 4, 256, 1024, 8192)
@@ -142,6 +142,10 @@ def _agrees(run: Callable[[], Any], expected: torch.Tensor) -> bool:
     return True
 
 
+def _itself(call: Run) -> Run:
+    return call
+
+
 def _first(result: Any) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else result[0]
 
@@ -155,9 +159,9 @@ def measured(shape: Shape, device: torch.device) -> dict[str, Any] | None:
     calls = {tiles: call for tiles, call in calls.items() if _agrees(call, expected)}
     if not calls:
         return None
-    tilings = [Way(str(tiles), lambda call=call: call, graph=True) for tiles, call in calls.items()]
-    case = Case("tune", {}, [Way("staged", lambda: staged, graph=True), *tilings], lambda: None)
-    timings, _ = measure(case, device, _BUDGET)
+    tilings = [Way(str(tiles), partial(_itself, call), graph=True) for tiles, call in calls.items()]
+    case = Case("tune", {}, [Way("staged", lambda: staged, graph=True), *tilings], lambda: None, partner="staged")
+    timings = measure(case, device, _BUDGET).timings
     seconds = {name: percentile(timing.seconds, 50) for name, timing in timings.items()}
     fastest = min((tiles for tiles in calls if str(tiles) in seconds), key=lambda tiles: seconds[str(tiles)])
     return row_of(problem_of(shape, device), seconds["staged"], seconds[str(fastest)], fastest)
@@ -178,10 +182,9 @@ def row_of(problem: ways.Problem, staged: float, one_pass: float, tiles: Any) ->
     }
 
 
-def save(rows: Sequence[dict[str, Any]], device: torch.device, paths: Sequence[Path]) -> None:
+def save(rows: Sequence[dict[str, Any]], device: torch.device, paths: Sequence[Path], commit: str) -> None:
     """Write the table; rows of another measurement in the same file give way to those of the same problem."""
     new = {tuple(row[field] for field in _KEY) for row in rows}
-    commit = find_source(TREE, dwm_fast.__version__).commit
     about = {"format": ways.TABLE_FORMAT, "commit": commit, **facts(device)}
     for path in paths:
         kept: list[dict[str, Any]] = []
@@ -193,7 +196,7 @@ def save(rows: Sequence[dict[str, Any]], device: torch.device, paths: Sequence[P
 
 
 def tune(
-    device: torch.device, shapes: Sequence[Shape], seconds: float, paths: Sequence[Path]
+    device: torch.device, shapes: Sequence[Shape], seconds: float, paths: Sequence[Path], commit: str = ""
 ) -> Iterator[dict[str, Any]]:
     """Measure the shapes one by one, saving and yielding after each, until the time is over."""
     start = time.perf_counter()
@@ -204,7 +207,7 @@ def tune(
         row = measured(shape, device)
         if row is not None:
             rows.append(row)
-            save(rows, device, paths)
+            save(rows, device, paths, commit)
             yield row
 
 
@@ -212,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further shape after this time")
     parser.add_argument("--out", type=Path, help="a further folder for the table")
+    parser.add_argument("--commit", default=f"release {dwm_fast.__version__}", help="what is measured, for the record")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks: tune measures a GPU and torch sees none", file=sys.stderr)
@@ -220,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, cache = f"dispatch-{ways.slug(device_name(device))}.json", cache_folder()
     folders = [*([cache] if cache else []), *([options.out] if options.out else [])]
     shapes = grid()
-    for number, row in enumerate(tune(device, shapes, options.seconds, [f / name for f in folders]), 1):
+    for number, row in enumerate(tune(device, shapes, options.seconds, [f / name for f in folders], options.commit), 1):
         faster = ways.ONE_PASS if row["one_pass_us"] <= row["staged_us"] else ways.STAGED
         print(
             f"[{number}/{len(shapes)}] {row['op']} M={row['m']} N={row['n']} K={row['k']}: one pass "

@@ -243,15 +243,12 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller problems, no torch.compile.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     only: Annotated[str, typer.Option(help="Beginnings of case names, comma-separated.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Folder of the result file.")] = None,
-    allow_dirty: Annotated[
-        bool, typer.Option("--allow-dirty", help="Measure an edited checkout and record nothing.")
-    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = Path("dwm-fast-bench"),
 ) -> None:
     """Measure this machine: eager PyTorch, torch.compile, the dense limit and ours, side by side."""
     from dwm_fast._bench.run import bench as measure
 
-    raise typer.Exit(measure(device, quick, only, out, allow_dirty))
+    raise typer.Exit(measure(device, quick, only, out))
 
 
 def main() -> None:

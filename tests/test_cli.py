@@ -51,7 +51,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
     return found
 
 
-@pytest.mark.parametrize("command", ["pacs", "doctor", "build", "masks"])
+@pytest.mark.parametrize("command", ["pacs", "doctor", "build", "bench", "masks"])
 def test_help_of_every_command_says_what_it_does(ask: Ask, command: str) -> None:
     code, out, err = ask(command, "--help")
     assert (code, err) == (0, "")

@@ -17,7 +17,7 @@ from dwm_fast._bench import (
     bench_update,
     rivals,
 )
-from dwm_fast._bench.cases import ENTRIES, chosen
+from dwm_fast._bench.cases import ENTRIES, SHARED, chosen
 from dwm_fast._bench.context import Context
 from dwm_fast._bench.measure import Budget, measure
 from dwm_fast._bench.results import rows_of
@@ -77,7 +77,7 @@ def test_names_are_unique_per_device_and_every_area_has_tests() -> None:
     for device in ("cpu", "cuda"):
         names = [e.name for e in ENTRIES if device in e.devices]
         assert len(names) == len(set(names))
-    areas = {area for e in ENTRIES for area in e.areas}
+    areas = {area for e in ENTRIES for area in (*e.areas, *SHARED)}
     missing = {area for area in areas if not list((ROOT / "tests").glob(f"*/test_{area}.py"))}
     assert not missing
 
@@ -87,14 +87,23 @@ def test_only_picks_by_the_beginning_of_names_and_quick_leaves_some_out() -> Non
     assert {e.name for e in chosen(CPU, "linear, bits-p")} == {*linear, "bits-pack"}
     full = Context(torch.device("cpu"))
     assert {e.name for e in chosen(CPU)} < {e.name for e in chosen(full)}
-    assert list(chosen(CPU, "nothing")) == []
+    assert chosen(CPU, "nothing") == []
+    rest = chosen(CPU, "linear, bits-p", "linear-1,bits")
+    assert {e.name for e in rest} == {"linear-4", "linear-64"}
+
+
+def test_cases_with_ways_of_torch_compile_are_marked_so_that_they_are_measured_last() -> None:
+    full = Context(torch.device("cpu"))
+    for entry in chosen(full, "sample,conv2d,bits-and"):
+        assert entry.compiled == any(way.compiled for way in entry.build(full).ways), entry.name
+    assert [e.name for e in ENTRIES if e.name.startswith("step-masks") and not e.compiled] == []
 
 
 def test_a_real_case_passes_its_gate_and_is_timed() -> None:
     case = bench_conv2d.packed(CPU, rows=1, channels=8, pixels=4)
-    timings, missing = measure(case, CPU.device, Budget(seconds=0.0, min_rounds=1, max_rounds=1, warmup=1))
-    assert not missing
-    assert set(timings) == {w.name for w in case.ways}
+    found = measure(case, CPU.device, Budget(seconds=0.0, min_rounds=1, max_rounds=1, warmup=1))
+    assert not found.missing
+    assert set(found.timings) == {w.name for w in case.ways}
 
 
 def test_inference_from_bits_is_that_of_the_merged_network_for_the_rival_too() -> None:
@@ -108,7 +117,7 @@ def test_inference_from_bits_is_that_of_the_merged_network_for_the_rival_too() -
 def test_sizes_are_those_of_what_the_ways_return() -> None:
     case = bench_files.coding(CPU, kept=0.2)
     raw = next(way for way in case.ways if way.name == "ours, raw")
-    timings, _ = measure(replace(case, ways=[raw]), CPU.device, Budget(0.0, min_rounds=1, max_rounds=1, warmup=1))
-    rows = rows_of(case, timings, {}, FACTS, "abc")
+    found = measure(replace(case, ways=[raw]), CPU.device, Budget(0.0, min_rounds=1, max_rounds=1, warmup=1))
+    rows = rows_of(case, found, {}, FACTS, "abc")
     assert [(r.metric, r.unit) for r in rows] == [("time", "ms"), ("size", "bytes")]
     assert 1_395_864 < rows[1].p50 < 1_395_864 + (16 << 10)

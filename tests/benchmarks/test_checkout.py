@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
-from dwm_fast._bench import checkout
+from dwm_fast._bench.dev import checkout
 
 
 def test_the_mapped_packages_come_from_the_tree_that_is_run(tmp_path: Path) -> None:
@@ -24,6 +25,15 @@ def test_the_mapped_packages_come_from_the_tree_that_is_run(tmp_path: Path) -> N
     assert found == [(tmp_path / f).resolve() for f in ("dwm_fast", "kernels", "csrc", "benchmarks")]
 
 
-def test_the_device_script_is_sound_shell() -> None:
-    script = checkout.TREE / "benchmarks" / "device.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True)
+def test_what_is_installed_does_not_need_what_only_a_checkout_has() -> None:
+    listed = tomllib.loads((checkout.TREE / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    assert [name for name in listed if "_bench" in name] == ["dwm_fast._bench"]
+    modules = sorted(path.stem for path in (checkout.TREE / "benchmarks").glob("*.py") if path.stem != "__init__")
+    code = (
+        "import importlib, sys\n"
+        "sys.modules['dwm_fast._bench.dev'] = None\n"
+        f"for name in {modules}: importlib.import_module(f'dwm_fast._bench.{{name}}')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwm_fast._bench.measure import Budget, Case, GateRed, Way, measure, percentile, require
+from dwm_fast._bench.measure import Budget, Case, Flush, GateRed, Way, measure, percentile, require
 
 CPU = torch.device("cpu")
 THREE_ROUNDS = Budget(seconds=0.0, min_rounds=3, max_rounds=3, warmup=1)
@@ -36,17 +36,39 @@ def _recording(name: str, log: list[str]) -> Callable[[], None]:
     return run
 
 
-def test_every_round_times_every_way_and_rounds_change_the_order() -> None:
+def test_ours_comes_first_and_every_other_way_takes_turns_with_it_in_changing_order() -> None:
     log: list[str] = []
-    ways = [Way(n, lambda n=n: _recording(n, log)) for n in ("a", "b", "ours")]
-    timings, missing = measure(Case("c", {}, ways, lambda: None), CPU, THREE_ROUNDS)
-    assert not missing
-    assert [len(t.seconds) for t in timings.values()] == [3, 3, 3]
+    ways = [Way(n, lambda n=n: _recording(n, log), compiled=n == "c") for n in ("c", "a", "ours")]
+    found = measure(Case("case", {}, ways, lambda: None), CPU, THREE_ROUNDS)
+    assert not found.missing
+    assert {name: len(t.seconds) for name, t in found.timings.items()} == {"ours": 9, "a": 3, "c": 3}
     order = [n for i, n in enumerate(log) if i == 0 or log[i - 1] != n]
-    warmup, first, second, third = order[:3], order[3:6], order[6:9], order[9:]
-    assert warmup == first == ["a", "b", "ours"]
-    assert second == ["b", "ours", "a"]
-    assert third == ["ours", "a", "b"]
+    # ours alone; then the warm-up of the next way and three rounds, of which the second begins with that way
+    assert order == ["ours", *["a", "ours", "a", "ours", "a"], *["c", "ours", "c", "ours", "c"]]
+
+
+def test_a_speed_up_is_taken_within_rounds_and_every_way_is_told_as_soon_as_it_is_timed() -> None:
+    ways = [Way(n, lambda: _recording("", [])) for n in ("a", "ours", "b")]
+    seen: list[tuple[list[str], list[str]]] = []
+    found = measure(
+        Case("case", {}, ways, lambda: None),
+        CPU,
+        THREE_ROUNDS,
+        lambda known: seen.append((list(known.timings), list(known.speed_ups))),
+    )
+    assert seen == [(["ours"], []), (["ours", "a"], ["a"]), (["ours", "a", "b"], ["a", "b"])]
+    ours, other = found.timings["ours"].seconds[3:6], found.timings["a"].seconds
+    assert found.speed_ups["a"] == [theirs / mine for mine, theirs in zip(ours, other, strict=True)]
+
+
+def test_a_flush_reads_all_of_its_buffer_and_writes_none_of_it() -> None:
+    flush = Flush(CPU, 4 << 10)
+    assert flush.buffer.numel() == 1 << 10
+    flush.buffer.fill_(1)
+    before = flush.buffer._version
+    flush()
+    assert flush.buffer._version == before
+    assert float(flush.total) == 1 << 10
 
 
 def test_nothing_runs_after_a_red_gate() -> None:
@@ -62,15 +84,22 @@ def test_a_rival_that_cannot_run_is_named_and_ours_that_cannot_is_an_error() -> 
         raise RuntimeError("no compiler\nsecond line")
 
     fine = Way("ours", lambda: _recording("ours", []))
-    timings, missing = measure(Case("c", {}, [Way("torch.compile", broken), fine], lambda: None), CPU, THREE_ROUNDS)
-    assert missing == {"torch.compile": "no compiler"}
-    assert list(timings) == ["ours"]
+    found = measure(Case("c", {}, [Way("torch.compile", broken), fine], lambda: None), CPU, THREE_ROUNDS)
+    assert found.missing == {"torch.compile": "no compiler"}
+    assert list(found.timings) == ["ours"]
     with pytest.raises(RuntimeError, match="no compiler"):
         measure(Case("c", {}, [Way("ours, other", broken)], lambda: None), CPU, THREE_ROUNDS)
 
 
 def test_a_budget_bounds_rounds_from_both_sides() -> None:
     case = Case("c", {}, [Way("ours", lambda: _recording("ours", []))], lambda: None)
-    few, _ = measure(case, CPU, Budget(seconds=0.0, min_rounds=4, max_rounds=9, warmup=1))
-    many, _ = measure(case, CPU, Budget(seconds=60.0, min_rounds=1, max_rounds=6, warmup=1))
-    assert (len(few["ours"].seconds), len(many["ours"].seconds)) == (4, 6)
+    few = measure(case, CPU, Budget(seconds=0.0, min_rounds=4, max_rounds=9, warmup=1))
+    many = measure(case, CPU, Budget(seconds=60.0, min_rounds=1, max_rounds=6, warmup=1))
+    assert (len(few.timings["ours"].seconds), len(many.timings["ours"].seconds)) == (4, 6)
+
+
+def test_without_a_partner_each_way_is_timed_alone() -> None:
+    ways = [Way(n, lambda: _recording("", [])) for n in ("a", "b")]
+    found = measure(Case("c", {}, ways, lambda: None), CPU, THREE_ROUNDS)
+    assert {name: len(t.seconds) for name, t in found.timings.items()} == {"a": 3, "b": 3}
+    assert found.speed_ups == {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dwm_fast._bench import record
+from dwm_fast._bench.dev import record
 from tests.pacs.results_for_tests import results, two_seeds
 from tests.pacs.sequence_results_for_tests import results as sequence_results
 
@@ -18,13 +18,13 @@ RUNS = sorted(path.parent.name for path in ROOT.glob("*/results.json"))
 
 def test_the_page_is_what_the_recorded_results_say() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert record.page(text, ROOT) == text, "run python -m benchmarks.record"
+    assert record.page(text, ROOT) == text, "run python -m benchmarks.dev.record"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT.parent / "methods").glob("*.md")), ids=lambda path: path.stem)
 def test_the_page_of_a_method_says_what_the_recorded_sequences_gave(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert record.method_page(text, record.runs_in(ROOT)) == text, "run python -m benchmarks.record"
+    assert record.method_page(text, record.runs_in(ROOT)) == text, "run python -m benchmarks.dev.record"
     assert "<!-- generated: found " in text
 
 

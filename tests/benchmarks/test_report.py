@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dwm_fast._bench import compare, figures, report
+from dwm_fast._bench.dev import compare, figures, modelled, report
 from dwm_fast._bench.results import Row
 from dwm_fast._bench.table import console, results_table, shown_number, shown_rate
 from tests.benchmarks.test_results import FACTS, ROW
 
 ROOT = Path(__file__).resolve().parents[2]
-_BLOCK = re.compile(r"<!-- generated: \w+ -->\n(.*?)<!-- end generated -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- generated: (?:results|summary) -->\n(.*?)<!-- end generated -->", re.DOTALL)
 _CELL = re.compile(r"(?<![\w.-])\d[\d.]*(?:e-?\d+)?(?![\w])")
 
 
@@ -51,14 +51,14 @@ def test_every_number_in_the_generated_blocks_is_found_in_a_result_file() -> Non
         for block in _BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
             text = block.replace("..", " ").replace("=", " ")
             strange = [n for n in _CELL.findall(text) if n.rstrip(".") not in published]
-            assert not strange, f"{page}: {strange[:5]} are in no result file; run python -m benchmarks.report"
+            assert not strange, f"{page}: {strange[:5]} are in no result file; run python -m benchmarks.dev.report"
 
 
 def test_the_pages_are_what_the_result_files_say() -> None:
     rows = report.recorded(ROOT)
     for page in report.PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert report.filled(text, rows) == text, f"{page} is stale; run python -m benchmarks.report"
+        assert report.filled(text, rows) == text, f"{page} is stale; run python -m benchmarks.dev.report"
 
 
 def test_the_page_of_benchmarks_has_a_generated_block() -> None:
@@ -131,3 +131,22 @@ def test_a_comparison_calls_only_what_lies_beyond_both_spreads_a_change() -> Non
     new = [timed("a", 4, 5, 6), timed("b", 10, 12, 13), timed("c", 10.15, 10.2, 10.3)]
     found = {c.way: (round(c.ratio, 3), c.beyond_noise) for c in compare.changes(base, new)}
     assert found == {"a": (0.5, True), "b": (1.2, False), "c": (1.02, False)}
+
+
+def test_a_modelled_time_is_the_larger_of_bytes_over_bandwidth_and_instructions_over_the_issue_rate() -> None:
+    memory = modelled.Model("a", 10**6, 12 * 10**6, 51)
+    assert memory.memory == pytest.approx(4.0)
+    assert memory.issue == pytest.approx(51e6 / 33.5e12 * 1e6)
+    assert memory.cells == ["a", "12", "51", "4.00", "1.52", "4.00"]
+    assert modelled.Model("b", 10**6, 3 * 10**6, 67).cells[-1] == "2.00"
+    assert modelled.Model("c", 10**6, 3 * 10**6, None).cells == ["c", "3", "", "1.00", "", "1.00"]
+
+
+def test_modelled_figures_stand_apart_and_are_called_what_they_are() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    heading = page.index("## Modelled, not measured")
+    assert heading < page.index("<!-- generated: modelled -->") < page.index("## ", heading + 3)
+    for other in report.PAGES:
+        assert (ROOT / other).read_text(encoding="utf-8").count("generated: modelled") == (
+            other == "docs/benchmarks.md"
+        )

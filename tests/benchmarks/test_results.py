@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dwm_fast._bench.measure import Case, Timing, Way
-from dwm_fast._bench.results import DirtySource, ResultFile, Row, merged, parameters_text, read, rows_of
-from dwm_fast._bench.source import Source
+from dwm_fast._bench.measure import Case, Measured, Timing, Way
+from dwm_fast._bench.results import ResultFile, Row, merged, parameters_text, read, rows_of
+from dwm_fast.errors import DataError, InputError
 
 FACTS = {"device": "chip", "torch": "2.11", "triton": "3.6", "python": "3.12", "date": "2026-01-02T00:00:00Z"}
 ROW = Row("sample", "ours", "time", "ms", 1.0, 2.0, 3.0, "backend=cpp;n=4", commit="abc", **FACTS)
@@ -21,7 +21,8 @@ def _rows(**ceilings: float) -> dict[tuple[str, str], Row]:
         Way("ours", lambda: lambda: None, moved=10**9, flops=4 * 10**12, backend="cpp"),
     ]
     timings = {"eager": Timing([4.0, 6.0, 20.0]), "ours": Timing([2.0, 2.0, 4.0], peak=3 << 20)}
-    rows = rows_of(Case("c", {"n": 4}, ways, lambda: None), timings, ceilings, FACTS, "abc")
+    found = Measured(timings, speed_ups={"eager": [2.0, 3.0, 5.0]})
+    rows = rows_of(Case("c", {"n": 4}, ways, lambda: None), found, ceilings, FACTS, "abc")
     return {(r.way, r.metric): r for r in rows}
 
 
@@ -40,7 +41,7 @@ def test_metrics_follow_from_seconds_bytes_and_operations() -> None:
 
 def test_a_speed_up_is_the_median_of_ratios_within_rounds() -> None:
     rows = _rows()
-    assert rows["ours", "speed-up over eager"].p50 == 3.0  # of 2, 3 and 5
+    assert rows["ours", "speed-up over eager"].p50 == 3.0
     assert not any(way == "eager" and metric.startswith("speed-up") for way, metric in rows)
 
 
@@ -70,19 +71,17 @@ def test_a_newer_row_takes_the_place_of_the_older_of_its_key(other: dict[str, ob
 
 def test_a_file_gives_back_what_was_recorded_and_keeps_the_rest(tmp_path: Path) -> None:
     file = ResultFile(tmp_path / "new" / "chip.csv")
-    file.record([ROW], Source("abc"))
+    file.record([ROW])
     other = replace(ROW, way='one, "quoted"')
-    file.record([other], Source("abc"))
+    file.record([other])
     assert read(file.path) == [ROW, other]
     assert [p.name for p in file.path.parent.iterdir()] == ["chip.csv"]
 
 
-def test_an_edited_tree_is_refused_and_the_file_stays(tmp_path: Path) -> None:
-    file = ResultFile(tmp_path / "chip.csv")
-    file.record([ROW], Source("abc"))
-    with pytest.raises(DirtySource, match=r"kernels/sample.py differs from commit abc"):
-        file.record([replace(ROW, way="z")], Source("abc", dirty="kernels/sample.py"))
-    assert read(file.path) == [ROW]
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(DataError, match=r"cannot write .*chip\.csv"):
+        ResultFile(tmp_path / "taken" / "chip.csv")
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
@@ -90,4 +89,7 @@ def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
     path.write_text("case,way\na,b\n")
     with pytest.raises(ValueError, match="expected"):
         read(path)
+    with pytest.raises(InputError, match="move the file away"):
+        ResultFile(path)
+    assert path.read_text() == "case,way\na,b\n"
     assert read(tmp_path / "none.csv") == []

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dwm_fast._bench import merge
-from dwm_fast._bench.source import Source, find_source, resolve, tree_fingerprint
+from dwm_fast._bench.dev import report
+from dwm_fast._bench.dev.source import Source, find_source, resolve, tree_fingerprint
+from dwm_fast._bench.results import ResultFile, read
+from dwm_fast.errors import InputError
 from tests.benchmarks.test_results import ROW
 
 
@@ -38,24 +40,20 @@ def _commit(root: Path) -> str:
 
 
 def test_a_clean_checkout_is_its_commit(tree: Path) -> None:
-    assert find_source(tree, "1.0") == Source(_git(tree, "rev-parse", "HEAD")[:12])
+    assert find_source(tree) == Source(_git(tree, "rev-parse", "HEAD")[:12])
 
 
 @pytest.mark.parametrize("name", ["kernels/b.py", "csrc/new.cu", "pyproject.toml", "benchmarks/d.py"])
 def test_an_edit_or_a_new_file_among_what_is_measured_makes_it_dirty(tree: Path, name: str) -> None:
     (tree / name).write_text("edited")
-    assert find_source(tree, "1.0").dirty == name
+    assert find_source(tree).dirty == name
 
 
 @pytest.mark.parametrize("name", ["docs/e.md", "tests/new.py", "benchmarks/results/chip.csv"])
 def test_edits_elsewhere_and_results_do_not(tree: Path, name: str) -> None:
     (tree / name).parent.mkdir(parents=True, exist_ok=True)
     (tree / name).write_text("edited")
-    assert find_source(tree, "1.0").dirty == ""
-
-
-def test_an_installed_copy_is_its_release(tmp_path: Path) -> None:
-    assert find_source(tmp_path, "1.0") == Source("release 1.0")
+    assert find_source(tree).dirty == ""
 
 
 def test_a_copy_without_git_is_known_again_by_its_fingerprint(tree: Path, tmp_path: Path) -> None:
@@ -64,17 +62,25 @@ def test_a_copy_without_git_is_known_again_by_its_fingerprint(tree: Path, tmp_pa
     shutil.copytree(tree, copy, ignore=shutil.ignore_patterns(".git"))
     (copy / "dwm_fast/__pycache__").mkdir()
     (copy / "dwm_fast/__pycache__/a.pyc").write_bytes(b"x")
-    source = find_source(copy, "1.0")
+    source = find_source(copy)
     assert source == Source(f"tree:{tree_fingerprint(tree)}")
     (tree / "dwm_fast/a.py").write_text("later")
     _commit(tree)
     assert resolve(tree, source.commit) == first
     (copy / "dwm_fast/a.py").write_text("edited there")
-    assert resolve(tree, find_source(copy, "1.0").commit) is None
+    assert resolve(tree, find_source(copy).commit) is None
 
 
-def test_merging_puts_commits_for_fingerprints_and_refuses_unknown_ones(tree: Path) -> None:
-    known, unknown = replace(ROW, commit=f"tree:{tree_fingerprint(tree)}"), replace(ROW, commit="tree:0123")
-    assert [r.commit for r in merge.with_commits([known], tree)] == [_git(tree, "rev-parse", "HEAD")[:12]]
-    with pytest.raises(ValueError, match="edited tree"):
-        merge.with_commits([known, unknown], tree)
+def test_taking_results_in_puts_commits_for_fingerprints_and_refuses_unknown_ones(tree: Path, tmp_path: Path) -> None:
+    known, files = f"tree:{tree_fingerprint(tree)}", []
+    for name, commit in (("chip", known), ("edited", "tree:0123"), ("installed", "release 0.1.0")):
+        files.append(tmp_path / f"{name}.csv")
+        ResultFile(files[-1]).record([replace(ROW, commit=commit)])
+    for unknown in files[1:]:
+        with pytest.raises(InputError, match="edited tree or an installed package"):
+            report.take([files[0], unknown], tree)
+    assert not (tree / "benchmarks" / "results").exists()
+    report.take(files[:1], tree)
+    assert [row.commit for row in read(tree / "benchmarks" / "results" / "chip.csv")] == [
+        _git(tree, "rev-parse", "HEAD")[:12]
+    ]

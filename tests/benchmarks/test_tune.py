@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dwm_fast._bench import tune
-from dwm_fast._bench.measure import Timing
+from dwm_fast._bench.measure import Measured, Timing
 from dwm_fast.ops import ways
 
 CPU = torch.device("cpu")
@@ -36,11 +36,11 @@ def _device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _measure_as(monkeypatch: pytest.MonkeyPatch, best: int, seconds: float) -> None:
     """Every candidate takes 3 s but the one numbered `best`, which takes `seconds`; staged takes 1 s."""
 
-    def measure(case: object, device: object, budget: object) -> tuple[dict[str, Timing], dict[str, str]]:
+    def measure(case: object, device: object, budget: object) -> Measured:
         names = [way.name for way in case.ways]  # type: ignore[attr-defined]
         times = {name: Timing([3.0]) for name in names}
         times[names[1 + best]], times["staged"] = Timing([seconds]), Timing([1.0])
-        return times, {}
+        return Measured(times)
 
     monkeypatch.setattr(tune, "measure", measure)
 

@@ -1,7 +1,7 @@
 """Runs of the study -> docs/results and docs/methods: what was run and what it gave; no figure is typed by hand.
 
-python -m benchmarks.record RUN NAME COMMIT    take a run folder in as docs/results/NAME
-python -m benchmarks.record                    write the pages' generated blocks anew
+python -m benchmarks.dev.record RUN NAME COMMIT    take a run folder in as docs/results/NAME
+python -m benchmarks.dev.record                    write the pages' generated blocks anew
 
 docs/results/README.md shows every run; the page of a method, between `<!-- generated: found METHOD -->` and
 `<!-- end generated -->`, its lines of every sequence.
@@ -47,7 +47,9 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def words(results: Mapping[str, Any]) -> list[str]:
     """What was found, in sentences."""
-    return (sequence_finding if results.get("kind") == "sequence" else finding).finding(results)
+    if results.get("kind") == "sequence":
+        return sequence_finding.finding(results)
+    return finding.finding(results)
 
 
 def section(name: str, results: Mapping[str, Any]) -> str:
@@ -105,7 +107,9 @@ def method_page(text: str, runs: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.dev.record", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("run", nargs="?", type=Path, help="run folder of dwm-fast pacs")
     parser.add_argument("name", nargs="?", help="its name in docs/results")
     parser.add_argument("commit", nargs="?", help="the commit that ran")

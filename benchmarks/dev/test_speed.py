@@ -1,7 +1,7 @@
 """The same cases under pytest-benchmark: python -m pytest benchmarks [--benchmark-json=FILE] [-k sample]
 
-Ours and the first rival of every case, grouped by case and run after its gate; `python -m benchmarks.run` has them
-all, interleaved.
+Ours and the first rival of every case, grouped by case and run after its gate; `python -m benchmarks.dev.run` has
+them all.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from dwm_fast._bench.cases import ENTRIES, Entry
-from dwm_fast._bench.context import Context
-from dwm_fast._bench.measure import Case
+from benchmarks.cases import ENTRIES, Entry
+from benchmarks.context import Context
+from benchmarks.measure import Case
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _HERE = [e for e in ENTRIES if _DEVICE.type in e.devices]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .machine import slug
-from .results import Row
-from .table import by_case
+from ..machine import slug
+from ..results import Row
+from ..table import by_case
 
 _LIMITS = ("dense", "one dense", "memory copy")
 _OURS, _LIMIT, _OTHER = "#0b6e4f", "#30343f", "#b8bcc6"

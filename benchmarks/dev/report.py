@@ -1,11 +1,15 @@
 """Result files -> the tables and figures of docs, so that no figure is typed by hand.
 
-python -m benchmarks.report            rewrite the generated blocks and figures
-python -m benchmarks.report --check    exit with 1 when a block is not what the result files say
-python -m benchmarks.report --short FILE...    one line per case, for a terminal
+python -m benchmarks.dev.report            rewrite the generated blocks and figures
+python -m benchmarks.dev.report FILE...    take result files of another machine in, then the same
+python -m benchmarks.dev.report --check    exit with 1 when a block is not what the result files say
+python -m benchmarks.dev.report --short FILE...    one line per case, for a terminal
 
-A block lies between `<!-- generated: results -->` (every way of every case) or `<!-- generated: summary -->` (a line
-for each of the leading cases) and `<!-- end generated -->`.
+A machine without git stamps its rows with a fingerprint of the files that it measured. They are taken in when a recent
+commit here has that fingerprint, and then carry the commit; others come from an edited tree and are refused.
+
+A block lies between `<!-- generated: NAME -->` and `<!-- end generated -->`; NAME is `results` (every way of every
+case), `summary` (a line for each of the leading cases) or `modelled` (`benchmarks.dev.modelled`).
 """
 
 from __future__ import annotations
@@ -14,13 +18,17 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from dwm_fast.errors import DwmError, InputError
+
+from ..results import ResultFile, Row, merged, read
+from ..table import by_case, case_lines, console, results_table, shown_number
 from .checkout import TREE
 from .figures import bars, draw_all, figure_name, limit_of
-from .results import Row, merged, read
-from .source import RESULTS
-from .table import by_case, case_lines, console, results_table, shown_number
+from .modelled import modelled_block
+from .source import RESULTS, resolve
 
 PAGES = ("docs/benchmarks.md",)
 FIGURES = Path("docs/figures")
@@ -124,40 +132,70 @@ def short_lines(rows: Sequence[Row]) -> list[str]:
 
 def filled(page: str, rows: Sequence[Row]) -> str:
     """The page with its generated blocks written anew."""
-    blocks = {"results": results_block(rows), "summary": summary_block(rows)}
+    blocks = {"results": results_block(rows), "summary": summary_block(rows), "modelled": modelled_block()}
     return _BLOCK.sub(lambda m: m.group(1) + blocks[m.group(2)] + m.group(3), page)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 when a page is out of date")
-    parser.add_argument("--short", action="store_true", help="print one line per case of the given files")
-    parser.add_argument("--table", action="store_true", help="print the whole table of the given files")
-    parser.add_argument("files", nargs="*", type=Path, help="result files for --short and --table")
-    given = parser.parse_args(argv)
-    if given.short or given.table:
-        rows = [row for path in given.files for row in read(path)]
-        if given.table:
-            console().print(results_table(rows))
-        else:
-            print("\n".join(short_lines(rows)))
-        return 0
-    rows = recorded(TREE)
+def with_commits(rows: Sequence[Row], tree: Path) -> list[Row]:
+    """Rows whose fingerprints are replaced by commits. InputError for a fingerprint that no recent commit has."""
+    known: dict[str, str] = {}
+    for commit in {row.commit for row in rows}:
+        found = resolve(tree, commit) if commit.startswith("tree:") else commit
+        if found is None or commit.startswith("release "):
+            raise InputError(f"no recent commit is {commit}: the rows come from an edited tree or an installed package")
+        known[commit] = found
+    return [replace(row, commit=known[row.commit]) for row in rows]
+
+
+def take(files: Sequence[Path], tree: Path) -> None:
+    """Put result files of another machine into the checkout's own: all of them, or (InputError) none."""
+    taken = {path: with_commits(read(path), tree) for path in files}
+    for path, rows in taken.items():
+        ResultFile(tree / RESULTS / path.name).record(rows)
+        print(f"{path}: {len(rows)} rows into {RESULTS}/{path.name}")
+
+
+def rewrite(tree: Path, check: bool) -> int:
+    """Write the generated blocks and figures anew; with `check` only say which are not up to date, and return 1."""
+    rows = recorded(tree)
     stale = []
     for name in PAGES:
-        path = TREE / name
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        path = tree / name
+        before = path.read_text(encoding="utf-8")
         after = filled(before, rows)
         if after != before:
             stale.append(name)
-            if not given.check:
+            if not check:
                 path.write_text(after, encoding="utf-8")
-    if given.check:
-        print("\n".join(f"{name} is not what the result files say; run python -m benchmarks.report" for name in stale))
+    if check:
+        print(
+            "".join(f"{name} is not what the result files say; run python -m benchmarks.dev.report\n" for name in stale)
+        )
         return 1 if stale else 0
-    written = draw_all(rows, TREE / FIGURES)
-    print("\n".join(f"wrote {name}" for name in (*stale, *(p.relative_to(TREE).as_posix() for p in written))))
+    written = draw_all(rows, tree / FIGURES)
+    print("\n".join(f"wrote {name}" for name in (*stale, *(p.relative_to(tree).as_posix() for p in written))))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.dev.report", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 when a page is out of date")
+    parser.add_argument("--short", action="store_true", help="print one line per case of the given files")
+    parser.add_argument("--table", action="store_true", help="print the whole table of the given files")
+    parser.add_argument("files", nargs="*", type=Path, help="result files of another machine")
+    given = parser.parse_args(argv)
+    try:
+        if given.short or given.table:
+            rows = [row for path in given.files for row in read(path)]
+            console().print(results_table(rows) if given.table else "\n".join(short_lines(rows)))
+            return 0
+        take(given.files, TREE)
+        return rewrite(TREE, given.check)
+    except (DwmError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Which source was measured: the commit, or a fingerprint of the files where there is no git."""
+"""Which source was measured: the commit, or a fingerprint of the files where there is no git.
+
+python -m benchmarks.dev.source    print it
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from .checkout import TREE
 
 MEASURED = ("dwm_fast", "kernels", "csrc", "benchmarks", "pyproject.toml")
 """What can change a measurement; edits elsewhere (docs, tests) do not make a tree dirty."""
@@ -16,7 +20,7 @@ _IGNORED = ("__pycache__", ".so", ".pyc", ".egg-info")
 
 @dataclass(frozen=True)
 class Source:
-    """`commit`: short hash, "tree:<fingerprint>" without git, or a release. `dirty`: first changed path or ""."""
+    """`commit`: short hash, or "tree:<fingerprint>" without git. `dirty`: first changed path or ""."""
 
     commit: str
     dirty: str = ""
@@ -27,10 +31,8 @@ def _git(tree: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def find_source(tree: Path, version: str) -> Source:
-    """The source in `tree`: a git checkout, a bare copy of one, or (neither) the installed release `version`."""
-    if not (tree / "pyproject.toml").is_file():
-        return Source(f"release {version}")
+def find_source(tree: Path) -> Source:
+    """The source in `tree`: a git checkout, or a bare copy of one."""
     try:
         top = Path(_git(tree, "rev-parse", "--show-toplevel").strip())
         if top.resolve() != tree.resolve():
@@ -84,8 +86,5 @@ def resolve(tree: Path, commit: str, depth: int = 300) -> str | None:
     return None
 
 
-def results_folder(tree: Path) -> Path:
-    """Where results go by default: $OUT where a device machine sets it, the checkout's own folder, or here."""
-    if os.environ.get("OUT"):
-        return Path(os.environ["OUT"])
-    return tree / RESULTS if (tree / "pyproject.toml").is_file() else Path("dwm-fast-bench")
+if __name__ == "__main__":
+    print(find_source(TREE).commit)

@@ -1,12 +1,13 @@
 """Every operation once on small odd shapes on a GPU: what compute-sanitizer is run over.
 
-compute-sanitizer --tool memcheck python -m benchmarks.sanitize [PART ...]
+compute-sanitizer --tool memcheck python -m benchmarks.dev.sanitize [PART ...]
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def _sampling(device: torch.device) -> None:
             )
             loss = sum((m.float().sum() for m in masked), penalty)
             if loss.requires_grad:
-                loss.backward()
+                torch.autograd.backward(loss)
 
 
 def _bits(device: torch.device) -> None:
@@ -62,7 +63,7 @@ def _network(device: torch.device) -> None:
     optimizer = dwm_fast.optim.MaskAdam(masked, coefficient=1.0)
     for _ in range(2):
         optimizer.zero_grad()
-        masked(torch.randn(2, 3, 8, 8, device=device)).square().mean().backward()
+        torch.autograd.backward(masked(torch.randn(2, 3, 8, 8, device=device)).square().mean())
         optimizer.step()
 
 
@@ -86,15 +87,17 @@ def _one_pass(device: torch.device) -> None:
                 x = torch.randn(k, rows, device=device).t().to(dtype).requires_grad_(True)
                 logits = torch.randn(n, k, device=device, requires_grad=True)
                 y = ops.linear_packed(x, weight.requires_grad_(True), ops.pack([logits > 0]), bias)
-                (y + ops.linear(x, weight, logits, bias, state, tau)).sum().backward()
+                torch.autograd.backward((y + ops.linear(x, weight, logits, bias, state, tau)).sum())
         for window, groups, last in ((3, 1, True), (1, 1, True), (2, 2, False)):
             weight = torch.randn(6, 4 // groups, window, window, device=device, requires_grad=True)
             x = torch.randn(2, 4, 9, 7, device=device)
             x = x.to(memory_format=torch.channels_last) if last else x
             logits = torch.randn(weight.shape, device=device, requires_grad=True)
-            where = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": groups} if window > 1 else {}
+            where: dict[str, Any] = {}
+            if window > 1:
+                where = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": groups}
             y = ops.conv2d_packed(x.requires_grad_(True), weight, ops.pack([logits > 0]), None, **where)
-            (y + ops.conv2d(x, weight, logits, None, state, tau, **where)).sum().backward()
+            torch.autograd.backward((y + ops.conv2d(x, weight, logits, None, state, tau, **where)).sum())
 
 
 def _bank(x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor) -> None:

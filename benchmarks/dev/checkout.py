@@ -9,8 +9,8 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-TREE = Path(__file__).resolve().parent.parent
-"""The checkout that this file lies in; meaningless when installed."""
+TREE = Path(__file__).resolve().parents[2]
+"""The checkout that this file lies in."""
 
 _FOLDERS = {
     "dwm_fast": "dwm_fast",
@@ -37,4 +37,4 @@ class CheckoutFinder:
 def use_checkout() -> None:
     """From now on import the library from this tree. No effect on what is imported already."""
     if CheckoutFinder not in sys.meta_path:
-        sys.meta_path.insert(0, CheckoutFinder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, CheckoutFinder)

@@ -1,4 +1,4 @@
-"""Measure this tree against another revision: python -m benchmarks.compare BASE [--only sample] [--quick]
+"""Measure this tree against another revision: python -m benchmarks.dev.compare BASE [--only sample] [--quick]
 
 BASE is checked out into a git worktree. Both trees run the same cases in turn, twice; what moved beyond the spread of
 both is printed. Nothing is recorded.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from rich.text import Text
 
+from ..results import Row, read
+from ..table import console, shown_number, title
 from .checkout import TREE
-from .results import Row, read
-from .table import console, shown_number, title
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,17 @@ def changes(base: Iterable[Row], new: Iterable[Row]) -> list[Change]:
 
 
 def _measured(tree: Path, options: Sequence[str], out: Path) -> list[Row]:
-    command = [sys.executable, "-m", "benchmarks.run", "--out", str(out), *options]
-    done = subprocess.run(command, cwd=tree, check=False)
-    if done.returncode == 2:
-        raise SystemExit(f"compare: {tree} could not be measured; commit your edits first")
+    bench = ["-c", "import benchmarks; from dwm_fast.cli import main; main()", "bench"]
+    done = subprocess.run([sys.executable, *bench, "--out", str(out), *options], cwd=tree, check=False)
+    if done.returncode > 1:
+        raise SystemExit(f"compare: {tree} could not be measured")
     return [row for path in sorted(out.glob("*.csv")) for row in read(path)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.dev.compare", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("base", help="revision to compare with")
     parser.add_argument("--only", default="", help="comma-separated beginnings of case names")
     parser.add_argument("--device", default="auto")
