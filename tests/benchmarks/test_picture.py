@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-from dwm_fast._bench import picture
+from dwm_fast._bench.dev import picture
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_readme_has_the_picture_and_the_caption_of_the_recorded_run():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert picture.readme(text, picture.recorded(ROOT)) == text, "run python -m benchmarks.picture"
+    assert picture.readme(text, picture.recorded(ROOT)) == text, "run python -m benchmarks.dev.picture"
     assert (ROOT / picture.FIGURE).is_file()
 
 

@@ -1,6 +1,6 @@
 """The README's picture and its caption, drawn from a recorded run of the study.
 
-python -m benchmarks.picture
+python -m benchmarks.dev.picture
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .checkout import TREE
+
 RUN = "photo-sketch-seeds"
 FIGURE = Path("docs/figures") / f"{RUN}.svg"
 _BLOCK = re.compile(r"(<!-- generated: picture -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "fine-tuning every weight": {"method": "none", "view": "shared", "lr": 3e-4},
     "fine-tuning what the mask lets go": {"method": "binary", "view": "shared"},
     "the same, photo under its own bits": {"method": "binary", "view": "masked"},
@@ -108,10 +110,9 @@ def recorded(tree: Path) -> Any:
 
 
 def main() -> None:
-    tree = Path(__file__).resolve().parent.parent
-    results = recorded(tree)
-    draw(results, tree / FIGURE)
-    path = tree / "README.md"
+    results = recorded(TREE)
+    draw(results, TREE / FIGURE)
+    path = TREE / "README.md"
     path.write_text(readme(path.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
