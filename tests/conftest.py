@@ -1,8 +1,8 @@
-"""Fixtures that every test may use: forced backends, poisoned buffers, and the noise contract's oracle."""
+"""Fixtures that every test may use: forced backends, poisoned buffers, and the oracle of noise and bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -38,33 +38,49 @@ def poison() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def _philox_words(elements: np.ndarray, seed: int, step: int, layer: int) -> np.ndarray:
-    low = np.uint64(0xFFFFFFFF)
-    elements = np.asarray(elements, dtype=np.uint64)
-    block = elements // np.uint64(4)
-    c = [block & low, block >> np.uint64(32), np.full_like(block, layer), np.full_like(block, step % 2**32)]
-    k = [np.uint64(seed % 2**32), np.uint64(seed % 2**64 // 2**32)]
-    for _ in range(10):
-        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(p1 >> np.uint64(32)) ^ c[1] ^ k[0], p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ k[1], p0 & low]
-        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
-    return np.stack(c)[(elements % np.uint64(4)).astype(np.int64), np.arange(len(elements))]
+class Oracle:
+    """The noise and bit contracts in NumPy, used by every test that needs random words or packed bits."""
 
+    @staticmethod
+    def philox(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
+        """Philox4x32-10 on arrays that hold 32-bit values."""
+        c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in counter)
+        k0, k1 = (np.uint64(k) for k in key)
+        low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+        for _ in range(10):
+            p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+            c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
+            k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+        return [c0, c1, c2, c3]
 
-@pytest.fixture(scope="session")
-def philox_words() -> Callable[[np.ndarray, int, int, int], np.ndarray]:
-    """Oracle of the noise contract in NumPy: (elements, seed, step, layer) -> uint64 words below 2^32."""
-    return _philox_words
+    @classmethod
+    def words(cls, elements: np.ndarray, seed: int, step: int, layer: int) -> np.ndarray:
+        """The word of each element, uint64 below 2^32; seed is taken mod 2^64, step mod 2^32."""
+        elements = np.asarray(elements, dtype=np.uint64)
+        block, seed = elements // np.uint64(4), seed % 2**64
+        low, high = block & np.uint64(0xFFFFFFFF), block >> np.uint64(32)
+        counter = [low, high, np.full_like(block, layer), np.full_like(block, step % 2**32)]
+        words = np.stack(cls.philox(counter, (seed & 0xFFFFFFFF, seed >> 32)))
+        return words[(elements % np.uint64(4)).astype(np.int64), np.arange(len(elements))]
 
-
-@pytest.fixture(scope="session")
-def noise() -> Callable[..., torch.Tensor]:
-    """Oracle of u in fp64: noise(shape, seed, step, layer) -> ((word >> 8) + 0.5) * 2^-24 as fp32 rounds it."""
-
-    def draw(shape: tuple[int, ...], seed: int, step: int = 0, layer: int = 0) -> torch.Tensor:
-        words = _philox_words(np.arange(int(np.prod(shape))), seed, step, layer)
+    @classmethod
+    def uniform(cls, first: int, numel: int, seed: int, step: int, layer: int) -> np.ndarray:
+        """u of elements first .. first + numel - 1: ((word >> 8) + 1/2) * 2^-24 rounded to fp32, as fp64."""
+        words = cls.words(np.arange(first, first + numel, dtype=np.uint64), seed, step, layer)
         exact = ((words >> np.uint64(8)).astype(np.float64) + 0.5) * 2.0**-24
-        rounded = np.minimum(exact.astype(np.float32), np.float32(1 - 2.0**-24))
-        return torch.from_numpy(rounded.astype(np.float64)).reshape(shape)
+        return np.minimum(exact.astype(np.float32), np.float32(1 - 2.0**-24)).astype(np.float64)
 
-    return draw
+    @staticmethod
+    def bits(keeps: list[np.ndarray]) -> np.ndarray:
+        """Network buffer: LSB first, every tensor on a fresh 16-byte boundary."""
+        parts = []
+        for keep in keeps:
+            padded = np.zeros(-(-keep.size // 128) * 128, dtype=bool)
+            padded[: keep.size] = keep.reshape(-1)
+            parts.append(np.packbits(padded, bitorder="little"))
+        return np.concatenate(parts)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> type[Oracle]:
+    return Oracle

@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ SHAPES = [(64, 3, 7, 7), (130, 33, 3, 3), (96, 64, 1, 1), (10, 513), (5,), (3, 2
 SEED, STEP, LAYERS = -123456789012345, 2**32 + 7, [3, 0, 9, 1, 2**31, 5, 8]
 TIE = 2.0**-20
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 
 class _Cpp:
     """torch.ops.dwm_fast, computed by the backend 'cpp'."""
@@ -36,38 +38,6 @@ class _Cpp:
 
 
 cpp = _Cpp()
-
-
-@pytest.fixture(autouse=True)
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh buffers hold NaN, so that an element nobody wrote fails loudly."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def philox(first: int, count: int, layer: int, step: int, seed: int) -> np.ndarray:
-    """Words of elements [first, first + count): Philox4x32-10 in NumPy."""
-    elements = np.arange(first, first + count, dtype=np.uint64)
-    block = elements // np.uint64(4)
-    low = np.uint64(0xFFFFFFFF)
-    c = [block & low, block >> np.uint64(32), np.full_like(block, layer), np.full_like(block, step & 0xFFFFFFFF)]
-    k = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [
-            p1 >> np.uint64(32) ^ c[1] ^ np.uint64(k[0]),
-            p1 & low,
-            p0 >> np.uint64(32) ^ c[3] ^ np.uint64(k[1]),
-            p0 & low,
-        ]
-        k = [k[0] + 0x9E3779B9 & 0xFFFFFFFF, k[1] + 0xBB67AE85 & 0xFFFFFFFF]
-    return np.stack(c, 1)[np.arange(count), elements % np.uint64(4)]
-
-
-def uniforms(numel: int, layer: int, step: int) -> np.ndarray:
-    words = philox(0, numel, layer, step, SEED)
-    return np.minimum((words >> np.uint64(8)).astype(np.float64) * 2.0**-24 + 2.0**-25, 1 - 2.0**-24)
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -115,12 +85,12 @@ def sample(
     return cpp.sample(logits, weights, state(), torch.tensor(tau), LAYERS, THRESHOLDS, mode, step_offset, dtype, pack)
 
 
-def oracle(logit: Tensor, weight: Tensor, index: int, mode: int, tau: float) -> tuple[np.ndarray, ...]:
+def rule(oracle: Any, logit: Tensor, weight: Tensor, index: int, mode: int, tau: float) -> tuple[np.ndarray, ...]:
     """fp64: masked weight, keep bits, ties (where a bit may differ), mask value, slope d mask / d logit."""
     scores, w = logit.double().numpy(), weight.double().numpy()
     threshold, ties = THRESHOLDS[index], np.zeros(scores.shape, bool)
     if mode in (0, 1):
-        u = uniforms(scores.size, LAYERS[index], STEP + 2).reshape(scores.shape)
+        u = oracle.uniform(0, scores.size, SEED, STEP + 2, LAYERS[index]).reshape(scores.shape)
         soft = 1 / (1 + np.exp(-(scores + np.log(u) - np.log1p(-u)) / tau))
         keep = u > 1 / (1 + np.exp(scores))
         ties = np.abs(u - 1 / (1 + np.exp(scores))) <= TIE
@@ -155,19 +125,20 @@ def test_words_match_the_random123_known_answer() -> None:
 
 @pytest.mark.parametrize("first", [0, 1, 6, 2**34 - 3])
 @pytest.mark.parametrize("count", [1, 63, 2305])
-def test_words_match_numpy(first: int, count: int) -> None:
+def test_words_match_numpy(oracle: Any, first: int, count: int) -> None:
     got = _extension.random_words(count, state(), layer=2**32 - 1, step_offset=4, first=first)
-    assert np.array_equal(got.numpy().astype(np.uint64), philox(first, count, 2**32 - 1, STEP + 4, SEED))
+    elements = np.arange(first, first + count, dtype=np.uint64)
+    assert np.array_equal(got.numpy().astype(np.uint64), oracle.words(elements, SEED, STEP + 4, 2**32 - 1))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("tau", [1.0, 0.4])
 @pytest.mark.parametrize("mode", MODES)
-def test_sample_matches_fp64(mode: int, tau: float, order: str) -> None:
+def test_sample_matches_fp64(oracle: Any, mode: int, tau: float, order: str) -> None:
     logits, weights = network(order)
     masked, buffer, penalty = sample(logits, weights, mode, tau)
     for i, bits in enumerate(bits_of(buffer, [w.numel() for w in weights])):
-        expected, keep, ties, _, _ = oracle(logits[i], weights[i], i, mode, tau)
+        expected, keep, ties, _, _ = rule(oracle, logits[i], weights[i], i, mode, tau)
         assert masked[i].stride() == torch.empty_like(weights[i]).stride()
         close = np.abs(masked[i].double().numpy() - expected) <= 4e-6 * (1 + np.abs(expected))
         assert np.all(close | (ties if mode == 0 else False))
@@ -214,7 +185,7 @@ def test_sixteen_bit_edge_values_survive() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("mode", MODES)
-def test_backward_matches_fp64(mode: int, order: str) -> None:
+def test_backward_matches_fp64(oracle: Any, mode: int, order: str) -> None:
     logits, weights = network(order)
     generator = torch.Generator().manual_seed(3)
     grads = [torch.randn(s, generator=generator) for s in SHAPES]  # contiguous whatever the weights are
@@ -234,7 +205,7 @@ def test_backward_matches_fp64(mode: int, order: str) -> None:
         True,
     )
     for i, (grad, logit) in enumerate(zip(grads, logits, strict=True)):
-        _, _, ties, value, slope = oracle(logit, weights[i], i, mode, 0.6)
+        _, _, ties, value, slope = rule(oracle, logit, weights[i], i, mode, 0.6)
         keep = torch.sigmoid(logit.double()).numpy()
         push = {0: keep * (1 - keep), 1: keep * (1 - keep)}.get(mode, 0.0)
         if mode == 5:

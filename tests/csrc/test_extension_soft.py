@@ -34,12 +34,7 @@ class _Cpp:
 extension = _Cpp()
 
 
-@pytest.fixture(autouse=True)
-def nan_filled():
-    """Fresh buffers hold NaN, so that an element nobody wrote fails loudly."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def channels_last(tensor):

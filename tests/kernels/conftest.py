@@ -1,5 +1,6 @@
-"""Kernels run on a GPU where there is one, else under Triton's interpreter; oracles below use neither."""
+"""Kernels run on a GPU where there is one, else under Triton's interpreter."""
 
+import math
 import os
 
 import torch
@@ -7,54 +8,118 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports dwm_fast.kernels
 
-import numpy as np
 import pytest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Oracle:
-    """The noise and bit contracts in NumPy, and the mask rules of METHODS section 1 in fp64."""
+class Bounded:
+    """An fp64 value, and a bound of the error with which a GPU may compute it in fp32.
+
+    Running error analysis to first order (Higham, Accuracy and Stability of Numerical Algorithms, section 3.3): a sum,
+    difference or product adds UNIT of its own size to the errors that its operands bring. Elementary functions are
+    the hardware's, and add what the PTX manual (ISA 9.1, section 9.7.3) and CUDA's mathematics (erff) allow:
+
+        ex2.approx   2 ulp beyond the correctly rounded result      5 UNIT of the result
+        lg2.approx   2^-22 between 1/2 and 2, else 2^-22 relative   4 UNIT of max(1, |result|)
+        rcp.approx   1 ulp                                          2 UNIT of the result
+        div.full     2 ulp                                          4 UNIT of the result
+        erff         2 ulp                                          4 UNIT of the result
+
+    exp(x) is ex2(x log2 e) and log(x) is lg2(x) ln 2: the product and its constant round once each.
+    """
+
+    UNIT = 2.0**-24  # half the distance of neighbouring fp32 numbers at 1
+
+    def __init__(self, value, error=0.0):
+        self.value = torch.as_tensor(value, dtype=torch.float64).cpu()
+        self.error = torch.as_tensor(error, dtype=torch.float64).cpu().expand(self.value.shape)
 
     @staticmethod
-    def philox(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
-        """Philox4x32-10 on uint64 arrays that hold 32-bit values."""
-        c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in counter)
-        k0, k1 = (np.uint64(k) for k in key)
-        low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-        for _ in range(10):
-            p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-            c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
-            k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-        return [c0, c1, c2, c3]
-
-    @classmethod
-    def uniform(cls, first: int, numel: int, seed: int, step: int, layer: int) -> np.ndarray:
-        """u of elements first .. first + numel - 1 as fp64; their words from counters (block, layer, step)."""
-        element = np.arange(first, first + numel, dtype=np.uint64)
-        block = element // np.uint64(4)
-        seed, step = seed % 2**64, step % 2**32
-        low, high = block & np.uint64(0xFFFFFFFF), block >> np.uint64(32)
-        counter = [low, high, np.full_like(block, layer), np.full_like(block, step)]
-        words = np.stack(cls.philox(counter, (seed & 0xFFFFFFFF, seed >> 32)))
-        word = words[(element % np.uint64(4)).astype(np.int64), np.arange(numel)]
-        u = (word >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24) + np.float32(2.0**-25)
-        return np.minimum(u, np.float32(1 - 2.0**-24)).astype(np.float64)
+    def of(x):
+        return x if isinstance(x, Bounded) else Bounded(x)
 
     @staticmethod
-    def bits(keeps: list[np.ndarray]) -> np.ndarray:
-        """Network buffer: LSB first, every tensor on a fresh 16-byte boundary."""
-        parts = []
-        for keep in keeps:
-            padded = np.zeros(-(-keep.size // 128) * 128, dtype=bool)
-            padded[: keep.size] = keep.reshape(-1)
-            parts.append(np.packbits(padded, bitorder="little"))
-        return np.concatenate(parts)
+    def made(value, inherited, units=1):
+        return Bounded(value, inherited + units * Bounded.UNIT * value.abs())
+
+    def __add__(self, other):
+        other = Bounded.of(other)
+        return Bounded.made(self.value + other.value, self.error + other.error)
+
+    def __sub__(self, other):
+        return self + -Bounded.of(other)
+
+    def __rsub__(self, other):
+        return -self + other
+
+    def view(self, shape):
+        return Bounded(self.value.view(shape), self.error.reshape(shape))
+
+    def __neg__(self):
+        return Bounded(-self.value, self.error)
+
+    def __mul__(self, other):
+        other = Bounded.of(other)
+        inherited = self.value.abs() * other.error + other.value.abs() * self.error
+        return Bounded.made(self.value * other.value, inherited)
+
+    def reciprocal(self, units=2):
+        return Bounded.made(1 / self.value, self.error / self.value**2, units)
+
+    def exp(self):
+        value = self.value.exp()
+        return Bounded.made(value, value * (self.error + 2 * Bounded.UNIT * self.value.abs()), 5)
+
+    def log(self):
+        value = self.value.log()
+        hardware = 4 * Bounded.UNIT * (value / math.log(2)).abs().clamp(min=1) * math.log(2)
+        return Bounded.made(value, self.error / self.value + hardware, 2)
+
+    def sigmoid(self):
+        return (1 + (-self).exp()).reciprocal()
+
+    def slope(self):
+        """sigmoid'(x) = e^-|x| / (1 + e^-|x|)^2."""
+        tail = Bounded(-self.value.abs(), self.error).exp()
+        inverse = (1 + tail).reciprocal()
+        return tail * inverse * inverse
+
+    def erf(self):
+        steepest = 2 / math.sqrt(math.pi) * (-(self.value**2)).exp()
+        return Bounded.made(self.value.erf(), steepest * self.error, 4)
+
+    @staticmethod
+    def matmul(a, b):
+        """a @ b summed in fp32 in any order; a matrix unit may truncate each sum: two units."""
+        a, b = a.double().cpu(), b.double().cpu()
+        return Bounded(a @ b, 2 * Bounded.UNIT * a.shape[-1] * (a.abs() @ b.abs()))
+
+    @staticmethod
+    def gumbel(logit, u, tau):
+        """(l + log u - log(1 - u)) / tau."""
+        logit, u = Bounded.of(logit), Bounded.of(u)
+        return (logit + u.log() - (1 - u).log()) * Bounded.inverse(tau)
+
+    @staticmethod
+    def inverse(number):
+        """1 / number by div.full, `number` itself rounded to fp32."""
+        return Bounded(number, Bounded.UNIT * number).reciprocal(4)
+
+    __radd__, __rmul__ = __add__, __mul__
+    __array_ufunc__ = None
+
+    def assert_holds(self, actual):
+        """`actual` is within the bound, and half a unit of its own dtype where that is coarser than fp32."""
+        assert actual.isfinite().all()
+        coarse = torch.finfo(actual.dtype).eps / 2 if actual.dtype in (torch.bfloat16, torch.float16) else 0.0
+        error = (actual.double().cpu() - self.value.view(actual.shape)).abs().flatten()
+        assert (error <= (self.error + coarse * self.value.abs()).flatten()).all()
 
 
 @pytest.fixture
-def oracle() -> type[Oracle]:
-    return Oracle
+def bounded() -> type[Bounded]:
+    return Bounded
 
 
 @pytest.fixture
@@ -63,12 +128,5 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill every fresh buffer of the kernels with NaN (bytes with 0xFF), so that an element nobody wrote shows."""
-    from dwm_fast.kernels import _tables
-
-    def poisoned(*size: object, **options: object) -> torch.Tensor:
-        fresh = torch.empty(*size, **options)  # type: ignore[call-overload]
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else -1 if fresh.dtype != torch.uint8 else 255)
-
-    monkeypatch.setattr(_tables, "empty", poisoned)
+def _poisoned(poison: None) -> None:
+    """An element that a kernel did not write shows."""

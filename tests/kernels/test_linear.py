@@ -1,5 +1,7 @@
 """One pass equals mask first, multiply then: masks bit for bit, integers exactly, values within fp64's budget."""
 
+import math
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -108,7 +110,7 @@ def test_values_stay_within_the_budget_of_fp64(device, m, n, k, dtype):
 
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize(("m", "n", "k", "dtype"), [(5, 17, 36, torch.float32), (18, 33, 30, torch.bfloat16)])
-def test_gradients_of_logits_and_weight_follow_the_chain_rule(device, oracle, mode, m, n, k, dtype):
+def test_gradients_of_logits_and_weight_follow_the_chain_rule(device, oracle, bounded, mode, m, n, k, dtype):
     state, tau, *arguments = rule(device, mode)
     x, grad, logits = (randn(device, *s, seed=i) for i, s in enumerate([(m, k), (m, n), (n, k)]))
     x, grad, weight = x.to(dtype), grad.to(dtype), randn(device, n, k, seed=5)
@@ -116,23 +118,22 @@ def test_gradients_of_logits_and_weight_follow_the_chain_rule(device, oracle, mo
         dl, dw = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, state, tau, *arguments, True, True)
         only = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, state, tau, *arguments, False, True)
     u = torch.from_numpy(oracle.uniform(0, n * k, -(2**40) + 7, 2**32 - 1 + OFFSET, LAYER)).reshape(n, k)
-    u, score, w = u.to(device), logits.double(), weight.double()
-    soft = torch.sigmoid((score + u.log() - (1 - u).log()) / 0.7)
+    score, w = logits.double().cpu(), weight.double().cpu()
+    argument = bounded.gumbel(score, u, 0.7)
+    chain = w * (argument.slope() * bounded.inverse(0.7))
     sure = (u - torch.sigmoid(-score)).abs() > 2.0**-20
     slope, value = {
-        Mode.GUMBEL_HARD: (w * soft * (1 - soft) / 0.7, (u > torch.sigmoid(-score)).double()),
-        Mode.GUMBEL_SOFT: (w * soft * (1 - soft) / 0.7, soft),
+        Mode.GUMBEL_HARD: (chain, (u > torch.sigmoid(-score)).double()),
+        Mode.GUMBEL_SOFT: (chain, argument.sigmoid()),
         Mode.KEEP: (0 * w, (score >= 0).double()),
         Mode.THRESHOLD: (w, (score > THRESHOLD).double()),
         Mode.TERNARY: (w, (score > THRESHOLD).double() - (score < 0).double()),
         Mode.EDIT: (torch.full_like(w, THRESHOLD), torch.ones_like(w)),
     }[mode]
-    dense = grad.double().t() @ x.double()
-    low = (grad.float().t() @ x.float()).double()
-    for got, factor in ((dl, slope), (dw, value * sure)):
-        exact, rough = dense * factor, (low * factor.float()).float()
-        assert got.dtype == torch.float32
-        assert_within_budget(got * sure if got is dw else got, exact, rough)
+    dense = bounded.matmul(grad.t(), x)
+    (dense * slope).assert_holds(dl)
+    (dense * value * sure).assert_holds(dw.cpu() * sure)
+    assert dl.dtype == dw.dtype == torch.float32
     assert only[0].numel() == 0
     assert torch.equal(only[1], dw)
 
@@ -167,15 +168,20 @@ def test_strides_are_arguments_and_wide_offsets_change_nothing(device):
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("splits", [1, 2])
-def test_bias_and_activation_are_applied_once(device, activation, splits):
+def test_bias_and_activation_are_applied_once(device, bounded, activation, splits):
     x, weight, bias = randn(device, 3, 64, seed=1), randn(device, 16, 64, seed=2), randn(device, 16, seed=3)
     keep = randn(device, 16, 64, seed=4) > 0
     with override_product(ProductTiles(16, 32, 16, splits=splits)):
         y = ops.linear_packed(x, weight, ops.pack([keep]), bias, activation=activation)
         broken = ops.linear_packed(x * float("nan"), weight, ops.pack([keep]), bias, activation=activation)
-    function = getattr(F, activation)
-    exact = function(F.linear(x.double(), torch.where(keep, weight, 0).double(), bias.double()))
-    assert_within_budget(y, exact, function(F.linear(x, torch.where(keep, weight, 0), bias)))
+    linear = bounded.matmul(x, torch.where(keep, weight, 0).t()) + bias.double().cpu()
+    exact = {
+        "relu": lambda: bounded(linear.value.relu(), linear.error),
+        "gelu": lambda: 0.5 * linear * (1 + (linear * math.sqrt(0.5)).erf()),
+        "silu": lambda: linear * linear.sigmoid(),
+    }[activation]()
+    torch.testing.assert_close(exact.value, getattr(F, activation)(linear.value))
+    exact.assert_holds(y)
     assert broken.isnan().all()
 
 

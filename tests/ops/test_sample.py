@@ -60,10 +60,10 @@ def test_layers_and_steps_are_not_correlated(layer, step):
     assert abs(12 * (a * b).mean()) < 4.5 / math.sqrt(n)
 
 
-def test_hard_masks_are_the_contract_predicate_on_the_oracle_noise(noise):
+def test_hard_masks_are_the_contract_predicate_on_the_oracle_noise(oracle):
     (logits,), _ = _network((1000,))
     mask = ops.sample([logits], [torch.ones(1000)], _state(), _tau(), layers=[6])[0][0]
-    u = noise((1000,), SEED, STEP, 6)
+    u = torch.from_numpy(oracle.uniform(0, 1000, SEED, STEP, 6))
     border = 1 / (1 + torch.exp(logits.double()))
     assert ((u - border).abs() > 2**-20).all()
     assert torch.equal(mask.bool(), u > border)
@@ -152,7 +152,7 @@ def test_straight_through_gradients_by_hand(mode, threshold, dlogits, dweights):
 
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("tau", [0.3, 1.0, 2.5])
-def test_gumbel_gradient_is_the_published_formula_with_the_same_noise(noise, hard, tau):
+def test_gumbel_gradient_is_the_published_formula_with_the_same_noise(oracle, hard, tau):
     logits, weights = _network((300,), (4, 5, 3, 3))
     logits = [x.requires_grad_(True) for x in logits]
     weights = [w.requires_grad_(True) for w in weights]
@@ -161,7 +161,7 @@ def test_gumbel_gradient_is_the_published_formula_with_the_same_noise(noise, har
     grads = _network((300,), (4, 5, 3, 3), seed=9)[0]
     torch.autograd.backward(masked, grads)
     for layer, (x, w, g) in enumerate(zip(logits, weights, grads, strict=True)):
-        u = noise(tuple(x.shape), SEED, STEP, layer)
+        u = torch.from_numpy(oracle.uniform(0, x.numel(), SEED, STEP, layer)).view(x.shape)
         z = x.detach().double() + u.log() - torch.log1p(-u)
         soft = torch.sigmoid(z / tau)
         value = (z > 0).double() if hard else soft
