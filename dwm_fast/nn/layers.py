@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
+from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import GumbelSigmoid, KernelSoft, MaskKind
 from dwm_fast.ops.autocast import autocast_dtype
 
@@ -75,10 +76,18 @@ class MaskedLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            staged = self.__dict__.get("_staged")
-            if staged is not None:
-                return staged
+            given = self._given()
+            if given is not None:
+                return given
         return super().__getattr__(name)
+
+    def _given(self) -> Tensor | None:
+        """The masked weight that a masked model made for this pass, or for the pass that a checkpoint repeats."""
+        staged: Tensor | None = self.__dict__.get("_staged")
+        if staged is None:
+            return recompute.recall(self, draws=self.__dict__["_buffers"].get("rng_state") is not None)
+        recompute.remember(self, staged)
+        return staged
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -93,17 +102,26 @@ class MaskedLayer(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """The weight that the next matrix product sees, in the compute dtype; draws a mask in train()."""
-        if self._staged is not None:
-            return self._staged.to(autocast_dtype(self.frozen_weight))
+        return self._in_compute_dtype(self._given())
+
+    def _in_compute_dtype(self, given: Tensor | None) -> Tensor:
+        """The masked weight: `given`, or the layer's own draw."""
+        if given is not None:
+            return given.to(autocast_dtype(self.frozen_weight))
+        state, tau = self._noise()
+        masked, _, _ = draw([self], state, tau, training=self.training, dtype=autocast_dtype(self.frozen_weight))
+        return masked[0]
+
+    def _noise(self) -> tuple[Tensor, Tensor]:
+        """Noise state and temperature of this pass's own draw."""
         if self.rng_state is None or self.tau is None:
             raise InputError(
                 "this layer belongs to a masked model, which draws its masks; call the masked model, or give "
                 "the layer its own noise with `layer.stand_alone()`"
             )
-        state = ops.advance(self.rng_state) if self.training else self.rng_state.clone()
-        tau = current_tau(self.kind, self.tau, state)
-        masked, _, _ = draw([self], state, tau, training=self.training, dtype=autocast_dtype(self.weight))
-        return masked[0]
+        rng_state = self.rng_state
+        state = recompute.pinned(self, lambda: ops.advance(rng_state)) if self.training else rng_state.clone()
+        return state, current_tau(self.kind, self.tau, state)
 
     def draws_in_product(self) -> bool:
         """Whether forward hands logits to the product, which then draws the mask where it multiplies.
@@ -111,17 +129,15 @@ class MaskedLayer(nn.Module):
         So on a GPU for a layer alone; on a CPU the masked weight is made first and kept for the backward.
         """
         alone = self._staged is None and self.rng_state is not None
-        return alone and not isinstance(self.kind, KernelSoft) and self.weight.is_cuda
+        return alone and not isinstance(self.kind, KernelSoft) and self.frozen_weight.is_cuda
 
     def _product_rule(self) -> dict[str, Any]:
         """What a product that draws the mask itself takes beside input, weight, logits and bias."""
-        assert self.rng_state is not None
-        assert self.tau is not None
-        state = ops.advance(self.rng_state) if self.training else self.rng_state.clone()
+        state, tau = self._noise()
         mode = self.kind.training_mode if self.training else self.kind.eval_mode
         return {
             "rng_state": state,
-            "tau": current_tau(self.kind, self.tau, state),
+            "tau": tau,
             "layer": self.layer_index,
             "threshold": self.unit,
             "mode": mode,
@@ -167,7 +183,7 @@ def draw(
         sample: what is called in the place of `dwm_fast.ops.sample`.
     """
     kind = layers[0].kind
-    learned, weights = [layer.mask_logits for layer in layers], [layer.weight for layer in layers]
+    learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
     indices = [layer.layer_index for layer in layers]
     if isinstance(kind, KernelSoft):
         masked = ops.kernel_soft(
@@ -228,9 +244,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.draws_in_product():
-            return ops.linear(input, self.weight, self.mask_logits, self.bias, **self._product_rule())
-        return F.linear(input, self.masked_weight(), self.bias)
+        given = self._given()
+        if given is None and self.draws_in_product():
+            return ops.linear(input, self.frozen_weight, self.mask_logits, self.bias, **self._product_rule())
+        return F.linear(input, self._in_compute_dtype(given), self.bias)
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, {self._mask_repr()}"
@@ -289,11 +306,12 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 4 and self.draws_in_product():
+        given = self._given()
+        if given is None and input.dim() == 4 and self.draws_in_product():
             x, padding = ops.padded(input, self)
             return ops.conv2d(
                 x,
-                self.weight,
+                self.frozen_weight,
                 self.mask_logits,
                 self.bias,
                 **self._product_rule(),
@@ -302,7 +320,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
                 dilation=self.dilation,
                 groups=self.groups,
             )
-        output: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
+        output: Tensor = self._conv_forward(input, self._in_compute_dtype(given), self.bias)
         return output
 
     def extra_repr(self) -> str:

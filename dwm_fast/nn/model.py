@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
+from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import MaskKind
 from dwm_fast.nn.layers import (
     MaskedConv2d,
@@ -72,12 +73,13 @@ class MaskedModel(nn.Module):
         if len(kinds) > 1:
             raise InputError(f"the layers have different mask kinds: {sorted(map(repr, kinds))}; expected one kind")
         self.kind: MaskKind = kinds.pop()
-        device = next(iter(self._layers.values())).weight.device
+        device = next(iter(self._layers.values())).frozen_weight.device
         self.register_buffer("rng_state", new_rng_state(seed, device))
         self.register_buffer("tau", new_tau(self.kind, device))
         for index, layer in enumerate(self._layers.values()):
             layer.hand_over(index)
         self._penalty: Tensor | None = None
+        self._versions: list[int] = []
         self._recorder: Sampler | None = None
         self.train(model.training)
 
@@ -107,9 +109,20 @@ class MaskedModel(nn.Module):
         published regulariser: 0.
         """
         drawn, self._penalty = self._penalty, None
-        if drawn is not None and (torch.compiler.is_compiling() or _backward_possible(drawn)):
+        if drawn is not None and (torch.compiler.is_compiling() or self._still_differentiable(drawn)):
             return drawn
         return penalty([layer.mask_logits for layer in self._layers.values()], self.kind.training_mode)
+
+    def _still_differentiable(self, drawn: Tensor) -> bool:
+        """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
+        if drawn.grad_fn is None or self._versions != [p._version for p in self.mask_parameters()]:
+            return False
+        try:
+            # Not `saved_tensors`: under a checkpoint, unpacking one runs the whole network again.
+            _ = drawn.grad_fn._raw_saved_tensors  # type: ignore[attr-defined]
+        except RuntimeError:  # freed by a backward
+            return False
+        return True
 
     def attach_recorder(self, recorder: Sampler | None) -> None:
         """Draw for training by `recorder.sample`, not `dwm_fast.ops.sample`, from now on; None: as before."""
@@ -125,11 +138,11 @@ class MaskedModel(nn.Module):
             tau,
             training=self.training,
             step_offset=step_offset,
-            dtype=autocast_dtype(layers[0].weight) if _one_dtype(layers) else None,
+            dtype=autocast_dtype(layers[0].frozen_weight) if _one_dtype(layers) else None,
             sample=self._recorder.sample if self._recorder is not None and self.training else None,
         )
-        if self.training:
-            self._penalty = drawn
+        if self.training and not recompute.in_backward():
+            self._penalty, self._versions = drawn, [layer.mask_logits._version for layer in layers]
         return masked
 
     def _run(self, state: Tensor, step_offset: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -145,12 +158,7 @@ class MaskedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return self._run(self.rng_state.clone(), 0, args, kwargs)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            raise InputError(
-                "a masked model was called in train() during a backward pass: activation checkpointing would draw "
-                "other masks than the forward did; checkpoint nothing, or parts without masked layers"
-            )
-        state = ops.advance(self.rng_state, self.mask_samples)
+        state = recompute.pinned(self, lambda: ops.advance(self.rng_state, self.mask_samples))
         if self.mask_samples == 1:
             return self._run(state, 0, args, kwargs)
         return self._run_split(state, args, kwargs)
@@ -188,26 +196,15 @@ class MaskedModel(nn.Module):
         return {**self.__dict__, "_penalty": None, "_recorder": None}
 
     def extra_repr(self) -> str:
-        total = sum(layer.weight.numel() for layer in self._layers.values())
+        total = sum(layer.frozen_weight.numel() for layer in self._layers.values())
         return (
             f"kind={self.kind.name}, masked_layers={len(self._layers)}, masked_weights={total:,}, "
             f"mask_samples={self.mask_samples}, batch_norm={self.batch_norm}"
         )
 
 
-def _backward_possible(drawn: Tensor) -> bool:
-    """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
-    if drawn.grad_fn is None:
-        return False
-    try:
-        _ = drawn.grad_fn.saved_tensors  # type: ignore[attr-defined]
-    except RuntimeError:  # freed by a backward, or a logit tensor changed in place since
-        return False
-    return True
-
-
 def _one_dtype(layers: Sequence[MaskedLayer]) -> bool:
-    return all(layer.weight.dtype == layers[0].weight.dtype for layer in layers)
+    return all(layer.frozen_weight.dtype == layers[0].frozen_weight.dtype for layer in layers)
 
 
 def mask_model(

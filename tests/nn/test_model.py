@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import dwm_fast as dwm
 from dwm_fast.errors import InputError
@@ -574,24 +573,3 @@ def test_the_loop_of_the_readme_learns_a_sparse_mask_that_merges():
     assert masked.fraction_kept() < before == 1.0
     plain = dwm.merge(masked.eval())
     assert torch.equal(plain(x), masked(x))
-
-
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.a, x, use_reentrant=False)
-
-
-def test_activation_checkpointing_is_refused_because_it_would_draw_other_masks():
-    x = torch.ones(2, 4, requires_grad=True)
-    inside = dwm.mask_model(Checkpointed(), dwm.GumbelSigmoid()).train()
-    with pytest.raises(InputError, match="which draws its masks"):
-        inside(x).sum().backward()
-    around = dwm.mask_model(nn.Linear(4, 4), dwm.GumbelSigmoid()).train()
-    with pytest.raises(InputError, match="would draw other masks"):
-        checkpoint(around, x, use_reentrant=False).sum().backward()
-    around.eval()
-    checkpoint(around, x, use_reentrant=False).sum().backward()
