@@ -8,6 +8,7 @@ import platform
 import torch
 
 import dwm_fast
+from dwm_fast import ops
 from dwm_fast.errors import BackendUnavailable
 from dwm_fast.ops import backends
 
@@ -33,6 +34,7 @@ def diagnose() -> list[str]:
     for device in devices:
         lines.append(f"operations on {device}:")
         lines += [f"  {op}: {_chosen(op, device)}" for op in _SHOWN]
+    lines += _first_draws()
     lines += _unused_backends()
     for package, use in _OPTIONAL.items():
         try:
@@ -63,6 +65,29 @@ def _unused_backends() -> list[str]:
         f"backend {backend} is not used{' for ' + ', '.join(ops) if backend in ready else ''}: {reason}"
         for (backend, reason), ops in failing.items()
     ]
+
+
+def _first_draws() -> list[str]:
+    """For each GPU, whether one small draw on it comes out right: a backend that loads may still fail to launch."""
+    lines = []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device in (torch.device("cuda", i) for i in range(count)):
+        try:
+            answer = "works" if _draw_is_right(device) else "gives wrong numbers; please report it with these lines"
+        except Exception as error:
+            answer = f"fails: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        lines.append(f"a draw on {device}: {answer}")
+    return lines
+
+
+def _draw_is_right(device: torch.device) -> bool:
+    """Whether `sample` keeps the weights whose logits are not negative, in its weights and in its bits."""
+    logits = torch.arange(-100, 101, dtype=torch.float32)
+    weight = torch.arange(1, 202, dtype=torch.float32)
+    state, tau = torch.zeros(2, dtype=torch.int64, device=device), torch.ones((), device=device)
+    masked, bits, _ = ops.sample([logits.to(device)], [weight.to(device)], state, tau, mode=ops.Mode.KEEP, pack=True)
+    keep = ops.unpack(bits, [201])[0].cpu()
+    return torch.equal(masked[0].cpu(), weight * (logits >= 0)) and torch.equal(keep, logits >= 0)
 
 
 def _gpu_line() -> str:

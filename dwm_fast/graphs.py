@@ -40,19 +40,22 @@ class CapturedStep:
         self._inputs = tuple(x.to(device, copy=True) for x in examples)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            for left in reversed(range(warmup)):
-                # First runs may set things up and wait; by the last one, a step that waits always will.
-                with _no_waiting() if left == 0 else contextlib.nullcontext():
-                    self.eager(*self._inputs)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                for left in reversed(range(warmup)):
+                    # First runs may set things up and wait; by the last one, a step that waits always will.
+                    with _no_waiting() if left == 0 else contextlib.nullcontext():
+                        self.eager(*self._inputs)
+        finally:
+            # A step that raised has left work behind; what is restored next must not overtake it.
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def _record(self, device: torch.device) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(device), torch.cuda.graph(graph):
                 self._outputs = _detached(self.eager(*self._inputs))
-        except RuntimeError as error:
+        except (RuntimeError, InputError) as error:  # the step has run: what it refuses now, it refuses to be captured
             raise CaptureError(
                 f"the step cannot be captured as a CUDA graph ({_first_line(error)}); everything in it must "
                 f"stay on the device: no .item(), .cpu(), print, no choice by a tensor's value"

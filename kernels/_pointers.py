@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._tables import capturing, forget
+from dwm_fast.ops.devices import check_all_devices
 
 POINTERS_PER_LAUNCH = 128
 _CACHED = 256
@@ -47,17 +48,20 @@ def pointers(roles: Sequence[Sequence[Tensor]]) -> Tensor:
     device = roles[0][0].device
     values = tuple(t.data_ptr() for group in zip(*roles, strict=True) for t in group)
     if device.type != "cuda":
+        check_all_devices("the triton backend", roles, device)
         return torch.tensor(values, dtype=torch.int64)
     key = (device, values)
     with _lock:
         entry = _entries.get(key)
         if capturing(device):
             if entry is None:
+                check_all_devices("the triton backend", roles, device)
                 return _write(values, device)
             _kept[id(entry)] = entry
             return entry.table
         stream = torch.cuda.current_stream(device)
         if entry is None:
+            check_all_devices("the triton backend", roles, device)
             entry = _Entry(_write(values, device), stream.record_event(), {stream.cuda_stream})
             _entries[key] = entry
             forget(_entries, _CACHED)

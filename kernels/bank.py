@@ -84,13 +84,14 @@ def bank_linear_few_fwd_kernel(
     HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of N, groups of GROUP domains); each pass takes up to BLOCK_M rows of every domain of the group."""
-    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    """Grid (tiles of N and, slower, groups of GROUP domains,); a pass takes up to BLOCK_M rows of each of a group."""
+    n0 = (tl.program_id(0) % tl.cdiv(N, BLOCK_N)).to(tl.int64) * BLOCK_N
+    group = tl.program_id(0) // tl.cdiv(N, BLOCK_N) * GROUP
     members, starts, stops, most = (), (), (), tl.zeros([], tl.int64)
     for g in tl.static_range(GROUP):
-        member = tl.minimum(tl.program_id(1) * GROUP + g, domains - 1).to(tl.int64)
+        member = tl.minimum(group + g, domains - 1).to(tl.int64)
         low, high = tl.load(offsets + member) * scale, tl.load(offsets + member + 1) * scale
-        high = tl.where(tl.program_id(1) * GROUP + g < domains, high, low)
+        high = tl.where(group + g < domains, high, low)
         members, starts, stops = append(members, member), append(starts, low), append(stops, high)
         most = tl.maximum(most, high - low)
     for done in range(0, most, BLOCK_M):
@@ -117,9 +118,12 @@ def bank_linear_many_fwd_kernel(
     HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of N, tiles of rows). Every domain has its own tiles of rows; those beyond the last do nothing."""
-    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
-    tile = tl.program_id(1).to(tl.int64)
+    """Grid (tiles of N and, slower, of rows,). Every domain has its own tiles of rows; those beyond do nothing.
+
+    One axis for both: a grid's second axis ends at 65,535, its first at 2**31 - 1.
+    """
+    n0 = (tl.program_id(0) % tl.cdiv(N, BLOCK_N)).to(tl.int64) * BLOCK_N
+    tile = (tl.program_id(0) // tl.cdiv(N, BLOCK_N)).to(tl.int64)
     domain = tl.zeros([], tl.int64)
     start = tl.load(offsets) * scale
     stop = start
@@ -209,11 +213,11 @@ def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, of
     )  # fmt: skip
     with _tables.device_guard(x.device):
         if tiles.group:
-            grid = (triton.cdiv(n, tiles.block_n), triton.cdiv(bits.shape[0], tiles.group))
+            grid = (triton.cdiv(n, tiles.block_n) * triton.cdiv(bits.shape[0], tiles.group),)
             bank_linear_few_fwd_kernel[grid](*arguments, GROUP=tiles.group, **constants, **OPTIONS)
         else:
             row_tiles = triton.cdiv(rows.shape[0], tiles.block_m) + min(bits.shape[0], samples) - 1
-            grid = (triton.cdiv(n, tiles.block_n), row_tiles)
+            grid = (triton.cdiv(n, tiles.block_n) * row_tiles,)
             bank_linear_many_fwd_kernel[grid](*arguments, **constants, **OPTIONS)
     return y.view(*x.shape[:-1], n)
 

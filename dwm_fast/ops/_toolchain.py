@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,57 @@ def cpu_steps(compiler: str, target: str) -> list[Step]:
     else:
         link = [compiler, "-shared", "-o", target, *objects, f"-L{libraries}", "-ltorch_cpu"]
     return [*steps, Step(target, "", tuple(link))]
+
+
+def find_c_compiler() -> str | None:
+    """The C compiler that Triton calls: CC as it stands, else gcc or clang on PATH."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def python_header() -> Path:
+    """Python.h where Triton looks for it; Debian's own scheme names a folder that Debian does not fill."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)) / "Python.h"
+
+
+def _c_obstacle() -> str:
+    """What this machine lacks to compile a C module for this Python, and what to type; "" where nothing is missing."""
+    if find_c_compiler() is None:
+        return "there is no C compiler; install one (Debian, Ubuntu: apt install gcc) or set CC"
+    header = python_header()
+    if not header.is_file():
+        return f"{header} is missing; install Python's headers (Debian, Ubuntu: apt install python3-dev)"
+    return ""
+
+
+def require_triton_launcher() -> None:
+    """BackendUnavailable, with one line that says why, unless Triton can launch kernels on this machine's GPU.
+
+    Triton's driver is C source that it compiles at the first launch and keeps in its cache; in older releases (3.6) so
+    is a launcher for every signature, which no cache can be trusted to hold. What is missing is found here, before a
+    compiler prints.
+    """
+    from triton import knobs
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    reason = "" if knobs.build.impl else _c_obstacle()
+
+    def refuse(*_: object) -> str:
+        raise BackendUnavailable(f"Triton compiles its launcher and {reason}")
+
+    if reason and hasattr(nvidia, "make_launcher"):
+        refuse()
+    try:
+        with knobs.build.scope():
+            if reason:
+                knobs.build.impl = refuse
+            _ = driver.active.utils
+    except BackendUnavailable:
+        raise
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendUnavailable(f"Triton cannot start its CUDA driver: {line}") from error
 
 
 def find_nvcc() -> str | None:

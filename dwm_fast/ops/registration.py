@@ -15,6 +15,7 @@ from torch import Tensor
 from dwm_fast.errors import InputError, Unsupported
 from dwm_fast.ops import backends
 from dwm_fast.ops.autocast import without_autocast
+from dwm_fast.ops.devices import check_all_devices, check_devices
 from dwm_fast.ops.draw import Draw
 
 _LIBRARY = torch.library.Library("dwm_fast", "DEF")  # type: ignore[no-untyped-call]
@@ -61,27 +62,32 @@ def define(
     _LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
 
     def kernel(*args: Any) -> Any:
-        device_type = _device_type(args[device_at])
-        with without_autocast(device_type):
+        device = _device(args[device_at])
+        backend = backends.chosen(name, device.type)
+        if backend == "triton" and device.type == "cuda":
+            check_devices(name, args, device)  # lists: where a new table of their addresses is made
+        else:
+            check_all_devices(name, args, device)
+        with without_autocast(device.type):
             given = grouped(args)
             try:
-                return backends.get(name, backends.chosen(name, device_type))(*given)
+                return backends.get(name, backend)(*given)
             except Unsupported:
                 return reference(*given)
 
     def shapes(*args: Any) -> Any:
-        with without_autocast(_device_type(args[device_at])):
+        with without_autocast(_device(args[device_at]).type):
             return fake(*grouped(args))
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dwm_fast::{name}", shapes, lib=_LIBRARY)
 
 
-def _device_type(given: Tensor | Sequence[Tensor]) -> str:
+def _device(given: Tensor | Sequence[Tensor]) -> torch.device:
     """Where a tensor lies, or the first of a list; an empty list is on the CPU."""
     if isinstance(given, Tensor):
-        return given.device.type
-    return given[0].device.type if given else "cpu"
+        return given.device
+    return given[0].device if given else torch.device("cpu")
 
 
 def refuse_double_backward(name: str) -> None:
