@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,43 +135,46 @@ def encode(keep: Bytes, shape: tuple[int, ...], plan: Plan) -> Bytes:
 
 
 def decode(stored: Bytes, shape: tuple[int, ...], plan: Plan) -> Bytes:
-    """The packed bits (LSB first, ceil(n / 8) bytes) of an "ans" or "channel" tensor.
+    """The packed bits (LSB first, ceil(n / 8) bytes) of an "ans" or "channel" tensor, decoded in pieces.
 
-    Undecodable otherwise.
+    Beside the result it takes a few megabytes, whatever the shape. Undecodable where `stored` is no code of n bits.
     """
     n = math.prod(shape)
+    packed = np.zeros((n + 7) // 8, dtype=np.uint8)
     if plan.coding == "ans":
         coder = _open(stored)
-        packed = np.empty((n + 7) // 8, dtype=np.uint8)
-        for start in range(0, n, _CHUNK):
-            run = _decode_run(coder, min(_CHUNK, n - start), plan.frequency)
+        for start, run in _decode_runs(coder, n, plan.frequency):
             packed[start // 8 : start // 8 + (run.size + 7) // 8] = np.packbits(run, bitorder="little")
     else:
         channels = shape[plan.axis]
         coder = _open(stored[channels:])
-        rows = _decode_channels(coder, stored[:channels], n // max(channels, 1))
-        moved = (shape[plan.axis], *shape[: plan.axis], *shape[plan.axis + 1 :])
-        keep = np.moveaxis(rows.reshape(moved), 0, plan.axis)
-        packed = np.packbits(keep.reshape(-1), bitorder="little")
+        _decode_channels(coder, stored[:channels], shape, plan.axis, packed)
     if not coder.is_empty():
         raise Undecodable("the code is longer than its tensor")
     return packed
 
 
-def _decode_channels(coder: _Coder, levels: Bytes, width: int) -> Bytes:
+def _decode_channels(coder: _Coder, levels: Bytes, shape: tuple[int, ...], axis: int, packed: Bytes) -> None:
+    """Set the ones of every channel in `packed`, whose bits are zero, in the order in which they were coded."""
     if levels.size and levels.max() >= LEVELS:
         raise Undecodable(f"a channel level is beyond {LEVELS - 1}")
-    rows = np.empty((levels.size, width), dtype=np.uint8)
+    inner = math.prod(shape[axis + 1 :])
+    width = math.prod(shape[:axis]) * inner
     for level in np.unique(levels):
-        for channels in _groups(np.flatnonzero(levels == level), width):
-            run = _decode_run(coder, channels.size * width, LEVEL_FREQUENCIES[level])
-            rows[channels] = run.reshape(channels.size, width)
-    return rows
+        channels = np.flatnonzero(levels == level)
+        for start, run in _decode_runs(coder, channels.size * width, LEVEL_FREQUENCIES[level]):
+            which, place = np.divmod(np.flatnonzero(run) + start, width)
+            outer, rest = np.divmod(place, inner)
+            _set_bits(packed, (outer * levels.size + channels[which]) * inner + rest)
 
 
-def _groups(channels: NDArray[np.int64], width: int) -> list[NDArray[np.int64]]:
-    step = max(1, _CHUNK // max(width, 1))
-    return [channels[start : start + step] for start in range(0, channels.size, step)]
+def _set_bits(packed: Bytes, places: NDArray[np.int64]) -> None:
+    if places.size == 0:
+        return
+    places = np.sort(places, kind="stable")
+    byte = places >> 3
+    first = np.flatnonzero(np.diff(byte, prepend=-1))
+    packed[byte[first]] |= np.bitwise_or.reduceat((1 << (places & 7)).astype(np.uint8), first)
 
 
 def _encode_run(coder: _Coder, keep: Bytes, frequency: int) -> None:
@@ -179,8 +183,11 @@ def _encode_run(coder: _Coder, keep: Bytes, frequency: int) -> None:
         coder.encode_reverse(keep[max(0, stop - _CHUNK) : stop].astype(np.int32), model)
 
 
-def _decode_run(coder: _Coder, amount: int, frequency: int) -> Bytes:
-    return coder.decode(_model(frequency), amount).astype(np.uint8)
+def _decode_runs(coder: _Coder, amount: int, frequency: int) -> Iterator[tuple[int, Bytes]]:
+    """The next `amount` bits in pieces, each with its place."""
+    model = _model(frequency)
+    for start in range(0, amount, _CHUNK):
+        yield start, coder.decode(model, min(_CHUNK, amount - start)).astype(np.uint8)
 
 
 def _model(frequency: int) -> Any:

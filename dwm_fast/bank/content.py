@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dwm_fast.bank import coding as codes
-from dwm_fast.bank.header import Entry, check_shape, fail, is_count, is_name
-from dwm_fast.bank.record import FORMS, Layout, MaskInfo, check_domain_name
+from dwm_fast.bank.header import Entry, check_shape, fail, is_count, is_name, only_keys
+from dwm_fast.bank.record import FORMS, MAX_TEXT, Layout, MaskInfo, check_domain_name, check_options, is_text
 from dwm_fast.errors import InputError, MaskFileError
 
 CHECKSUMS = "sha256"
 """Name of the tensor (T, 32) that holds the SHA-256 of every other tensor, in the order of their bytes."""
 BIT_ORDER = "lsb-first"
-MAX_WEIGHTS_PER_BYTE = 4096
-"""A file of n bytes describes at most this times n weights, so reading is bounded by the file's size."""
+FREE_CODED_WEIGHTS = 1 << 24
+CODED_WEIGHTS_PER_BYTE = 512
+"""A file of s bytes describes at most 2^24 + 512 s weights in code: decoding, whose time goes with the weights (2^24
+take half a second on one core of an AMD EPYC), is bounded by what was given. Raw bits bound themselves."""
+
+
+_KEYS = (
+    "domain", "form", "method", "classes", "options", "backbone", "bit_order", "tensors", "checksums", "reference",
+)  # fmt: skip
+_TENSOR_KEYS = {"raw": (), "ans": ("frequency",), "channel": ("axis",)}
+_HEX = re.compile(r"[0-9a-f]*")
+
+
+def _is_digest(value: Any, length: int) -> bool:
+    return isinstance(value, str) and len(value) == length and _HEX.fullmatch(value) is not None
+
+
+def most_coded_weights(size: int) -> int:
+    """How many weights a file of `size` bytes may hold in code."""
+    return FREE_CODED_WEIGHTS + CODED_WEIGHTS_PER_BYTE * size
 
 
 @dataclass(frozen=True)
@@ -45,14 +64,15 @@ class Content:
 
 def check_content(path: Path, content: Mapping[str, Any], entries: Mapping[str, Entry], size: int) -> Content:
     """The content of the header of a file of `size` bytes; MaskFileError naming file and field if it is wrong."""
+    only_keys(path, "content", content, _KEYS)
     info, stored = _check_info(path, content, entries, size)
     checksums = content.get("checksums")
     sums = entries.get(CHECKSUMS)
-    if not isinstance(checksums, str) or sums is None or (sums.code, sums.shape) != ("U8", (len(entries) - 1, 32)):
+    if not _is_digest(checksums, 64) or sums is None or (sums.code, sums.shape) != ("U8", (len(entries) - 1, 32)):
         fail(path, CHECKSUMS, f"expected a U8 tensor of shape [{len(entries) - 1}, 32] and its own checksum")
     needed = any(tensor.xor for tensor in stored.values())
     reference = _check_reference(path, content.get("reference"), needed)
-    return Content(info, stored, _check_extras(path, entries), checksums, reference)
+    return Content(info, stored, _check_extras(path, entries), str(checksums), reference)
 
 
 def _check_info(
@@ -60,21 +80,26 @@ def _check_info(
 ) -> tuple[MaskInfo, dict[str, StoredTensor]]:
     texts = {key: content.get(key) for key in ("domain", "form", "method", "backbone", "bit_order")}
     for key, value in texts.items():
-        if not isinstance(value, str) or len(value) > 4096:
-            fail(path, key, "expected text")
+        if not is_text(value):
+            fail(path, key, f"expected text of at most {MAX_TEXT} characters")
     if texts["bit_order"] != BIT_ORDER:
         fail(path, "bit_order", f"{texts['bit_order']!r:.60}; this release reads '{BIT_ORDER}'")
     if texts["form"] not in FORMS:
         fail(path, "form", f"{texts['form']!r:.60} is not one of {', '.join(FORMS)}")
-    try:
-        domain = check_domain_name(str(texts["domain"]))
-    except InputError as error:
-        raise MaskFileError(f"{path}: domain: {error}") from error
+    if texts["backbone"] and not _is_digest(texts["backbone"], 64):
+        fail(path, "backbone", "expected 64 lower-case hexadecimal digits, or nothing")
     classes, options = content.get("classes"), content.get("options")
-    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+    if not isinstance(classes, list) or not all(is_text(c) for c in classes):
         fail(path, "classes", "expected a list of text")
     if not isinstance(options, dict):
         fail(path, "options", "expected an object")
+    try:
+        field = "domain"
+        domain = check_domain_name(texts["domain"])
+        field = "options"
+        check_options(options)
+    except InputError as error:
+        raise MaskFileError(f"{path}: {field}: {error}") from error
     stored, layout, ones = _check_tensors(path, content.get("tensors"), entries, size)
     info = MaskInfo(
         domain,
@@ -107,9 +132,11 @@ def _check_tensors(
             fail(path, f"{name}.ones", f"expected a whole number in [0, {n}]")
         ones.append(about["ones"])
         stored[name] = _check_stored(path, about, shapes[-1], entries.get(f"bits.{name}"))
-    weights = sum(math.prod(shape) for shape in shapes)
-    if weights > MAX_WEIGHTS_PER_BYTE * size:
-        fail(path, "tensors", f"{weights} weights in {size} bytes; at most {MAX_WEIGHTS_PER_BYTE} a byte are read")
+        known = _TENSOR_KEYS[stored[name].plan.coding]
+        only_keys(path, name, about, ("name", "shape", "ones", "coding", "xor", *known))
+    coded = sum(math.prod(s) for s, kept in zip(shapes, stored.values(), strict=True) if kept.plan.coding != "raw")
+    if coded > most_coded_weights(size):
+        fail(path, "tensors", f"{coded} coded weights in {size} bytes; at most {most_coded_weights(size)} are read")
     unknown = {n for n in entries if n.startswith("bits.")} - {f"bits.{n}" for n in stored}
     if unknown:
         fail(path, min(unknown), "is not described in tensors")
@@ -155,11 +182,12 @@ def _check_reference(path: Path, reference: Any, needed: bool) -> tuple[str, str
         return None
     if not isinstance(reference, dict) or not needed:
         fail(path, "reference", "expected an object exactly when a tensor has xor")
-    domain, check = reference.get("domain"), reference.get("bits")
+    only_keys(path, "reference", reference, ("domain", "bits"))
+    check = reference.get("bits")
     try:
-        check_domain_name(str(domain))
+        domain = check_domain_name(reference.get("domain"))
     except InputError as error:
         raise MaskFileError(f"{path}: reference: {error}") from error
-    if not isinstance(check, str):
-        fail(path, "reference.bits", "expected a checksum")
-    return str(domain), check
+    if not _is_digest(check, 32):
+        fail(path, "reference.bits", "expected the first 32 hexadecimal digits of a SHA-256")
+    return domain, str(check)

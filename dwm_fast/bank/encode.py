@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from dwm_fast._files import write_atomic
 from dwm_fast.bank import coding as codes
-from dwm_fast.bank.content import BIT_ORDER, CHECKSUMS, MAX_WEIGHTS_PER_BYTE
-from dwm_fast.bank.header import DTYPE_CODES, build_header
+from dwm_fast.bank.content import BIT_ORDER, CHECKSUMS, CODED_WEIGHTS_PER_BYTE, FREE_CODED_WEIGHTS
+from dwm_fast.bank.header import DTYPE_CODES, MAX_HEADER_BYTES, build_header
 from dwm_fast.bank.record import DomainMasks, MaskInfo, bits_digest, check_values, tensor_bytes
 from dwm_fast.errors import InputError, MaskFileError
 
@@ -38,16 +39,16 @@ def encode_domain(record: DomainMasks, coding: str = "raw", reference: DomainMas
     check_values(record)
     tensors = _extras(record)
     table = []
-    for index, name in enumerate(record.info.layout.names):
-        about, stored = _encode_tensor(record, index, coding, reference)
+    for index, where in enumerate(record.info.layout.slices()):
+        about, stored = _encode_tensor(record, index, where, coding, reference)
         table.append(about)
-        tensors.append((f"bits.{name}", "U8", stored.shape, stored))
+        tensors.append((f"bits.{about['name']}", "U8", stored.shape, stored))
     sums = b"".join(hashlib.sha256(data.data).digest() for *_, data in tensors)
     tensors.append((CHECKSUMS, "U8", (len(tensors), 32), np.frombuffer(sums, np.uint8)))
     used = any(about.get("xor") for about in table)
     content = _content(record.info, table, hashlib.sha256(sums).hexdigest(), reference if used else None)
     sizes = [(name, code, shape, data.size) for name, code, shape, data in tensors]
-    header = build_header(sizes, content, _least_header(record, sum(size for *_, size in sizes)))
+    header = build_header(sizes, content, _least_header(table, sum(size for *_, size in sizes)))
     return b"".join([header, *(data.tobytes() for *_, data in tensors)])
 
 
@@ -65,17 +66,21 @@ def _extras(record: DomainMasks) -> list[tuple[str, str, tuple[int, ...], codes.
     return result
 
 
-def _least_header(record: DomainMasks, payload: int) -> int:
-    """Header length that keeps the file within MAX_WEIGHTS_PER_BYTE."""
-    return -(-sum(record.info.layout.numels) // MAX_WEIGHTS_PER_BYTE) - payload
+def _least_header(table: list[dict[str, Any]], payload: int) -> int:
+    """Header length that keeps the file within what readers decode."""
+    coded = sum(math.prod(about["shape"]) for about in table if about["coding"] != "raw")
+    least: int = -(-max(coded - FREE_CODED_WEIGHTS, 0) // CODED_WEIGHTS_PER_BYTE) - payload
+    if least > MAX_HEADER_BYTES:
+        raise InputError(f"{coded} weights in {payload} bytes of code are more than a reader decodes; use coding='raw'")
+    return least
 
 
 def _encode_tensor(
-    record: DomainMasks, index: int, coding: str, reference: DomainMasks | None
+    record: DomainMasks, index: int, where: slice, coding: str, reference: DomainMasks | None
 ) -> tuple[dict[str, Any], codes.Bytes]:
     info = record.info
-    shape, n = info.layout.shapes[index], info.layout.numels[index]
-    where = info.layout.slices()[index]
+    shape = info.layout.shapes[index]
+    n = math.prod(shape)
     packed = tensor_bytes(record.bits[where])
     about: dict[str, Any] = {"name": info.layout.names[index], "shape": list(shape), "ones": info.ones[index]}
     if coding == "raw":

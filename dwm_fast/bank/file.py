@@ -91,7 +91,7 @@ class MaskFile:
         """
         layout = self.info.layout
         base = self._base(resolve)
-        bits = torch.zeros(ops.packed_offsets(layout.numels)[-1], dtype=torch.uint8)
+        bits = torch.zeros(layout.starts[-1], dtype=torch.uint8)
         for name, shape, where in zip(layout.names, layout.shapes, layout.slices(), strict=True):
             packed = self._packed(name, shape)
             bits[where] = packed if base is None or not self.stored[name].xor else packed ^ base.bits[where]

@@ -12,22 +12,26 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
+from dwm_fast._files import reason
 from dwm_fast.errors import MaskFileError
 
 FORMAT = "dwm-fast-mask"
 VERSION = "1"
 MAX_HEADER_BYTES = 16 << 20
 """A longer header is refused; ResNet-18 needs less than 16 KiB."""
+MAX_DIMENSIONS = 16
 _ALIGNMENT = 64
 _NO_SEAL = "0" * 64
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _SEAL = re.compile(r"[0-9a-f]{64}")
 
 DTYPES = {
@@ -94,26 +98,49 @@ def map_file(path: Path) -> Tensor:
 
     No file handle stays open. Raises MaskFileError when the file cannot be read or is shorter than 8 bytes.
     """
+    while True:
+        before = _stat(path)
+        if before.st_size < 8:
+            fail(path, "header length", f"{before.st_size} bytes; a mask file is a file of at least 8")
+        mapped = _try_map(path, before.st_size)
+        after = _stat(path)
+        same = (before.st_dev, before.st_ino, before.st_size) == (after.st_dev, after.st_ino, after.st_size)
+        if same and mapped is not None:
+            return mapped
+        if same:
+            fail(path, "file", "cannot be memory-mapped; check its permissions")
+
+
+def _stat(path: Path) -> os.stat_result:
     try:
-        while True:
-            before = path.stat()
-            if not stat.S_ISREG(before.st_mode) or before.st_size < 8:
-                fail(path, "header length", f"{before.st_size} bytes; a mask file is a file of at least 8")
-            mapped = _try_map(path, before.st_size)
-            after = path.stat()
-            same = (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
-            if same and mapped is not None:
-                return mapped
-            if same:
-                fail(path, "file", "cannot be memory-mapped; check its permissions")
+        with open_regular(path) as file:
+            return os.fstat(file.fileno())
     except OSError as error:
-        raise MaskFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise MaskFileError(f"{path}: cannot be read: {reason(error)}") from error
+
+
+def open_regular(path: Path, follow: bool = True) -> BinaryIO:
+    """Open an ordinary file for reading; MaskFileError for a pipe or a device, which could wait for ever.
+
+    A link to an ordinary file counts as one (the Hub's cache consists of links) unless `follow` is False. A file that
+    is not there stays a FileNotFoundError.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | _NO_WAIT | (0 if follow else _NO_LINK))
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return os.fdopen(handle, "rb")
+        os.close(handle)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise MaskFileError(f"{path}: cannot be read: {reason(error)}") from error
+    fail(path, "file", "is no ordinary file; expected a file, not a folder, a pipe or a device")
 
 
 def _try_map(path: Path, size: int) -> Tensor | None:
     try:
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return None
 
 
@@ -131,6 +158,8 @@ def parse_header(path: Path, data: memoryview) -> Header:
     table = parse_object(path, "header", raw[8:])
     metadata = _check_metadata(path, table.pop("__metadata__", None))
     _check_seal(path, metadata["seal"], raw)
+    if (8 + length) % _ALIGNMENT:
+        fail(path, "header length", f"the data begin at byte {8 + length}; expected a multiple of {_ALIGNMENT}")
     entries = _check_entries(path, table, size - 8 - length)
     content = parse_object(path, "content", metadata["content"])
     return Header(entries, content, metadata["seal"], 8 + length)
@@ -139,12 +168,12 @@ def parse_header(path: Path, data: memoryview) -> Header:
 def is_mask_file(path: Path) -> bool:
     """Whether the file at `path` begins like a mask file of any version. MaskFileError when it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             head = file.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
     except OSError as error:
-        raise MaskFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise MaskFileError(f"{path}: cannot be read: {reason(error)}") from error
     return b'"format":"' + FORMAT.encode() + b'"' in head
 
 
@@ -154,10 +183,15 @@ def fail(path: Path, field: str, reason: str) -> NoReturn:
 
 
 def parse_object(path: Path, field: str, text: str | bytes) -> dict[str, Any]:
-    """A JSON object without repeated keys, NaN or infinities; anything else is a MaskFileError."""
+    """A JSON object without repeated keys, NaN or infinities, 1e999 included; anything else is a MaskFileError."""
     try:
         text = text if isinstance(text, str) else text.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise MaskFileError(f"{path}: {field}: not valid JSON ({str(error)[:120]})") from error
     if not isinstance(value, dict):
@@ -174,6 +208,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is beyond any float")
+    return number
 
 
 def _seal_field(seal: str) -> bytes:
@@ -193,7 +234,15 @@ def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
     for key in ("content", "seal"):
         if not isinstance(metadata.get(key), str):
             fail(path, key, "missing, or not a string")
+    only_keys(path, "__metadata__", metadata, ("content", "format", "seal", "version"))
     return metadata
+
+
+def only_keys(path: Path, field: str, found: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """MaskFileError where an object has keys that the format does not know."""
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        fail(path, field, f"{unknown[0][:80]!r} is unknown to this version of the format")
 
 
 def _check_seal(path: Path, seal: str, raw: bytes) -> None:
@@ -256,8 +305,8 @@ def is_count(value: Any) -> bool:
 
 def check_shape(path: Path, field: str, value: Any) -> tuple[int, ...]:
     """A list of at most 16 sizes whose product stays below 2^53, as a tuple."""
-    if not isinstance(value, list) or len(value) > 16 or not all(is_count(size) for size in value):
-        fail(path, field, "expected a list of at most 16 whole numbers")
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS or not all(is_count(size) for size in value):
+        fail(path, field, f"expected a list of at most {MAX_DIMENSIONS} whole numbers")
     total = 1
     for size in value:
         total *= max(size, 1)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwm_fast import ops
+from dwm_fast.bank.header import MAX_DIMENSIONS, is_name
 from dwm_fast.errors import InputError
 
 FORMS = ("binary", "ternary", "soft", "edit")
 """What a domain does to a weight W with keep bits m: W * m; W * m * sign; W * (m or a value); W + a value."""
 
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_TEXT = 4096
+MAX_DEPTH = 32
+MAX_NUMBER = 1 << 1023
+"""Whole numbers stay below it, so that any program can read them as floats."""
+_HALF = re.compile("[\ud800-\udfff]")
 _DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -32,16 +39,24 @@ class Layout:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def numels(self) -> list[int]:
         """Bits per tensor."""
         return [math.prod(shape) for shape in self.shapes]
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Number of each tensor, by name."""
+        return {name: i for i, name in enumerate(self.names)}
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First byte of each tensor in a network buffer, and the buffer's length."""
+        return ops.packed_offsets(self.numels)
+
     def slices(self) -> list[slice]:
         """Each tensor's ceil(n / 8) bytes inside a network buffer."""
-        numels = self.numels
-        starts = ops.packed_offsets(numels)
-        return [slice(start, start + (n + 7) // 8) for start, n in zip(starts, numels, strict=False)]
+        return [slice(start, start + (n + 7) // 8) for start, n in zip(self.starts, self.numels, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -105,8 +120,15 @@ def make_domain(
     Raises InputError that names the argument when a name, dtype, shape or length does not fit.
     """
     check_domain_name(domain)
+    for what, text in (("method", method), *(("classes", str(name)) for name in classes)):
+        if not is_text(text):
+            raise InputError(
+                f"{what}: {str(text)[:80]!r} is not text of at most {MAX_TEXT} characters that UTF-8 holds"
+            )
     if form not in FORMS:
         raise InputError(f"form '{form}' is unknown; expected one of {', '.join(FORMS)}")
+    for name, mask in [*masks.items(), *(state or {}).items(), *(values or {}).items()]:
+        _check_tensor(name, mask)
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
             raise InputError(f"mask '{name}' is {mask.dtype}; expected torch.bool (see dwm_fast.bank.as_masks)")
@@ -121,7 +143,41 @@ def make_domain(
     return record
 
 
-def check_domain_name(domain: str) -> str:
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """InputError unless a file can hold a tensor of that name."""
+    if not is_name(f"values.{name}"):
+        raise InputError(
+            f"{str(name)[:80]!r} cannot name a tensor in a file; use printable text of 1 to 505 characters"
+        )
+    plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    if not plain or tensor.is_meta or tensor.is_quantized or tensor.dim() > MAX_DIMENSIONS:
+        given = f"{tensor.layout}, {tensor.dtype}, on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor)
+        raise InputError(f"'{name}' is no plain tensor of at most {MAX_DIMENSIONS} dimensions: {given}")
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that a description may hold: at most 4096 characters, whole ones."""
+    return isinstance(value, str) and len(value) <= MAX_TEXT and not _HALF.search(value)
+
+
+def check_options(options: Any) -> None:
+    """InputError unless options are plain data: at most 32 deep, text as in `is_text`, numbers as floats hold."""
+    level: list[Any] = [options]
+    for _ in range(MAX_DEPTH):
+        texts = [x for x in level if isinstance(x, str)] + [key for x in level if isinstance(x, dict) for key in x]
+        wrong: list[Any] = [x for x in texts if not is_text(x)]
+        wrong += [x for x in level if type(x) is int and abs(x) >= MAX_NUMBER]
+        if wrong:
+            raise InputError(
+                f"options hold {str(wrong[0])[:40]!r}, no text or number that a file may hold (docs/format.md)"
+            )
+        level = [y for x in level if isinstance(x, dict | list) for y in (x.values() if isinstance(x, dict) else x)]
+        if not level:
+            return
+    raise InputError(f"options are more than {MAX_DEPTH} levels deep; give plain data")
+
+
+def check_domain_name(domain: Any) -> str:
     """The name itself, if it can be a file's name everywhere; InputError otherwise."""
     if not isinstance(domain, str) or not _DOMAIN.fullmatch(domain):
         raise InputError(
@@ -176,11 +232,10 @@ def effective_weight(record: DomainMasks, name: str, mask: Tensor, weight: Tenso
 def network_bits(domain: DomainMasks, name: str, weight: Tensor) -> Tensor:
     """The packed bits of one weight in one domain, spread over the weight's shape; all ones where it has no mask."""
     layout = domain.info.layout
-    if name not in layout.names:
+    if name not in layout.places:
         return ops.pack([torch.ones(weight.shape, dtype=torch.bool)])
-    index = layout.names.index(name)
-    starts = ops.packed_offsets(layout.numels)
-    bits = domain.bits[starts[index] : starts[index + 1]]
+    index = layout.places[name]
+    bits = domain.bits[layout.starts[index] : layout.starts[index + 1]]
     if layout.shapes[index] == tuple(weight.shape):
         return bits
     mask = ops.unpack(bits, [layout.numels[index]])[0].view(layout.shapes[index])
@@ -229,6 +284,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as JSON reads them back, so that a round trip through a file changes nothing."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps(options, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"options must be plain data (text, numbers, lists, objects): {error}") from error
+    check_options(plain)
     return plain
