@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,14 @@ def forward_bits(context: Context) -> Case:
     return _forward(context, pack=True)
 
 
+def logit_gradients(t: Tensors, grads: list[Tensor], logits: Sequence[Tensor], penalty: Tensor) -> list[Tensor]:
+    """Gradients of masked weights, and of the regulariser, as gradients of `logits`, by one call of the operation."""
+    layers, thresholds = list(range(len(grads))), [0.0] * len(grads)
+    shared = (t.weights, t.rng_state, t.tau, layers, thresholds, 0, 0)
+    found: list[Tensor] = torch.ops.dwm_fast.sample_backward(grads, penalty, logits, *shared, True, False)[0]
+    return found
+
+
 def backward(context: Context) -> Case:
     """Gradient of every masked weight -> gradient of every logit."""
     t = mask_tensors("resnet18", context.device)
@@ -103,21 +112,7 @@ def backward(context: Context) -> Case:
         return from_graph([w * gumbel_mask(x) for w, x in zip(t.weights, learned, strict=True)])
 
     def ours() -> Any:
-        zero = torch.zeros((), device=context.device)
-        return torch.ops.dwm_fast.sample_backward(
-            grads,
-            zero,
-            t.logits,
-            t.weights,
-            t.rng_state,
-            t.tau,
-            list(range(len(grads))),
-            [0.0] * len(grads),
-            0,
-            0,
-            True,
-            False,
-        )[0]
+        return logit_gradients(t, grads, t.logits, torch.zeros((), device=context.device))
 
     def gate() -> None:
         found = ours()

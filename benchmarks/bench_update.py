@@ -12,7 +12,7 @@ from dwm_fast import ops
 from dwm_fast.ops import backends
 from dwm_fast.optim import FrozenAdamW, FrozenSGD
 
-from .bench_sample import checked_layers
+from .bench_sample import checked_layers, logit_gradients
 from .context import Context
 from .machine import copy_way
 from .measure import Case, Run, Way, require
@@ -139,21 +139,7 @@ def mask_adam(context: Context) -> Case:
         penalty = torch.tensor(10.0, device=context.device)
 
         def run() -> None:
-            found, _ = torch.ops.dwm_fast.sample_backward(
-                grads,
-                penalty,
-                learned,
-                t.weights,
-                t.rng_state,
-                t.tau,
-                list(range(len(grads))),
-                [0.0] * len(grads),
-                0,
-                0,
-                True,
-                False,
-            )
-            for p, g in zip(learned, found, strict=True):
+            for p, g in zip(learned, logit_gradients(t, grads, learned, penalty), strict=True):
                 p.grad = g
             step()
 

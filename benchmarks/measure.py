@@ -107,17 +107,6 @@ class Budget:
     warmup: int = 2
 
 
-def percentile(values: Sequence[float], q: float) -> float:
-    """q-th percentile, q in [0, 100], linear between the nearest ranks; ValueError for no values."""
-    if not values or not 0 <= q <= 100:
-        raise ValueError(f"percentile {q} of {len(values)} values; expected 0 to 100 of at least one")
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * q / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
 def require(condition: bool, message: str) -> None:
     """GateRed with `message` unless `condition`."""
     if not condition:
@@ -222,7 +211,6 @@ def _clock(way: Way, device: torch.device, budget: Budget, flush: Flush | None) 
 def _rounds(clocks: Sequence[_Clock], budget: Budget) -> list[list[float]]:
     """Seconds of every clock, round by round; each round begins with another clock."""
     seconds: list[list[float]] = []
-    gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
@@ -273,4 +261,6 @@ def measure(
                 found.timings[way.name].seconds.append(second)
                 found.speed_ups.setdefault(way.name, []).append(second / first)
         done(found)
+        del clock
+        gc.collect()
     return found

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from dwm_fast._files import cache_folder, write_atomic
 from dwm_fast.ops import ways
 
 from .machine import device_name, facts
-from .measure import Budget, Case, Run, Way, measure, percentile, require
+from .measure import Budget, Case, Run, Way, measure, require
 
 _BUDGET = Budget(seconds=0.3, min_rounds=7, max_rounds=30)
 _ROWS = (1, 16, 64, 4, 256, 1024, 8192)
@@ -162,7 +163,7 @@ def measured(shape: Shape, device: torch.device) -> dict[str, Any] | None:
     tilings = [Way(str(tiles), partial(_itself, call), graph=True) for tiles, call in calls.items()]
     case = Case("tune", {}, [Way("staged", lambda: staged, graph=True), *tilings], lambda: None, partner="staged")
     timings = measure(case, device, _BUDGET).timings
-    seconds = {name: percentile(timing.seconds, 50) for name, timing in timings.items()}
+    seconds = {name: statistics.median(timing.seconds) for name, timing in timings.items()}
     fastest = min((tiles for tiles in calls if str(tiles) in seconds), key=lambda tiles: seconds[str(tiles)])
     return row_of(problem_of(shape, device), seconds["staged"], seconds[str(fastest)], fastest)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from dwm_fast.errors import DwmError, InputError
 
 from ..results import ResultFile, Row, merged, read
-from ..table import by_case, case_lines, console, results_table, shown_number
+from ..table import by_case, case_lines, shown_number
 from .checkout import TREE
 from .figures import bars, draw_all, figure_name, limit_of
 from .modelled import modelled_block
@@ -183,13 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="change nothing; 1 when a page is out of date")
     parser.add_argument("--short", action="store_true", help="print one line per case of the given files")
-    parser.add_argument("--table", action="store_true", help="print the whole table of the given files")
     parser.add_argument("files", nargs="*", type=Path, help="result files of another machine")
     given = parser.parse_args(argv)
     try:
-        if given.short or given.table:
-            rows = [row for path in given.files for row in read(path)]
-            console().print(results_table(rows) if given.table else "\n".join(short_lines(rows)))
+        if given.short:
+            print("\n".join(short_lines([row for path in given.files for row in read(path)])))
             return 0
         take(given.files, TREE)
         return rewrite(TREE, given.check)

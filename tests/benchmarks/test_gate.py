@@ -41,7 +41,7 @@ def test_all_tests_of_kernels_and_operations_are_run_and_the_marked_ones_of_othe
     whole = {
         p.relative_to(TREE / "tests").as_posix() for f in gate.WHOLE for p in (TREE / "tests" / f).glob("test_*.py")
     }
-    assert whole - plan.keys() == {"kernels/test_compile_sm90.py"}
+    assert all(Path(name).name.startswith("test_compile") for name in whole - plan.keys())
     assert not any(plan[name] for name in whole & plan.keys())
     assert plan["csrc/test_extension_gpu.py"] == ["-m", "gpu"]
     assert "test_hub" not in " ".join(plan)

@@ -1,31 +1,17 @@
-"""Percentiles, interleaving, and gates that come first."""
+"""Ways in turn with ours, and gates that come first."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
-from dwm_fast._bench.measure import Budget, Case, Flush, GateRed, Way, measure, percentile, require
+from dwm_fast._bench.measure import Budget, Case, Flush, GateRed, Way, measure, require
 
 CPU = torch.device("cpu")
 THREE_ROUNDS = Budget(seconds=0.0, min_rounds=3, max_rounds=3, warmup=1)
-
-
-def test_percentiles_are_those_of_numpy() -> None:
-    values = np.random.default_rng(0).exponential(size=17)
-    for q in (0, 20, 33.3, 50, 80, 100):
-        assert percentile(list(values), q) == pytest.approx(np.percentile(values, q), rel=1e-12)
-    assert percentile([4.0], 20) == 4.0
-    assert percentile([1.0, 2.0], 50) == 1.5
-
-
-@pytest.mark.parametrize(("values", "q"), [([], 50), ([1.0], -1), ([1.0], 101)])
-def test_a_percentile_of_nothing_is_an_error(values: list[float], q: float) -> None:
-    with pytest.raises(ValueError, match="expected 0 to 100 of at least one"):
-        percentile(values, q)
 
 
 def _recording(name: str, log: list[str]) -> Callable[[], None]:
@@ -103,3 +89,18 @@ def test_without_a_partner_each_way_is_timed_alone() -> None:
     found = measure(Case("c", {}, ways, lambda: None), CPU, THREE_ROUNDS)
     assert {name: len(t.seconds) for name, t in found.timings.items()} == {"a": 3, "b": 3}
     assert found.speed_ups == {}
+
+
+def test_a_ways_state_is_gone_before_the_next_way_is_made() -> None:
+    alive: list[weakref.ref[object]] = []
+    counts: list[int] = []
+
+    def make() -> Callable[[], None]:
+        counts.append(sum(ref() is not None for ref in alive))
+        state = torch.nn.Linear(2, 2)
+        alive.append(weakref.ref(state))
+        return lambda: require(state is not None, "")
+
+    ways = [Way("ours", make), *(Way(name, make) for name in "abc")]
+    measure(Case("c", {}, ways, lambda: None), CPU, THREE_ROUNDS)
+    assert counts == [0, 1, 1, 1]  # none for ours, then ours alone
