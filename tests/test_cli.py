@@ -279,13 +279,32 @@ def test_weights_are_reported_at_the_start(ask: Ask, tmp_path: Path, monkeypatch
 
 def test_masks_of_a_run_can_be_inspected(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(monkeypatch)
-    monkeypatch.setattr("dwm_fast.pacs.figures.draw_all", lambda results, folder: [])
+    monkeypatch.setattr("dwm_fast.pacs.pairs.figures.draw_all", lambda results, folder: [])
     (tmp_path / "tiny.json").write_text(json.dumps(CONFIG.to_dict()))
     ask("pacs", "--config", "tiny.json", "--out", "out", "--sources", "photo", "--methods", "naive")
     code, out, _ = ask("masks", "inspect", "out/masks/naive-photo-seed0.safetensors")
     assert code == 0
     assert "naive" in out
     assert "conv1.weight" in out
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("dwm-fast pa", "pacs"), ("dwm-fast pacs --sou", "--sources"), ("dwm-fast pacs sequence --task", "--task-epochs")],
+)
+def test_the_tab_key_completes_commands_and_options(
+    monkeypatch: pytest.MonkeyPatch, ask: Ask, typed: str, offered: str
+) -> None:
+    monkeypatch.setenv("_DWM_FAST_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    code, out, err = ask()
+    assert (code, err) == (0, "")
+    assert offered in out.split()
+
+
+def test_help_says_how_to_switch_completion_on(ask: Ask) -> None:
+    assert "--install-completion" in ask("--help")[1]
 
 
 def test_the_installed_command_runs_in_a_process_of_its_own() -> None:

@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from dwm_fast.pacs import finding, sequence_finding, sequence_table, table
-from dwm_fast.pacs.table import number
+from dwm_fast.pacs.pairs import finding, table
+from dwm_fast.pacs.sequence import finding as sequence_finding
+from dwm_fast.pacs.sequence import table as sequence_table
+from dwm_fast.pacs.tables import number
 
 from .checkout import TREE
 

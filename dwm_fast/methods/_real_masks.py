@@ -6,13 +6,13 @@ import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwm_fast.errors import InputError
+from dwm_fast._options import EPOCHS, RATE, at_least, check_options
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.sequence import Task
 from dwm_fast.methods.transfer import NORM_LAYERS
@@ -38,24 +38,15 @@ class RealMaskOptions:
             kept for it.
     """
 
-    epochs: int = 3
-    lr: float = 1e-3
-    head_lr: float = 1e-3
-    eps: float = 1e-15
+    epochs: Annotated[int, EPOCHS] = 3
+    lr: Annotated[float, RATE] = 1e-3
+    head_lr: Annotated[float, RATE] = 1e-3
+    eps: Annotated[float, at_least(0)] = 1e-15
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     batch_norm: MaskBatchNorm = "frozen"
 
     def __post_init__(self) -> None:
-        for name, fine, wanted in (
-            ("epochs", self.epochs >= 0, "a whole number of at least 0"),
-            ("lr", self.lr > 0, "a rate above 0"),
-            ("head_lr", self.head_lr > 0, "a rate above 0"),
-            ("eps", self.eps >= 0, "a number of at least 0"),
-            ("schedule", self.schedule in ("cosine", "step", "constant"), "cosine, step or constant"),
-            ("batch_norm", self.batch_norm in ("frozen", "per-domain"), "frozen or per-domain"),
-        ):
-            if not fine:
-                raise InputError(f"{name} is {getattr(self, name)}; expected {wanted}")
+        check_options(self)
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
         """What the first rates are multiplied by at a step, counted from 0."""

@@ -72,8 +72,6 @@ class Method(Protocol):
     """A way to find the weights that are specialised to the source."""
 
     name: ClassVar[str]
-    learns: ClassVar[bool]
-    """Whether `find` trains something (and so takes epochs)."""
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         """Find the keep mask of `model`, trained on the source; leaves `model` bit-identical."""

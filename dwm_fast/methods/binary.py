@@ -19,7 +19,6 @@ class Binary:
     kind: GumbelSigmoid = field(default_factory=GumbelSigmoid)
     options: LearnedMask = field(default_factory=LearnedMask)
     name: ClassVar[str] = "binary"
-    learns: ClassVar[bool] = True
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         return learn_mask(model, self.kind, self.options, task)

@@ -23,7 +23,6 @@ class EditMask:
     kind: Edit = field(default_factory=lambda: Edit(threshold=0.1, spread=0.1))
     options: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=6, lr=0.05))
     name: ClassVar[str] = "edit"
-    learns: ClassVar[bool] = True
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         return learn_mask(model, self.kind, self.options, task)

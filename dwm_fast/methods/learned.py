@@ -6,12 +6,13 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwm_fast.errors import InputError
+from dwm_fast._options import EPOCHS, RATE, Rule, above, at_least, check_options, whole
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.base import FoundMask, SourceTask
 from dwm_fast.methods.budget import SourceBudget
@@ -41,32 +42,20 @@ class LearnedMask:
         include, exclude: shell patterns of the layers to mask.
     """
 
-    epochs: int = 12
-    lr: float = 0.025
-    decay: float = 0.5
-    eps: float = 1e-15
-    source_budget: float = 0.01
-    control_every: int = 4
-    coefficient: float | None = None
-    clip_norm: float | None = None
-    mask_samples: int = 1
+    epochs: Annotated[int, EPOCHS] = 12
+    lr: Annotated[float, RATE] = 0.025
+    decay: Annotated[float, Rule("a fraction of the steps from 0 to 1", lambda value: 0 <= value <= 1)] = 0.5
+    eps: Annotated[float, at_least(0)] = 1e-15
+    source_budget: Annotated[float, above(0, "a rise of the cross-entropy", ", in nats")] = 0.01
+    control_every: Annotated[int, whole(1)] = 4
+    coefficient: Annotated[float | None, at_least(0)] = None
+    clip_norm: Annotated[float | None, above(0, "a norm")] = None
+    mask_samples: Annotated[int, whole(1)] = 1
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name, fine, wanted in (
-            ("epochs", self.epochs >= 0, "a whole number of at least 0"),
-            ("lr", self.lr > 0, "a rate above 0"),
-            ("decay", 0 <= self.decay <= 1, "a fraction of the steps from 0 to 1"),
-            ("eps", self.eps >= 0, "a number of at least 0"),
-            ("source_budget", self.source_budget > 0, "a rise of the cross-entropy above 0, in nats"),
-            ("control_every", self.control_every >= 1, "a whole number of at least 1"),
-            ("coefficient", self.coefficient is None or self.coefficient >= 0, "a number of at least 0"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a norm above 0"),
-            ("mask_samples", self.mask_samples >= 1, "a whole number of at least 1"),
-        ):
-            if not fine:
-                raise InputError(f"{name} is {getattr(self, name)}; expected {wanted}")
+        check_options(self)
 
     def rate(self, step: int, steps: int) -> float:
         """Adam's rate at a step, counted from 0, of `steps`."""

@@ -32,7 +32,6 @@ class Naive:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     name: ClassVar[str] = "naive"
-    learns: ClassVar[bool] = False
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         layers = maskable_layers(model, self.include, self.exclude)

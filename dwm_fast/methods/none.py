@@ -15,7 +15,6 @@ class NoMask:
     """Keeps nothing: fine-tuning starts from the source network and may change every weight."""
 
     name: ClassVar[str] = "none"
-    learns: ClassVar[bool] = False
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         return FoundMask(keep=None)

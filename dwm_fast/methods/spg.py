@@ -6,17 +6,17 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwm_fast.errors import InputError
+from dwm_fast._options import EPOCHS, RATE, Rule, above, at_least, check_options, whole
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods._sequence import SequenceLearner, Tensors, norm_names, part, seeded
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import BATCH_NORM_POLICIES, NORM_LAYERS, BatchNormPolicy, freeze_norms
+from dwm_fast.methods.transfer import NORM_LAYERS, BatchNormPolicy, freeze_norms
 from dwm_fast.ops.soft_mask import raise_importance, soft_masked_sgd
 
 
@@ -37,31 +37,19 @@ class SPG:
             task with the newest; "frozen" leaves the first task's. The authors' networks have none.
     """
 
-    epochs: int = 3
-    lr: float = 0.03
+    epochs: Annotated[int, EPOCHS] = 3
+    lr: Annotated[float, RATE] = 0.03
     schedule: Literal["cosine", "plateau"] = "cosine"
-    factor: float = 1 / 3
-    patience: int = 5
-    min_lr: float = 1e-3
-    head_clip: float = 1e4
-    head_factor: float = 5.0
+    factor: Annotated[float, Rule("a number between 0 and 1", lambda value: 0 < value < 1)] = 1 / 3
+    patience: Annotated[int, whole(0)] = 5
+    min_lr: Annotated[float, at_least(0, "a rate")] = 1e-3
+    head_clip: Annotated[float, above(0, "a norm")] = 1e4
+    head_factor: Annotated[float, above(0, "a factor")] = 5.0
     batch_norm: BatchNormPolicy = "per-domain"
     name: ClassVar[str] = "spg"
 
     def __post_init__(self) -> None:
-        for name, fine, wanted in (
-            ("epochs", self.epochs >= 0, "a whole number of at least 0"),
-            ("lr", self.lr > 0, "a rate above 0"),
-            ("schedule", self.schedule in ("cosine", "plateau"), "cosine or plateau"),
-            ("factor", 0 < self.factor < 1, "a number between 0 and 1"),
-            ("patience", self.patience >= 0, "a whole number of at least 0"),
-            ("min_lr", self.min_lr >= 0, "a rate of at least 0"),
-            ("head_clip", self.head_clip > 0, "a norm above 0"),
-            ("head_factor", self.head_factor > 0, "a factor above 0"),
-            ("batch_norm", self.batch_norm in BATCH_NORM_POLICIES, f"one of {', '.join(BATCH_NORM_POLICIES)}"),
-        ):
-            if not fine:
-                raise InputError(f"{name} is {getattr(self, name)}; expected {wanted}")
+        check_options(self)
 
     def learner(self, network: Callable[[int], nn.Module], head: str) -> SPGLearner:
         """A learner that has seen nothing."""

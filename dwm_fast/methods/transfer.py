@@ -6,12 +6,13 @@ import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwm_fast._options import EPOCHS, RATE, Rule, at_least, check_options
 from dwm_fast.errors import InputError
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.base import Batch
@@ -41,30 +42,16 @@ class TrainOptions:
         label_smoothing: in [0, 1).
     """
 
-    epochs: int = 4
-    lr: float = 3e-4
-    optimizer: str = "adamw"
-    weight_decay: float = 0.01
-    schedule: str = "one-cycle"
+    epochs: Annotated[int, EPOCHS] = 4
+    lr: Annotated[float, RATE] = 3e-4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: Annotated[float, at_least(0)] = 0.01
+    schedule: Literal["one-cycle", "constant", "step"] = "one-cycle"
     batch_norm: BatchNormPolicy = "shared"
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Rule("a number from 0 to below 1", lambda value: 0 <= value < 1)] = 0.0
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("optimizer", self.optimizer, ("adamw", "sgd")),
-            ("schedule", self.schedule, ("one-cycle", "constant", "step")),
-            ("batch_norm", self.batch_norm, BATCH_NORM_POLICIES),
-        ):
-            if value not in allowed:
-                raise InputError(f"{name} is '{value}'; expected one of {', '.join(allowed)}")
-        for name, fine, wanted in (
-            ("epochs", self.epochs >= 0, "a whole number of at least 0"),
-            ("lr", self.lr > 0, "a rate above 0"),
-            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1"),
-        ):
-            if not fine:
-                raise InputError(f"{name} is {getattr(self, name)}; expected {wanted}")
+        check_options(self)
 
 
 def norm_state(model: nn.Module) -> dict[str, Tensor]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
+from dwm_fast._options import AREA, Rule, above, at_least, check_options, whole
 from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS, EditMask, LearnedMask, SequentialMethod, TrainOptions
-from dwm_fast.pacs import sequence_options
 from dwm_fast.pacs.config_values import read_file, replace, sequence, typed
 from dwm_fast.pacs.data import DOMAINS, canonical_domain
+from dwm_fast.pacs.pairs import config as of_pairs
+from dwm_fast.pacs.pairs.config import METHODS
+from dwm_fast.pacs.sequence import config as of_sequences
 
-METHODS = ("none", "naive", "edit", "binary")
-_OF_PAIRS = ("sources", "targets", "inits", "edit", "binary", "tune", "tune_size", "tune_scale")
-"""Entries that only the study of pairs reads."""
-_OF_SEQUENCES = ("sequence", "sequential")
+__all__ = ["DOMAINS", "METHODS", "StudyConfig", "builtin_defaults", "from_dict", "load_config", "real_defaults"]
+
+_DEVIATIONS = "a number of standard deviations"
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class StudyConfig:
     splits: str | None = None
     backbone: str = "small"
     weights: str | None = None
-    image_size: int = 32
-    train_size: int = 32
-    crop_scale: float = 0.7
-    tune_size: int | None = None
-    tune_scale: float = 0.7
+    image_size: Annotated[int, whole(1)] = 32
+    train_size: Annotated[int, whole(1)] = 32
+    crop_scale: Annotated[float, AREA] = 0.7
+    tune_size: Annotated[int | None, whole(1)] = None
+    tune_scale: Annotated[float, AREA] = 0.7
     sources: tuple[str, ...] = DOMAINS
     targets: tuple[str, ...] = DOMAINS
     methods: tuple[str, ...] = METHODS
@@ -65,70 +67,40 @@ class StudyConfig:
     source: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=20, lr=1e-2))
     binary: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=12, lr=0.05, source_budget=0.1))
     edit: LearnedMask = field(default_factory=lambda: LearnedMask(epochs=12, lr=0.05, source_budget=0.1))
-    deviations: float = 1.0
-    edit_threshold: float = 0.5
-    edit_spread: float = 0.1
-    logit_init: float = 2.0
-    tau: float = 1.0
-    tune: Mapping[str, tuple[TrainOptions, ...]] = field(
+    deviations: Annotated[float, at_least(0, _DEVIATIONS)] = 1.0
+    edit_threshold: Annotated[float, above(0, _DEVIATIONS)] = 0.5
+    edit_spread: Annotated[float, at_least(0)] = 0.1
+    logit_init: Annotated[float, Rule("a finite number", lambda value: True)] = 2.0
+    tau: Annotated[float, above(0, "a temperature")] = 1.0
+    tune: of_pairs.Tunes = field(
         default_factory=lambda: {
             method: (TrainOptions(epochs=5, lr=1e-2, batch_norm="per-domain"),) for method in METHODS
         }
     )
     sequence: tuple[str, ...] | None = None
-    sequential: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    batch_size: int = 32
+    sequential: of_sequences.Options = field(default_factory=dict)
+    batch_size: Annotated[int, whole(1)] = 32
     device: str = "auto"
-    amp: str = "auto"
+    amp: Annotated[str, Rule("auto, bf16 or off", ("auto", "bf16", "off").__contains__)] = "auto"
 
     def __post_init__(self) -> None:
-        self._check_sequence()
-        offered = METHODS if self.sequence is None else tuple(sequence_options.offered())
+        if self.sequence is not None:
+            of_sequences.check_sequence(self.sequence)
+            default = {f.name: f.default for f in dataclasses.fields(self)}
+            _exclude(name for name in ("sources", "targets", "inits") if getattr(self, name) != default[name])
+        offered = METHODS if self.sequence is None else tuple(of_sequences.offered())
         for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
-            unknown = [v for v in values if v not in allowed]
-            if unknown or not values:
+            if not values or set(values) - set(allowed):
                 raise InputError(f"{name}: given {', '.join(values) or 'none'}; expected some of {', '.join(allowed)}")
         if not self.seeds or not self.pairs():
             raise InputError(
                 f"nothing to do: seeds {list(self.seeds)}, sources {list(self.sources)}, targets {list(self.targets)}; "
                 "expected a seed and a pair of two different domains"
             )
-        for name in ("image_size", "train_size", "tune_size", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}; expected a whole number of at least 1")
-        for name, fine, wanted in (
-            ("crop_scale", 0 < self.crop_scale <= 1, "a fraction of the area above 0 and up to 1"),
-            ("tune_scale", 0 < self.tune_scale <= 1, "a fraction of the area above 0 and up to 1"),
-            ("deviations", self.deviations >= 0, "a number of standard deviations of at least 0"),
-            ("edit_threshold", self.edit_threshold > 0, "a number of standard deviations above 0"),
-            ("edit_spread", self.edit_spread >= 0, "a number of at least 0"),
-            ("tau", self.tau > 0, "a temperature above 0"),
-            ("amp", self.amp in ("auto", "bf16", "off"), "auto, bf16 or off"),
-        ):
-            if not fine:
-                raise InputError(f"{name}={getattr(self, name)}; expected {wanted}")
+        check_options(self, "{name}={value}; expected {wanted}")
         if self.splits is not None and self.data is None:
             raise InputError(f"splits={self.splits} without data; the lists belong to real PACS: give --data PATH too")
-        for method, ways in self.tune.items():
-            if len({(way.batch_norm, f"{way.lr:g}") for way in ways}) < max(1, len(ways)):
-                raise InputError(
-                    f"tune.{method} has {len(ways)} ways; expected at least one, and no two with the same batch_norm "
-                    "and lr, by which results name them"
-                )
-
-    def _check_sequence(self) -> None:
-        if self.sequence is None:
-            return
-        if len(self.sequence) < 2:
-            given = ", ".join(self.sequence) or "none"
-            raise InputError(f"sequence: given {given}; expected at least two domains, such as photo,art")
-        repeated = [domain for domain in self.sequence if self.sequence.count(domain) > 1]
-        if repeated:
-            raise InputError(f"sequence: {repeated[0]} is in it more than once; expected every domain once")
-        default = {f.name: f.default for f in dataclasses.fields(self)}
-        clash = [name for name in ("sources", "targets", "inits") if getattr(self, name) != default[name]]
-        if clash:
-            raise InputError(_clash(clash[0]))
+        of_pairs.check_ways(self.tune)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Ordered pairs of source and target."""
@@ -140,15 +112,20 @@ class StudyConfig:
 
     def sequential_method(self, name: str) -> SequentialMethod:
         """A method of sequences by name, with the configuration's options."""
-        return sequence_options.with_options(name, self.sequential, builtin=self.data is None)
+        return of_sequences.with_options(name, self.sequential, builtin=self.data is None)
 
     def with_task_epochs(self, epochs: int) -> StudyConfig:
-        """The same sequence with so many epochs of each later domain, for every method that counts them."""
-        return from_dict({"sequential": sequence_options.epochs_of(self.methods, epochs)}, self)
+        """The same sequence with so many epochs of each later domain, for every method that counts them.
+
+        Raises InputError where there is no sequence.
+        """
+        if self.sequence is None:
+            raise InputError("--task-epochs needs --sequence; the epochs of pairs are --mask-epochs and --tune-epochs")
+        return from_dict({"sequential": of_sequences.epochs_of(self.methods, epochs)}, self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back: the entries that this kind of study reads."""
-        others = _OF_SEQUENCES if self.sequence is None else _OF_PAIRS
+        others = of_sequences.ENTRIES if self.sequence is None else of_pairs.ENTRIES
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return {key: value for key, value in plain.items() if key not in others}
 
@@ -191,11 +168,9 @@ def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
             raise InputError(f"config: unknown entry '{key}'; expected some of {', '.join(hints)}")
         changes[key] = _read(key, value, getattr(base, key), hints[key])
     if changes.get("sequence", base.sequence) is not None:
-        clash = [key for key in _OF_PAIRS if key in data]
-        if clash:
-            raise InputError(_clash(clash[0]))
+        _exclude(key for key in of_pairs.ENTRIES if key in data)
         if "methods" not in data and base.sequence is None and base.methods == METHODS:
-            changes["methods"] = sequence_options.SEQUENTIAL
+            changes["methods"] = of_sequences.SEQUENTIAL
     return dataclasses.replace(base, **changes)
 
 
@@ -211,7 +186,7 @@ def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
     if key == "sequence":
         return None if value is None else tuple(canonical_domain(str(v)) for v in sequence(value))
     if key == "sequential":
-        return sequence_options.read_options(value, old)
+        return of_sequences.read_options(value, old)
     if key in ("sources", "targets"):
         return tuple(dict.fromkeys(canonical_domain(str(v)) for v in sequence(value)))
     if key in ("methods", "inits"):
@@ -219,20 +194,13 @@ def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
     if key == "seeds":
         return tuple(dict.fromkeys(typed("seeds", v, int) for v in sequence(value)))
     if key == "tune":
-        if not isinstance(value, Mapping):
-            raise InputError("config: tune: expected a section for each method, such as 'binary: {lr: 0.0003}'")
-        return {**old, **{m: _read_tunes(m, v, old) for m, v in value.items()}}
+        return of_pairs.read_tunes(value, old)
     if isinstance(old, (TrainOptions, LearnedMask)):
         return replace(key, value, old)
     return typed(key, value, hint)
 
 
-def _read_tunes(method: str, value: Any, old: Mapping[str, tuple[TrainOptions, ...]]) -> tuple[TrainOptions, ...]:
-    if method not in METHODS:
-        raise InputError(f"config: tune: unknown method '{method}'; expected some of {', '.join(METHODS)}")
-    entries = value if isinstance(value, list) else [value]
-    return tuple(replace(f"tune.{method}", entry, old[method][0]) for entry in entries)
-
-
-def _clash(entry: str) -> str:
-    return f"sequence and {entry} exclude each other: a sequence has no pairs; leave out one of them"
+def _exclude(entries: Iterable[str]) -> None:
+    """Raise InputError for an entry of pairs that stands beside a sequence."""
+    for entry in entries:
+        raise InputError(f"sequence and {entry} exclude each other: a sequence has no pairs; leave out one of them")

@@ -1,9 +1,8 @@
-"""The study: every cell of the grid, and the run folder with results, table, figures, masks and report."""
+"""A study in a run folder: its stages in order, resuming, and everything that is written from the results."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import os
 import platform
@@ -12,22 +11,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import dwm_fast
-from dwm_fast import ops
 from dwm_fast._files import write_atomic
-from dwm_fast.bank import fingerprint, make_domain, write_mask_file
 from dwm_fast.errors import InputError
-from dwm_fast.pacs import figures, report, table
 from dwm_fast.pacs.backbones import LoadReport, load_weights
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, load_pacs
-from dwm_fast.pacs.lab import Lab, Mask
-from dwm_fast.pacs.procedural import procedural
+from dwm_fast.pacs.data.procedural import procedural
+from dwm_fast.pacs.lab import Lab, Planned
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _IN_DEVICE_MEMORY = 0.25
 """Largest fraction of the device's free memory that the decoded images may take there."""
@@ -35,11 +34,12 @@ _IN_DEVICE_MEMORY = 0.25
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of progress: what is being done, and how to do it."""
+    """One line of progress: what is being done, how to do it, and the files of the run folder that it leaves."""
 
     name: str
     label: str
     run: Callable[[], str]
+    planned: list[Planned]
 
 
 def choose_device(name: str) -> torch.device:
@@ -82,13 +82,19 @@ def prepare_machine(device: torch.device) -> None:
 class Study:
     """Runs a configuration in a folder; an interrupted one goes on where it was.
 
+    Abstract: ``Study(config, folder)`` makes a `PairStudy`, or a `SequenceStudy` where there is a sequence.
+    A wing says in `stages`, `results`, `files` and `summary` what it does, measures, writes and shows.
+
     Args:
         config: what to run.
         folder: the run folder; made if need be. A finished stage in it that was made with other settings is refused.
         data: the images; loaded from the configuration by default.
     """
 
-    lab_type: ClassVar[type[Lab]] = Lab
+    lab: Lab
+
+    def __new__(cls, config: StudyConfig, *_: Any, **__: Any) -> Study:
+        return super().__new__(_wing(config) if cls is Study else cls)
 
     def __init__(self, config: StudyConfig, folder: Path | str, data: PacsData | None = None) -> None:
         self.config = config
@@ -97,65 +103,56 @@ class Study:
         prepare_machine(self.device)
         data = load_data(config) if data is None else data
         self.data = data.to(self.device) if self._fits(data) else data
-        self.lab = self.lab_type(config, self.data, self.folder, self.device)
-        self._refuse_other_settings()
+        self.lab = self.make_lab()
+        for name, settings in (planned for stage in self.stages() for planned in stage.planned):
+            self.lab.stages.check(name, settings)
         write_atomic(self.folder / "config.json", json.dumps(config.to_dict(), indent=1))
+
+    def make_lab(self) -> Lab:
+        """What does single stages."""
+        raise NotImplementedError
+
+    def stages(self) -> Iterator[Stage]:
+        """Every stage in order; running one reads it from the folder where it is done."""
+        raise NotImplementedError
+
+    def results(self) -> dict[str, Any]:
+        """Everything that was measured, from the folder, as plain data."""
+        raise NotImplementedError
+
+    def files(self, results: dict[str, Any]) -> Iterator[tuple[str, str | bytes]]:
+        """Name in the run folder and content of everything that people look at, made one by one."""
+        raise NotImplementedError
+
+    def summary(self, results: dict[str, Any]) -> tuple[Table, list[str]]:
+        """What the terminal shows at the end: a table, and the finding in sentences."""
+        raise NotImplementedError
+
+    def sources(self) -> list[str]:
+        """The domains that a network of their own is trained on."""
+        raise NotImplementedError
 
     def _fits(self, data: PacsData) -> bool:
         if self.device.type != "cuda":
             return self.device.type == "cpu"
         return data.nbytes < _IN_DEVICE_MEMORY * torch.cuda.mem_get_info(self.device)[0]
 
-    def _refuse_other_settings(self) -> None:
-        """Raise InputError when a stage of the grid is in the folder with other settings, before anything is done."""
-        config, lab = self.config, self.lab
-        for seed, source in itertools.product(config.seeds, self._sources()):
-            planned = [lab.source_stage(source, seed)]
-            planned += [lab.mask_stage(source, method, seed) for method in self._masking()]
-            for target, (method, init) in itertools.product(self._targets(source), self._ways()):
-                planned += lab.tune_stages(source, target, method, init, seed)
-            for name, settings in planned:
-                lab.stages.check(name, settings)
-
     def weights_report(self) -> LoadReport | None:
         """What the checkpoint gives the network; None where there is none, or no source network left to train."""
-        cells = itertools.product(self._sources(), self.config.seeds)
+        cells = [(source, seed) for source in self.sources() for seed in self.config.seeds]
         to_train = not all(self.lab.stages.check(*self.lab.source_stage(*cell)) for cell in cells)
         if self.config.weights is None or not to_train:
             return None
         return load_weights(self.lab.network(), self.config.weights, self.config.backbone)
 
-    def stages(self) -> Iterator[Stage]:
-        """Every stage in order; running one reads it from the folder where it is done."""
-        config, lab = self.config, self.lab
-        for seed, source in itertools.product(config.seeds, self._sources()):
-            yield Stage(
-                f"source-{source}-seed{seed}",
-                f"source {source}",
-                lambda s=source, k=seed: _say("accuracy", lab.source(s, k).figures["accuracy"]),  # type: ignore[misc]
-            )
-            for method in self._masking():
-                yield Stage(
-                    f"mask-{method}-{source}-seed{seed}",
-                    f"mask {source}, {method}",
-                    lambda s=source, m=method, k=seed: _mask_says(lab.mask(s, m, k).figures),  # type: ignore[misc]
-                )
-            for target, (method, init) in itertools.product(self._targets(source), self._ways()):
-                yield Stage(
-                    f"tune-{source}-{target}-{method}-{init}-seed{seed}",
-                    f"{source} -> {target}, {method}" + (f", {init}" if init != "-" else ""),
-                    lambda s=source, t=target, m=method, i=init, k=seed: _rows_say(lab.rows(s, t, m, i, k)),  # type: ignore[misc]
-                )
+    def source_stage(self, source: str, seed: int, label: str) -> Stage:
+        """The stage that trains a source network."""
 
-    def _ways(self) -> list[tuple[str, str]]:
-        """(method, init) of the grid; "none" has no re-initialisation and always runs first, as the baseline."""
-        return [("none", "-"), *itertools.product(self._masking(), self.config.inits)]
+        def run() -> str:
+            return f"accuracy {self.lab.source(source, seed).figures['accuracy']:.3f}"
 
-    def _masking(self) -> list[str]:
-        return [method for method in self.config.methods if method != "none"]
-
-    def _targets(self, source: str) -> list[str]:
-        return [t for s, t in self.config.pairs() if s == source]
+        planned = self.lab.source_stage(source, seed)
+        return Stage(planned[0], label, run, [planned])
 
     def run(
         self,
@@ -180,37 +177,16 @@ class Study:
         self.write(results)
         return results
 
-    def results(self) -> dict[str, Any]:
-        """Everything that was measured, from the folder, as plain data."""
-        config, lab = self.config, self.lab
-        sources = self._sources()
-        methods = self._masking()
-        trained = [lab.source(s, k).figures for k, s in itertools.product(config.seeds, sources)]
-        masks = {(k, s, m): lab.mask(s, m, k) for k, s, m in itertools.product(config.seeds, sources, methods)}
-        rows = [
-            row
-            for seed, (source, target), (method, init) in itertools.product(config.seeds, config.pairs(), self._ways())
-            for row in lab.rows(source, target, method, init, seed)
-        ]
-        return {
-            "format": 1,
-            "data": self.described(),
-            "config": config.to_dict(),
-            "versions": versions(self.device),
-            "sources": trained,
-            "masks": [mask.figures for mask in masks.values()],
-            "rows": [_with_gains(row, rows) for row in rows],
-            "overlap": [
-                {"method": m, "seed": k, "a": a, "b": b, "jaccard": _jaccard(masks[k, a, m], masks[k, b, m])}
-                for k, m in itertools.product(config.seeds, methods)
-                for a, b in itertools.combinations(sources, 2)
-            ],
-        }
+    def write(self, results: dict[str, Any]) -> None:
+        """Write results.json, and after it the other `files`, each made when it is written."""
+        write_atomic(self.folder / "results.json", json.dumps(results, indent=1))
+        for name, content in self.files(results):
+            write_atomic(self.folder / name, content)
 
-    def described(self) -> dict[str, Any]:
-        """The images, as results tell of them."""
+    def measured(self, **what: Any) -> dict[str, Any]:
+        """Results: `what` was measured, after what it was measured on and with."""
         data = self.data
-        return {
+        described = {
             "name": data.name,
             "real": data.real,
             "domains": list(data.domains),
@@ -219,42 +195,18 @@ class Study:
             "fingerprint": data.fingerprint,
             "counts": {n: {"train": len(d.train), "test": len(d.test)} for n, d in data.domains.items()},
         }
-
-    def write(self, results: dict[str, Any]) -> None:
-        """Write results, tables, figures and report into the folder."""
-        write_atomic(self.folder / "results.json", json.dumps(results, indent=1))
-        table.write_rows_csv(results, self.folder / "results.csv")
-        self._write_masks()
-        rows = table.paper_table(results)
-        table.to_csv(rows, self.folder / "table.csv")
-        write_atomic(self.folder / "table.md", table.to_markdown(rows))
-        drawn = figures.draw_all(results, self.folder / "figures")
-        report.write_report(results, self.folder, drawn, command=self.command())
-
-    def _write_masks(self) -> None:
-        """The keep masks as mask files, one bit per weight: masks/<method>-<source>-seed<k>.safetensors."""
-        folder = self.folder / "masks"
-        folder.mkdir(exist_ok=True)
-        for seed, source, method in itertools.product(self.config.seeds, self._sources(), self._masking()):
-            mask = self.lab.mask(source, method, seed)
-            keep = {f"{layer}.weight": bits for layer, bits in (mask.found.keep or {}).items()}
-            weights = self.lab.source(source, seed).end
-            record = make_domain(
-                source,
-                keep,
-                method=method,
-                classes=self.data.classes,
-                options={"data": self.data.name, "seed": seed, "backbone": self.config.backbone},
-                fingerprint=fingerprint({name: weights[name] for name in keep}),
-            )
-            write_mask_file(folder / f"{method}-{source}-seed{seed}.safetensors", record)
-
-    def _sources(self) -> list[str]:
-        return list(dict.fromkeys(s for s, _ in self.config.pairs()))
+        return {"data": described, "config": self.config.to_dict(), "versions": versions(self.device), **what}
 
     def command(self) -> str:
         """A command line that repeats the study."""
         return "dwm-fast " + shlex.join(sys.argv[1:]) if sys.argv[0].endswith("dwm-fast") else "dwm-fast pacs"
+
+
+def _wing(config: StudyConfig) -> type[Study]:
+    from dwm_fast.pacs.pairs.study import PairStudy
+    from dwm_fast.pacs.sequence.study import SequenceStudy
+
+    return PairStudy if config.sequence is None else SequenceStudy
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -272,34 +224,3 @@ def versions(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "device": name,
     }
-
-
-def _with_gains(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row with S gain and T drop against the first way of "none" on the same source, target and seed."""
-    base = next(r for r in rows if r["method"] == "none" and all(r[k] == row[k] for k in ("source", "target", "seed")))
-    return {
-        **row,
-        "s_gain": row["source_after"] - base["source_after"],
-        "t_drop": row["target_after"] - base["target_after"],
-    }
-
-
-def _jaccard(a: Mask, b: Mask) -> float:
-    assert a.found.keep is not None
-    assert b.found.keep is not None
-    names = list(a.found.keep)
-    bits_a, bits_b = (ops.pack([keep[n] for n in names]) for keep in (a.found.keep, b.found.keep))
-    return ops.jaccard(bits_a, bits_b, [a.found.keep[n].numel() for n in names])
-
-
-def _say(what: str, value: float) -> str:
-    return f"{what} {value:.3f}"
-
-
-def _mask_says(given: Mapping[str, Any]) -> str:
-    return f"keeps {given['fraction_kept']:.1%}, masked accuracy {given['masked_accuracy']:.3f}"
-
-
-def _rows_say(rows: list[dict[str, Any]]) -> str:
-    shared = [r for r in rows if r["view"] == "shared"]
-    return "; ".join(f"source {r['source_after']:.3f}, target {r['target_after']:.3f}" for r in shared)

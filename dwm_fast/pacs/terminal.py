@@ -10,10 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dwm_fast.pacs import sequence_finding, sequence_table, table
 from dwm_fast.pacs.config import StudyConfig
-from dwm_fast.pacs.finding import finding
-from dwm_fast.pacs.sequence import SequenceStudy
 from dwm_fast.pacs.study import Stage, Study
 
 _SECONDS_BETWEEN_FIGURES = 0.5
@@ -24,13 +21,13 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
     console = Console()
     images = f"real PACS from {config.data}" if config.data else "procedural stand-in (not PACS)"
     _line(console, f"images: {images}")
-    study = Study(config, folder) if config.sequence is None else SequenceStudy(config, folder)
+    study = Study(config, folder)
     weights = study.weights_report()
     if weights is not None:
         _line(console, f"weights: from {config.weights}, {weights.summary()}")
     begun = time.perf_counter()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -47,12 +44,8 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
                 _line(bar.console, f"[{done}/{total}] {stage.label}: {says}")
 
         results = study.run(progress, shown)
-    if config.sequence is None:
-        shown_table, sentences = table.to_rich(table.paper_table(results)), finding(results)
-    else:
-        rows = sequence_table.sequence_table(results)
-        shown_table, sentences = sequence_table.to_rich(rows), sequence_finding.finding(results)
-    console.print(shown_table)
+    table, sentences = study.summary(results)
+    console.print(table)
     for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)
     _line(console, f"{time.perf_counter() - begun:.0f} s; report: {folder / 'report.html'}")

@@ -17,9 +17,10 @@ from dwm_fast import methods as all_methods
 from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS, TrainOptions
 from dwm_fast.methods.sequence import Task
-from dwm_fast.pacs import backbones, sequence_figures, sequence_options
+from dwm_fast.pacs import backbones
 from dwm_fast.pacs.config import DOMAINS, StudyConfig, from_dict
-from dwm_fast.pacs.sequence import SequenceStudy
+from dwm_fast.pacs.sequence import SequenceStudy, figures
+from dwm_fast.pacs.sequence import config as sequence_config_module
 
 from .killing import serve
 from .study_for_tests import CONFIG, NarrowNet, tiny_data
@@ -143,7 +144,7 @@ def offer_toys(monkeypatch: Any) -> None:
     """Make the toys the methods that there are."""
     monkeypatch.setattr("dwm_fast.methods.sequential_methods", toys)
     monkeypatch.setattr("dwm_fast.methods.presets", toy_presets)
-    monkeypatch.setattr("dwm_fast.pacs.sequence_options.BUILTIN", {})
+    monkeypatch.setattr("dwm_fast.pacs.sequence.config.BUILTIN", {})
 
 
 def sequence_config(**changes: Any) -> StudyConfig:
@@ -153,7 +154,7 @@ def sequence_config(**changes: Any) -> StudyConfig:
 
 def draw_nothing(monkeypatch: Any) -> None:
     """Leave the figures out: they take longer than such a sequence."""
-    monkeypatch.setattr("dwm_fast.pacs.sequence_figures.draw_all", lambda results, folder: [])
+    monkeypatch.setattr("dwm_fast.pacs.sequence.figures.draw_all", lambda results: {})
 
 
 def serve_sequence() -> None:
@@ -161,8 +162,8 @@ def serve_sequence() -> None:
     backbones.SmallResNet = NarrowNet
     all_methods.sequential_methods = toys
     all_methods.presets = toy_presets
-    sequence_options.BUILTIN = {}
-    sequence_figures.draw_all = lambda results, folder: []
+    sequence_config_module.BUILTIN = {}
+    figures.draw_all = lambda results: {}
     data = tiny_data()
     serve(lambda folder, report: SequenceStudy(sequence_config(), folder, data).run(report_step=lambda _: report()))
 

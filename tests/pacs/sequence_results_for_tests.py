@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dwm_fast.pacs.sequence_table import measures
+from dwm_fast.pacs.sequence.table import measures
 
 STAND_IN = "procedural stand-in (not PACS)"
 SEQUENCE = ["photo", "art", "sketch"]

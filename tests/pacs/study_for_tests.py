@@ -14,6 +14,7 @@ from dwm_fast.pacs import backbones, study
 from dwm_fast.pacs.backbones import SmallResNet
 from dwm_fast.pacs.config import METHODS, StudyConfig, from_dict
 from dwm_fast.pacs.data import PacsData
+from dwm_fast.pacs.pairs import figures
 from dwm_fast.pacs.procedural import procedural
 
 from .killing import CALLS, serve
@@ -74,12 +75,12 @@ def serve_one_pair() -> None:
     one_pair = dataclasses.replace(CONFIG, sources=("photo",), targets=("sketch",), methods=("none", "binary"))
 
     def run(folder: Path, report: Callable[[], None]) -> None:
-        def draw_nothing(results: Any, folder: Path) -> list[Any]:
+        def draw_nothing(results: Any) -> dict[str, bytes]:
             for _ in range(CALLS):
                 report()
-            return []
+            return {}
 
-        study.figures.draw_all = draw_nothing
+        figures.draw_all = draw_nothing
         study.Study(one_pair, folder, data).run(report_step=lambda _: report())
 
     serve(run)

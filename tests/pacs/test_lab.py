@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from dwm_fast.methods import BATCH_NORM_POLICIES
-from dwm_fast.pacs.lab import Lab, stage_seed
+from dwm_fast.pacs.lab import stage_seed
+from dwm_fast.pacs.pairs.lab import PairLab as Lab
+from dwm_fast.pacs.pairs.lab import Run
 
 from .study_for_tests import config, tiny, tiny_data
 
@@ -113,13 +115,13 @@ def test_a_mask_read_again_is_the_mask_found(lab: Lab) -> None:
 def test_ways_of_a_method_give_a_row_each_and_view(lab: Lab, tmp_path: Path) -> None:
     ways = [{"batch_norm": policy, "lr": 0.01} for policy in BATCH_NORM_POLICIES]
     many = Lab(config(tune={"naive": ways, "none": ways}), tiny_data(), tmp_path, lab.device)
-    rows = many.rows("photo", "sketch", "naive", "S_end", 0)
+    rows = many.rows(Run("photo", "sketch", "naive", "S_end", 0))
     assert [(r["bn_policy"], r["view"]) for r in rows] == [
         (p, v) for p in BATCH_NORM_POLICIES for v in ("shared", "masked")
     ]
     masked = {r["source_after"] for r in rows if r["view"] == "masked"}
     assert masked == {many.mask("photo", "naive", 0).figures["masked_accuracy"]}
-    assert len(many.rows("photo", "sketch", "none", "-", 0)) == 3
+    assert len(many.rows(Run("photo", "sketch", "none", "-", 0))) == 3
 
 
 def test_any_torchvision_classifier_runs_through_every_stage(tmp_path: Path) -> None:
@@ -129,8 +131,8 @@ def test_any_torchvision_classifier_runs_through_every_stage(tmp_path: Path) -> 
         "tune": {m: {"batch_norm": "frozen"} for m in ("none", "binary")},
     }
     other = Lab(config(**changes), tiny_data(), tmp_path, torch.device("cpu"))
-    (row,) = other.rows("photo", "sketch", "none", "-", 0)
+    (row,) = other.rows(Run("photo", "sketch", "none", "-", 0))
     assert 0 <= row["target_after"] <= 1
-    _, masked = other.rows("photo", "sketch", "naive", "random", 0)
+    _, masked = other.rows(Run("photo", "sketch", "naive", "random", 0))
     assert masked["source_after"] == other.mask("photo", "naive", 0).figures["masked_accuracy"]
     assert other.mask("photo", "naive", 0).figures["total"] > 0

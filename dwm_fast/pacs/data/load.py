@@ -1,0 +1,197 @@
+"""The images of a study, decoded once and held in memory, and how PACS is loaded or fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dwm_fast.errors import DataError, InputError
+from dwm_fast.pacs.data.layouts import CLASSES, DOMAINS, Record, canonical_domain, read_layout
+from dwm_fast.pacs.data.splits import holdout_split, official_split
+
+HUB_DATASET = "flwrlabs/pacs"
+POOL_FROM = 2000  # images; below, starting threads costs more than it saves
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class DomainSet:
+    """One domain: `images` (N, 3, H, W) uint8; `labels` (N,), `train` and `test` positions, int64."""
+
+    images: Tensor
+    labels: Tensor
+    train: Tensor
+    test: Tensor
+    names: list[str]
+
+    def to(self, device: torch.device | str) -> DomainSet:
+        """The same set with all tensors on `device`."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            train=self.train.to(device),
+            test=self.test.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PacsData:
+    """All domains of a study, in the order photo, art, cartoon, sketch.
+
+    `real` is False for procedural images. `fingerprint` is the SHA-256 of pixels, labels and splits: two data
+    sets with the same fingerprint give the same study.
+    """
+
+    name: str
+    real: bool
+    domains: dict[str, DomainSet]
+    classes: tuple[str, ...]
+    image_size: int
+    fingerprint: str
+
+    def to(self, device: torch.device | str) -> PacsData:
+        """The same data with all tensors on `device`."""
+        return replace(self, domains={name: domain.to(device) for name, domain in self.domains.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images, to decide whether they fit on a device."""
+        return sum(d.images.numel() for d in self.domains.values())
+
+
+def load_pacs(
+    path: str | os.PathLike[str],
+    splits: str | os.PathLike[str] | None = None,
+    image_size: int = 128,
+    domains: Iterable[str] | None = None,
+    holdout: float = 0.1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PacsData:
+    """Load PACS from any of its usual layouts, recognised by themselves.
+
+    Args:
+        path: folder ``<domain>/<class>/*``, DomainBed's ``kfold/``, Dassl's ``images/`` with ``splits/``, or
+            a Hugging Face parquet file or folder of them; also a folder that holds one of these as ``PACS/``.
+        splits: folder of the official ``<domain>_{train,crossval}_kfold.txt`` lists (labels 1 to 7). Without
+            it, lists in ``path/splits`` are used if there are any, else an own hold-out. The official
+            ``test`` lists contain the training images and are never used.
+        image_size: side of the square images in pixels; others are resized (bicubic).
+        domains: names or aliases of the domains to load; all four by default.
+        holdout: fraction of each class held out for testing where no lists are used, in (0, 1).
+        seed: chooses the own hold-out.
+        progress: called as ``progress(done, total)`` while images are decoded.
+
+    Raises:
+        InputError: unknown domain, impossible `image_size` or `holdout`.
+        DataError: anything missing, incomplete or unreadable on disk; names the file.
+    """
+    if image_size < 1:
+        raise InputError(f"image_size={image_size}: expected a positive number of pixels, such as 128")
+    wanted = DOMAINS if domains is None else tuple(canonical_domain(d) for d in domains)
+    wanted = tuple(d for d in DOMAINS if d in wanted)
+    if not wanted:
+        raise InputError("domains is empty: expected at least one of " + ", ".join(DOMAINS))
+    layout = read_layout(Path(path), wanted)
+    lists = layout.splits if splits is None else Path(splits)
+    groups = {d: sorted((r for r in layout.records if r.domain == d), key=lambda r: r.name) for d in wanted}
+    positions = {
+        d: holdout_split(records, holdout, seed) if lists is None else official_split(lists, d, records)
+        for d, records in groups.items()
+    }
+    pixels = decode_all([r for records in groups.values() for r in records], image_size, progress)
+    sets: dict[str, DomainSet] = {}
+    start = 0
+    for domain, records in groups.items():
+        images = pixels[start : start + len(records)]
+        start += len(records)
+        train, test = positions[domain]
+        sets[domain] = DomainSet(
+            images=images,
+            labels=torch.tensor([r.label for r in records]),
+            train=torch.tensor(train),
+            test=torch.tensor(test),
+            names=[r.name for r in records],
+        )
+    return PacsData("PACS", True, sets, CLASSES, image_size, fingerprint(sets))
+
+
+def decode_all(records: Sequence[Record], image_size: int, progress: Progress | None = None) -> Tensor:
+    """Decode records to (N, 3, image_size, image_size) uint8; DataError names an unreadable image."""
+    pixels = torch.empty((len(records), 3, image_size, image_size), dtype=torch.uint8)
+    view = pixels.numpy()
+
+    def decode_chunk(start: int) -> int:
+        for i in range(start, min(start + 100, len(records))):
+            view[i] = _decode(records[i], image_size).transpose(2, 0, 1)
+        return min(start + 100, len(records))
+
+    starts = range(0, len(records), 100)
+    workers = min(8, os.cpu_count() or 1) if len(records) > POOL_FROM else 1
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for done in pool.map(decode_chunk, starts):
+                if progress is not None:
+                    progress(done, len(records))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return pixels
+
+
+def _decode(record: Record, image_size: int) -> NDArray[np.uint8]:
+    """RGB pixels (image_size, image_size, 3) of one record."""
+    try:
+        with Image.open(record.source if isinstance(record.source, Path) else io.BytesIO(record.source)) as opened:
+            image = opened.convert("RGB")
+            if image.size != (image_size, image_size):
+                image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+            return np.asarray(image)
+    except Exception as error:  # Pillow's plugins raise many kinds on damaged files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{record.origin}: unreadable image ({reason}); replace the file or remove it") from error
+
+
+def fingerprint(domains: Mapping[str, DomainSet]) -> str:
+    """SHA-256 (hex) over the names of the domains, their decoded pixels, labels and splits, in order."""
+    digest = hashlib.sha256()
+    for name, domain in domains.items():
+        digest.update(f"{name} {tuple(domain.images.shape)} {len(domain.train)} {len(domain.test)};".encode())
+        for tensor in (domain.images, domain.labels, domain.train, domain.test):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def download_pacs(folder: str | os.PathLike[str]) -> Path:
+    """Fetch PACS from the Hugging Face hub (about 190 MB) into `folder`; returns it, ready for `load_pacs`.
+
+    Needs the optional package huggingface_hub. Raises DataError where that or the network is missing.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise DataError("downloading needs the package huggingface_hub: pip install 'dwm-fast[hub]'") from error
+    target = Path(folder)
+    try:
+        huggingface_hub.snapshot_download(
+            repo_id=HUB_DATASET, repo_type="dataset", local_dir=str(target), allow_patterns=["*.parquet"]
+        )
+    except Exception as error:  # the hub client raises the errors of several HTTP libraries
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"{HUB_DATASET} could not be downloaded into {target} ({reason}); "
+            "check network and folder, or fetch the data set by hand and give its path"
+        ) from error
+    return target

@@ -1,0 +1,181 @@
+"""Single stages of the study of pairs: finding a mask on a source, fine-tuning on a target with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dwm_fast import ops
+from dwm_fast.methods import (
+    Binary,
+    EditMask,
+    FoundMask,
+    Method,
+    Naive,
+    NoMask,
+    SourceTask,
+    TrainOptions,
+    masked_view,
+    reinitialise,
+    source_view,
+    train,
+)
+from dwm_fast.nn import Edit, GumbelSigmoid, maskable_layers
+from dwm_fast.pacs.backbones import build_backbone
+from dwm_fast.pacs.lab import Lab, Planned, stage_seed
+from dwm_fast.pacs.stages import Finished
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid: fine-tuning of a source network on a target, its mask found by a method."""
+
+    source: str
+    target: str
+    method: str
+    init: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """How the names of its stages begin."""
+        return f"tune-{self.source}-{self.target}-{self.method}-{self.init}"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A found mask and its figures."""
+
+    found: FoundMask
+    figures: dict[str, Any]
+
+
+class PairLab(Lab):
+    """Does the stages of a configuration without a sequence; arguments as `Lab`."""
+
+    def method(self, name: str) -> Method:
+        """A method by name, with the configuration's options."""
+        config = self.config
+        methods: dict[str, Method] = {
+            "none": NoMask(),
+            "naive": Naive(config.deviations, config.binary.include, config.binary.exclude),
+            "edit": EditMask(Edit(config.edit_threshold, spread=config.edit_spread), config.edit),
+            "binary": Binary(GumbelSigmoid(tau=config.tau, init=config.logit_init), config.binary),
+        }
+        return methods[name]
+
+    def mask(self, source: str, method: str, seed: int) -> Mask:
+        """Find a method's mask on a source, or read it."""
+        name, settings = self.mask_stage(source, method, seed)
+        kept = self.stages.read(name, settings)
+        if kept is None:
+            kept = self._find_mask(name, settings, source, method, seed)
+        tensors, figures = kept
+        keep = {
+            layer: ops.unpack(tensors[layer], [numel])[0].view(shape)
+            for layer, numel, shape in self._shapes()
+            if layer in tensors
+        }
+        found = FoundMask(keep or None, figures["coefficient"], figures["within_budget"], figures["history"])
+        return Mask(found, figures)
+
+    def _shapes(self) -> list[tuple[str, int, torch.Size]]:
+        layers = maskable_layers(build_backbone(self.config.backbone, len(self.data.classes)))
+        return [(name, layer.weight.numel(), layer.weight.shape) for name, layer in layers.items()]
+
+    def _find_mask(self, name: str, settings: dict[str, Any], source: str, method: str, seed: int) -> Finished:
+        end = self.source(source, seed).end
+        begun = time.perf_counter()
+        key = stage_seed(name)
+        torch.manual_seed(key)
+        model = self.network(end)
+        found = self.method(method).find(model, SourceTask(**self.given(source, key), seed=key))
+        figures: dict[str, Any] = {
+            "source": source,
+            "seed": seed,
+            "method": method,
+            "fraction_kept": found.fraction_kept,
+            "coefficient": found.coefficient,
+            "within_budget": found.within_budget,
+            "history": found.history,
+            "source_accuracy": self.evaluate(model, source)[0],
+        }
+        packed = {}
+        if found.keep is not None:
+            counts = found.counts()
+            figures["kept"] = sum(kept for kept, _ in counts.values())
+            figures["total"] = sum(total for _, total in counts.values())
+            figures["layers"] = [{"name": n, "kept": k, "total": t} for n, (k, t) in counts.items()]
+            figures["masked_accuracy"] = self.evaluate(masked_view(model, model, found.keep), source)[0]
+            packed = {layer: ops.pack([mask]).cpu() for layer, mask in found.keep.items()}
+        return self.stages.write(name, packed, figures, settings, begun)
+
+    def mask_stage(self, source: str, method: str, seed: int) -> Planned:
+        """As `source_stage`."""
+        options = dataclasses.asdict(self.method(method))  # type: ignore[call-overload]
+        return f"mask-{method}-{source}-seed{seed}", {**self.source_stage(source, seed)[1], method: options}
+
+    def rows(self, run: Run) -> list[dict[str, Any]]:
+        """Fine-tune on the target in each of the method's ways; one row a way and view (`shared`, `masked`)."""
+        rows = []
+        for options, (name, settings) in zip(self.config.tune[run.method], self.tune_stages(run), strict=True):
+            kept = self.stages.read(name, settings)
+            if kept is None:
+                kept = self._fine_tune(name, settings, run, options)
+            rows += kept[1]["rows"]
+        return rows
+
+    def tune_stages(self, run: Run) -> list[Planned]:
+        """As `source_stage`, for each of the method's ways."""
+        shared = {
+            **self.mask_stage(run.source, run.method, run.seed)[1],
+            "target_data": self._fingerprints[run.target],
+            "tune_size": self.tune_size,
+            "tune_scale": self.config.tune_scale,
+        }
+        return [
+            (
+                f"{run.name}-{options.batch_norm}-lr{options.lr:g}-seed{run.seed}",
+                {**shared, "fine-tuning": dataclasses.asdict(options)},
+            )
+            for options in self.config.tune[run.method]
+        ]
+
+    def _fine_tune(self, name: str, settings: dict[str, Any], run: Run, options: TrainOptions) -> Finished:
+        trained = self.source(run.source, run.seed)
+        found = self.mask(run.source, run.method, run.seed).found if run.method != "none" else None
+        begun = time.perf_counter()
+        torch.manual_seed(stage_seed(name))
+        original, model = self.network(trained.end), self.network(trained.end)
+        keep = None
+        if found is not None and found.keep is not None:
+            keep = {layer: mask.to(self.device) for layer, mask in found.keep.items()}
+            start = {k: v.to(self.device) for k, v in trained.start.items()}
+            reinitialise(model, keep, run.init, start, stage_seed(name))  # type: ignore[arg-type]
+        train(
+            model,
+            self.batches(run.target, stage_seed("target", run.target, run.seed), tuning=True),
+            self.steps(run.target),
+            options,
+            keep=keep,
+            progress=self.report,
+            autocast=self.autocast,
+        )
+        row = {
+            **dataclasses.asdict(run),
+            "bn_policy": options.batch_norm,
+            "lr": options.lr,
+            "source_before": trained.figures["accuracy"],
+            "target_after": self.evaluate(model, run.target)[0],
+            "fraction_kept": found.fraction_kept if found is not None else 0.0,
+        }
+        views = {"shared": source_view(model, original, options.batch_norm)}
+        if keep is not None:
+            views["masked"] = masked_view(model, original, keep)
+        rows = [{**row, "view": v, "source_after": self.evaluate(net, run.source)[0]} for v, net in views.items()]
+        seconds = time.perf_counter() - begun
+        return self.stages.write(name, {}, {"rows": [{**r, "seconds": seconds} for r in rows]}, settings, begun)

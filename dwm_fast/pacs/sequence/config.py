@@ -1,0 +1,99 @@
+"""What only a sequence reads of a configuration: its domains, and the options of methods that learn one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dwm_fast import methods as all_methods
+from dwm_fast.errors import InputError
+from dwm_fast.methods import SequentialMethod
+from dwm_fast.pacs.config_values import replace
+
+Options = Mapping[str, Mapping[str, Any]]
+"""Method -> options in place of its own defaults."""
+
+ENTRIES = ("sequence", "sequential")
+"""Entries that only the study of sequences reads."""
+SEQUENTIAL = ("none", "piggyback", "ksm", "spg", "packnet", "binary")
+"""What a sequence runs by default; presets such as "piggyback-paper" are offered beside them."""
+BUILTIN: Options = {
+    "none": {"options": {"epochs": 5, "lr": 1e-2}},
+    "piggyback": {"options": {"epochs": 10, "lr": 3e-3, "head_lr": 1e-2, "batch_norm": "per-domain"}},
+    "ksm": {"options": {"epochs": 10, "lr": 3e-3, "head_lr": 1e-2}},
+    "spg": {"epochs": 12, "lr": 0.25, "head_factor": 1.0},
+    "packnet": {"training": {"epochs": 8, "lr": 2e-2}, "retraining": {"epochs": 4, "lr": 1e-2}},
+    "binary": {
+        "options": {"epochs": 5, "lr": 1e-2, "batch_norm": "per-domain"},
+        "binary": {"options": {"epochs": 12, "lr": 0.05, "source_budget": 0.1}},
+    },
+}
+"""Options of methods for the built-in images and their small network; the methods' own defaults are for real images."""
+
+
+def check_sequence(domains: Sequence[str]) -> None:
+    """Raise InputError for domains that are no sequence."""
+    if len(domains) < 2:
+        given = ", ".join(domains) or "none"
+        raise InputError(f"sequence: given {given}; expected at least two domains, such as photo,art")
+    repeated = [domain for domain in domains if domains.count(domain) > 1]
+    if repeated:
+        raise InputError(f"sequence: {repeated[0]} is in it more than once; expected every domain once")
+
+
+def offered() -> dict[str, SequentialMethod]:
+    """Every method of sequences and every preset, by name."""
+    return {**all_methods.sequential_methods(), **all_methods.presets()}
+
+
+def with_options(name: str, options: Options, builtin: bool = False) -> SequentialMethod:
+    """A method by name, with its entry of `options`, which for built-in images stands over that of `BUILTIN`."""
+    own = BUILTIN.get(name, {}) if builtin else {}
+    method: SequentialMethod = replace(f"sequential.{name}", _merged(own, options.get(name, {})), _named(name))
+    return method
+
+
+def read_options(value: Any, old: Options) -> dict[str, Mapping[str, Any]]:
+    """`old` with the sections of `value`, typed, put over it. Unknown methods, entries and wrong values: InputError."""
+    if not isinstance(value, Mapping):
+        raise InputError("config: sequential: expected a section for each method, such as 'piggyback: {epochs: 3}'")
+    read = dict(old)
+    for name, given in value.items():
+        method = replace(f"sequential.{name}", given, _named(name))
+        read[name] = _merged(old.get(name, {}), _given(dataclasses.asdict(method), given))
+    return read
+
+
+def epochs_of(names: Iterable[str], epochs: int) -> dict[str, Any]:
+    """Options of so many epochs a task: a method's `epochs`, or those of its section `options` or `training`."""
+    found: dict[str, Any] = {}
+    for name in names:
+        method = _named(name)
+        section = next((s for s in ("options", "training") if hasattr(getattr(method, s, None), "epochs")), None)
+        if hasattr(method, "epochs"):
+            found[name] = {"epochs": epochs}
+        elif section is not None:
+            found[name] = {section: {"epochs": epochs}}
+    return found
+
+
+def _named(name: str) -> Any:
+    known = offered()
+    if name not in known:
+        raise InputError(f"config: sequential: unknown method '{name}'; expected some of {', '.join(known)}")
+    return known[name]
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options with those of `new` in place of the old."""
+    deeper = {k: _merged(old[k], v) for k, v in new.items() if isinstance(v, Mapping) and k in old}
+    return {**old, **new, **deeper}
+
+
+def _given(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of nested `options` that `given` names."""
+    return {
+        name: _given(options[name], value) if isinstance(options[name], dict) else options[name]
+        for name, value in given.items()
+    }

@@ -1,0 +1,128 @@
+"""Single stages of a sequence of domains: one method learns one more domain, and all seen so far are evaluated.
+
+As in `dwm_fast.pacs.lab` a stage is a pure function of the configuration and earlier results. Each starts from a fresh
+learner that takes back the state which the stage before left in its file, also in a run that nothing interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwm_fast.errors import InputError
+from dwm_fast.methods.sequence import Learner, Task
+from dwm_fast.pacs.lab import Lab, Planned, stage_seed
+from dwm_fast.pacs.stages import Finished
+
+
+def last_linear(model: nn.Module) -> str:
+    """Name of the network's last Linear, of which every domain gets its own.
+
+    Raises InputError for a network that ends in something else.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    last = next(reversed(layers), "")
+    if not isinstance(layers.get(last), nn.Linear):
+        raise InputError(
+            f"sequence: {type(model).__name__} does not end in a Linear layer, of which every domain would get its "
+            "own; choose another --backbone, such as resnet18"
+        )
+    return last
+
+
+class SequenceLab(Lab):
+    """Does the stages of a configuration that has a sequence; arguments as `Lab`."""
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        """The domains in the order in which they are learned."""
+        assert self.config.sequence is not None
+        return self.config.sequence
+
+    def task_stage(self, method: str, position: int, seed: int) -> Planned:
+        """As `Lab.source_stage`. The name holds the domains learned so far: sequences that begin alike share stages."""
+        seen = self.sequence[: position + 1]
+        options = dataclasses.asdict(self.config.sequential_method(method))  # type: ignore[call-overload]
+        return f"sequence-{method}-{'-'.join(seen)}-seed{seed}", {
+            **self.source_stage(seen[0], seed)[1],
+            method: options,
+            "tasks": {domain: self._fingerprints[domain] for domain in seen[1:]},
+        }
+
+    def learned(self, method: str, position: int, seed: int) -> dict[str, Any]:
+        """Figures of learning the domain at `position` after those before it; done, or read.
+
+        The stage before keeps its figures alone from then on: its state is within this one's.
+        """
+        name, settings = self.task_stage(method, position, seed)
+        figures = self.stages.figures(name, settings)
+        if figures is None:
+            return self._learn(method, position, seed)[1]
+        self._thin_before(method, position, seed)  # a kill may have come in between
+        return figures
+
+    def learner(self, method: str, position: int, seed: int) -> Learner:
+        """The learner as it was after the domain at `position`; a stage whose state is no longer kept is done again."""
+        kept = self.stages.read(*self.task_stage(method, position, seed))
+        state = kept[0] if kept is not None and kept[0] else self._learn(method, position, seed)[0]
+        learner = self._fresh(method)
+        learner.load_state(state)
+        return learner
+
+    def _fresh(self, method: str) -> Learner:
+        head = last_linear(self.network())
+        return self.config.sequential_method(method).learner(lambda classes: self.network(classes=classes), head)
+
+    def task(self, domain: str, seed: int, key: int) -> Task:
+        """A domain as a task. Every method sees the same batches; `key` seeds what the method draws itself."""
+        shared = stage_seed("task", domain, seed)
+        return Task(name=domain, classes=len(self.data.classes), **self.given(domain, shared), seed=key)
+
+    def _learn(self, method: str, position: int, seed: int) -> Finished:
+        name, settings = self.task_stage(method, position, seed)
+        first, domain = self.sequence[0], self.sequence[position]
+        start = self.network(self.source(first, seed).end) if position == 0 else None
+        learner = self._fresh(method) if start is not None else self.learner(method, position - 1, seed)
+        task = self.task(domain, seed, stage_seed(name))
+        torch.manual_seed(stage_seed(name))
+        begun = time.perf_counter()
+        said = learner.learn(task) if start is None else learner.begin(task, start)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        learning = {"seconds": time.perf_counter() - begun, "figures": said}
+        figures = {
+            "method": method,
+            "seed": seed,
+            "position": position,
+            "domain": domain,
+            "learning": learning,
+            "bits": {seen: learner.bits(seen) for seen in self.sequence[: position + 1]},
+            "rows": self._evaluated(learner, position),
+        }
+        finished = self.stages.write(name, _own(learner.state()), figures, settings, begun)
+        self._thin_before(method, position, seed)
+        return finished
+
+    def _thin_before(self, method: str, position: int, seed: int) -> None:
+        if position:
+            self.stages.thin(self.task_stage(method, position - 1, seed)[0])
+
+    def _evaluated(self, learner: Learner, position: int) -> list[dict[str, Any]]:
+        """Accuracy and loss on the test images of every domain seen, in every view."""
+        rows = []
+        for view in learner.views:
+            for on in self.sequence[: position + 1]:
+                accuracy, loss = self.evaluate(learner.network(on, view), on)
+                rows.append(
+                    {"view": view, "after": self.sequence[position], "on": on, "accuracy": accuracy, "loss": loss}
+                )
+        return rows
+
+
+def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none sharing memory with another: a safetensors file holds each by itself."""
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}

@@ -1,0 +1,99 @@
+"""The study of sequences: every method learns the domains one after the other, and what it keeps is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dwm_fast.pacs.sequence import figures, report, table
+from dwm_fast.pacs.sequence.finding import finding
+from dwm_fast.pacs.sequence.lab import SequenceLab
+from dwm_fast.pacs.study import Stage, Study
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class SequenceStudy(Study):
+    """Runs a configuration that has a sequence in a folder; arguments, resuming and progress as `Study`."""
+
+    lab: SequenceLab
+
+    def make_lab(self) -> SequenceLab:
+        return SequenceLab(self.config, self.data, self.folder, self.device)
+
+    def sources(self) -> list[str]:
+        return [self.lab.sequence[0]]
+
+    def _cells(self) -> Iterator[tuple[str, int, int]]:
+        """(method, position, seed) of every task stage, in order."""
+        for seed, method in itertools.product(self.config.seeds, self.config.methods):
+            for position in range(len(self.lab.sequence)):
+                yield method, position, seed
+
+    def stages(self) -> Iterator[Stage]:
+        first = self.lab.sequence[0]
+        for seed in self.config.seeds:
+            yield self.source_stage(first, seed, f"network of {first}, seed {seed}")
+        yield from itertools.starmap(self._task_stage, self._cells())
+
+    def _task_stage(self, method: str, position: int, seed: int) -> Stage:
+        planned = self.lab.task_stage(method, position, seed)
+        label = f"{position + 1}. {self.lab.sequence[position]}, {method}, seed {seed}"
+        return Stage(planned[0], label, lambda: _says(self.lab.learned(method, position, seed)), [planned])
+
+    def results(self) -> dict[str, Any]:
+        sequence, methods = list(self.lab.sequence), self.config.methods
+        learned = [self.lab.learned(*cell) for cell in self._cells()]
+        rows = [
+            {"method": one["method"], "seed": one["seed"], "position": one["position"], **row}
+            for one in learned
+            for row in one["rows"]
+        ]
+        tasks = [_task(one, learned) for one in learned]
+        options = {m: dataclasses.asdict(self.config.sequential_method(m)) for m in methods}  # type: ignore[call-overload]
+        return {
+            "format": 1,
+            "kind": "sequence",
+            **self.measured(
+                sequence=sequence,
+                methods=json.loads(json.dumps(options)),
+                sources=[self.lab.source(sequence[0], seed).figures for seed in self.config.seeds],
+                tasks=tasks,
+                rows=rows,
+                measures=table.measures(sequence, rows, tasks),
+            ),
+        }
+
+    def files(self, results: dict[str, Any]) -> Iterator[tuple[str, str | bytes]]:
+        rows = table.sequence_table(results)
+        yield "results.csv", table.rows_csv(results)
+        yield "table.csv", table.to_csv(rows)
+        yield "table.md", table.to_markdown(rows)
+        drawn = figures.draw_all(results)
+        yield from ((f"figures/{name}", content) for name, content in drawn.items())
+        yield "report.html", report.page(results, drawn, self.command())
+
+    def summary(self, results: dict[str, Any]) -> tuple[Table, list[str]]:
+        return table.to_rich(table.sequence_table(results)), finding(results)
+
+
+def _task(one: Mapping[str, Any], learned: list[dict[str, Any]]) -> dict[str, Any]:
+    """What learning one domain took, and the bits stored for it when the sequence has ended."""
+    last = [other for other in learned if (other["method"], other["seed"]) == (one["method"], one["seed"])][-1]
+    return {
+        **{key: one[key] for key in ("method", "seed", "position", "domain")},
+        "bits": last["bits"][one["domain"]],
+        "seconds": one["learning"]["seconds"],
+        "figures": one["learning"]["figures"],
+    }
+
+
+def _says(figures: Mapping[str, Any]) -> str:
+    """Accuracies in the method's first view, the domain just learned first."""
+    view = figures["rows"][0]["view"]
+    rows = [row for row in figures["rows"] if row["view"] == view][::-1]
+    return ", ".join(f"{row['on']} {row['accuracy']:.3f}" for row in rows)

@@ -1,0 +1,208 @@
+"""What a sequence comes to: final accuracies, forgetting, backward transfer, storage and time, per method and view.
+
+With a[i][j] the accuracy on task j after task i was learned, and n tasks:
+
+    average            mean over j of a[n-1][j]
+    forgetting         mean over j < n-1 of (max over j <= i < n-1 of a[i][j]) - a[n-1][j]     Chaudhry et al. 2018
+    backward transfer  mean over j < n-1 of a[n-1][j] - a[j][j]                      Lopez-Paz and Ranzato 2017
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from dwm_fast.pacs.tables import MISSING, Stat, csv_text, markdown, number, over_seeds, terminal_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RAW_COLUMNS = ("method", "seed", "view", "position", "after", "on", "accuracy", "loss")
+METRICS = ("average", "backward_transfer", "forgetting", "bits_added", "seconds")
+
+_BITS_IN_MB = 8e6
+
+
+def forgetting(matrix: Sequence[Sequence[float]]) -> float:
+    """Mean over all tasks but the last of the best earlier accuracy minus the final one.
+
+    Args:
+        matrix: row i holds the accuracies on tasks 0 to i after task i; at least two rows.
+
+    >>> forgetting([[0.9], [0.95, 0.8], [0.7, 0.8, 0.6]])
+    0.125
+    """
+    last = len(matrix) - 1
+    return fmean(max(matrix[i][j] for i in range(j, last)) - matrix[last][j] for j in range(last))
+
+
+def backward_transfer(matrix: Sequence[Sequence[float]]) -> float:
+    """Mean over all tasks but the last of the final accuracy minus the one just after learning; `matrix` as above."""
+    last = len(matrix) - 1
+    return fmean(matrix[last][j] - matrix[j][j] for j in range(last))
+
+
+def measures(
+    sequence: Sequence[str], rows: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One entry per method, view and seed.
+
+    Args:
+        sequence: the domains in order.
+        rows: one per method, seed, view and pair of domains "after" and "on", with "accuracy".
+        tasks: one per method, seed and "position", with "bits" and "seconds" of that domain.
+
+    Returns:
+        "final" (domain -> accuracy), "average", "forgetting", "backward_transfer"; "bits_added" and "seconds" are means
+        over the domains that were added to the first one, "bits_total" the sum over all.
+    """
+    accuracy = {(r["method"], r["view"], r["seed"], r["after"], r["on"]): r["accuracy"] for r in rows}
+    found = []
+    for method, view, seed in dict.fromkeys((r["method"], r["view"], r["seed"]) for r in rows):
+        matrix = [
+            [accuracy[method, view, seed, after, on] for on in sequence[: position + 1]]
+            for position, after in enumerate(sequence)
+        ]
+        own = [task for task in tasks if (task["method"], task["seed"]) == (method, seed)]
+        added = [task for task in own if task["position"] > 0]
+        found.append(
+            {
+                "method": method,
+                "view": view,
+                "seed": seed,
+                "final": dict(zip(sequence, matrix[-1], strict=True)),
+                "average": fmean(matrix[-1]),
+                "forgetting": forgetting(matrix),
+                "backward_transfer": backward_transfer(matrix),
+                "bits_added": fmean(task["bits"] for task in added),
+                "bits_total": sum(task["bits"] for task in own),
+                "seconds": fmean(task["seconds"] for task in added),
+            }
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class SequenceRow:
+    """One method in one view: means and spreads over seeds; `final` by domain in the order of the sequence."""
+
+    data: str
+    method: str
+    view: str
+    final: dict[str, Stat]
+    average: Stat
+    backward_transfer: Stat
+    forgetting: Stat
+    bits_added: Stat
+    seconds: Stat
+    seeds: int
+
+
+def sequence_table(results: Mapping[str, Any]) -> list[SequenceRow]:
+    """One row per method and view of a sequence's results, in the order in which they were run."""
+    found = results["measures"]
+    order = list(dict.fromkeys(one["method"] for one in found))
+    groups = dict.fromkeys(sorted(((m["method"], m["view"]) for m in found), key=lambda key: order.index(key[0])))
+    table = []
+    for method, view in groups:
+        runs = [one for one in found if (one["method"], one["view"]) == (method, view)]
+        table.append(
+            SequenceRow(
+                str(results["data"]["name"]),
+                method,
+                view,
+                {domain: over_seeds([run["final"][domain] for run in runs]) for domain in results["sequence"]},
+                **{metric: over_seeds([run[metric] for run in runs]) for metric in METRICS},
+                seeds=len(runs),
+            )
+        )
+    return table
+
+
+def storage(value: Stat) -> str:
+    """Bits as people read them: '0', '512 bit', '21.3 kB', '1.396 MB'."""
+    bits = value.mean
+    if bits is None:
+        return MISSING
+    if bits < 8000:
+        return f"{bits:.0f} bit" if bits else "0"
+    return f"{bits / 8000:.1f} kB" if bits < _BITS_IN_MB else f"{bits / _BITS_IN_MB:.3f} MB"
+
+
+def note(rows: Sequence[SequenceRow]) -> str:
+    """One sentence on what the table's numbers are."""
+    seeds = max((row.seeds for row in rows), default=0)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so no spread"
+    return f"Accuracy after the last domain ({spread}); bits and seconds are per domain added to the first."
+
+
+def to_markdown(rows: Sequence[SequenceRow]) -> str:
+    """The table in markdown, titled with the data set's name and the order of the domains."""
+    if not rows:
+        return "No runs yet.\n"
+    domains = list(rows[0].final)
+    header = ["method", "view", *domains, "average", "backward transfer", "forgetting", "bits added", "seconds"]
+    body = [
+        [
+            row.method,
+            row.view,
+            *map(number, row.final.values()),
+            number(row.average),
+            number(row.backward_transfer, True),
+            number(row.forgetting, True),
+            MISSING if row.bits_added.mean is None else f"{row.bits_added.mean:,.0f}",
+            number(row.seconds, digits=1),
+        ]
+        for row in rows
+    ]
+    title = f"**After {', '.join(domains)} in this order, on {rows[0].data}**"
+    return "\n".join([title, "", markdown(header, body), "", note(rows), ""])
+
+
+def to_csv(rows: Sequence[SequenceRow]) -> str:
+    """The table, a line per method and view."""
+    domains = list(rows[0].final) if rows else []
+    names = [*(f"final_{domain}" for domain in domains), *METRICS]
+    lines: list[Sequence[object]] = [
+        ["data", "method", "view", *(column for name in names for column in (name, f"{name}_spread")), "seeds"]
+    ]
+    for row in rows:
+        stats: list[Stat] = [*row.final.values(), *(getattr(row, metric) for metric in METRICS)]
+        values = [value for one in stats for value in (one.mean, one.spread)]
+        lines.append([row.data, row.method, row.view, *values, row.seeds])
+    return csv_text(lines)
+
+
+def rows_csv(results: Mapping[str, Any]) -> str:
+    """One line per method, seed, view and pair of domains (learned last, evaluated on)."""
+    name = results["data"]["name"]
+    return csv_text([["data", *RAW_COLUMNS], *([name, *map(row.get, RAW_COLUMNS)] for row in results["rows"])])
+
+
+def to_rich(rows: Sequence[SequenceRow]) -> Table:
+    """A table for the terminal, readable at 80 columns."""
+    from rich.text import Text
+
+    title = f"After the last domain: {rows[0].data}" if rows else "No runs yet"
+    domains = list(rows[0].final) if rows else []
+    names = ["method\nview", *domains, "average", "backward\ntransfer", "forgets", "added"]
+    table = terminal_table(title, note(rows) if rows else None, names)
+
+    def lines(value: Stat, signed: bool = False) -> str:
+        return number(value, signed).replace(" ± ", "\n±")
+
+    for row in rows:
+        name = Text(row.method, style="bold")
+        name.append(f"\n{row.view}", style="not bold dim")
+        seconds = MISSING if row.seconds.mean is None else f"{row.seconds.mean:.0f} s"
+        cells = [
+            *map(lines, row.final.values()),
+            lines(row.average),
+            lines(row.backward_transfer, True),
+            lines(row.forgetting, True),
+            f"{storage(row.bits_added)}\n{seconds}",
+        ]
+        table.add_row(name, *map(Text, cells))
+    return table

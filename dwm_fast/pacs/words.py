@@ -1,0 +1,25 @@
+"""Words that the findings of both wings share: what the images are, and what limits a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def data_name(results: Mapping[str, Any]) -> str:
+    """The data set as it stands in a sentence: 'PACS', 'the procedural stand-in (not PACS)'."""
+    name = str(results["data"]["name"])
+    return name if results["data"]["real"] else f"the {name}"
+
+
+def limits(results: Mapping[str, Any], seeds: int, rivals: int, first: str, of: str, order: str = "") -> list[str]:
+    """Sentences on what the numbers cannot tell: chance, the choice of the `first` among `rivals`, the images."""
+    said = []
+    if seeds == 1:
+        said.append("With one seed there is no spread: small differences may be chance.")
+    if rivals > 1:
+        order = f", {order}" if order else ""
+        said.append(f"The {first} is the highest of {rivals} {of} on these same test images{order}.")
+    if not results["data"]["real"]:
+        said.append("The images are procedural, not PACS: they test the pipeline, not the published findings.")
+    return said

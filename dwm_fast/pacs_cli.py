@@ -1,0 +1,207 @@
+"""dwm-fast pacs and dwm-fast pacs sequence: the study of pairs, and of domains learned one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dwm_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from dwm_fast.pacs.config import StudyConfig
+
+pacs_app = typer.Typer(invoke_without_command=True)
+
+# Options of both commands, each said once.
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Real PACS: a folder (domain/class, kfold or Dassl layout) or a Hugging Face parquet file or folder. "
+        "Without it: built-in procedural images, which are not PACS."
+    ),
+]
+Splits = Annotated[str | None, typer.Option(help="Folder of the official train and crossval lists.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch flwrlabs/pacs into the folder --data names first.")]
+Out = Annotated[Path, typer.Option(help="Run folder; a stopped study goes on where it was.")]
+Config = Annotated[Path | None, typer.Option(help="TOML, YAML or JSON file of settings; flags win over it.")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds, comma-separated.")]
+Backbone = Annotated[str | None, typer.Option(help="'small' or any torchvision classifier.")]
+Weights = Annotated[
+    str | None, typer.Option(help="Checkpoint, .safetensors or .pth, may be partial; or 'torchvision'.")
+]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images, pixels.")]
+TrainSize = Annotated[int | None, typer.Option(help="Side of the crops trained on, pixels.")]
+CropScale = Annotated[float | None, typer.Option(help="Smallest fraction of the area a crop covers.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
+SourceEpochs = Annotated[int | None, typer.Option(help="Epochs of source training.")]
+SourceLr = Annotated[float | None, typer.Option(help="Rate of source training.")]
+Amp = Annotated[str | None, typer.Option(help="Precision: auto (bf16 on a GPU), bf16 or off.")]
+Device = Annotated[str | None, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:1, ...")]
+TaskEpochs = Annotated[int | None, typer.Option(help="Epochs of every later domain, for every method.")]
+
+
+@pacs_app.callback()
+def pairs(
+    context: typer.Context,
+    data: Data = None,
+    splits: Splits = None,
+    download: Download = False,
+    out: Out = Path("runs/pacs"),
+    config: Config = None,
+    sources: Annotated[str | None, typer.Option(help="Source domains, comma-separated.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Target domains, comma-separated.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Some of none,naive,edit,binary.")] = None,
+    inits: Annotated[str | None, typer.Option(help="Some of S_start,S_end,random.")] = None,
+    sequence: Annotated[
+        str | None, typer.Option(help="The same as the command sequence; with its --task-epochs.")
+    ] = None,
+    seeds: Seeds = None,
+    backbone: Backbone = None,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    train_size: TrainSize = None,
+    crop_scale: CropScale = None,
+    tune_size: Annotated[int | None, typer.Option(help="Side of crops fine-tuned on; image size by default.")] = None,
+    tune_scale: Annotated[float | None, typer.Option(help="As --crop-scale, for fine-tuning.")] = None,
+    batch_size: BatchSize = None,
+    source_epochs: SourceEpochs = None,
+    mask_epochs: Annotated[int | None, typer.Option(help="Epochs of mask learning.")] = None,
+    tune_epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning on the target.")] = None,
+    task_epochs: Annotated[int | None, typer.Option(hidden=True, help="Of the command sequence.")] = None,
+    source_lr: SourceLr = None,
+    mask_lr: Annotated[float | None, typer.Option(help="Rate of mask learning.")] = None,
+    tune_lr: Annotated[list[str] | None, typer.Option(help="METHOD=RATE[,RATE]; repeatable.")] = None,
+    batch_norm: Annotated[
+        list[str] | None, typer.Option(help="METHOD=POLICY[,POLICY] of frozen, shared, per-domain; repeatable.")
+    ] = None,
+    source_budget: Annotated[
+        float | None, typer.Option(help="Allowed rise of the source cross-entropy under a mask, nats.")
+    ] = None,
+    coefficient: Annotated[float | None, typer.Option(help="Fixed coefficient of the regulariser instead.")] = None,
+    amp: Amp = None,
+    device: Device = None,
+) -> None:
+    """Run the PACS study: source training, masks, re-initialisation, fine-tuning, evaluation, report.
+
+    The run folder holds results.json and .csv, the table (S gain, T drop), figures, the masks and report.html.
+    """
+    given = dict(context.params)
+    if context.invoked_subcommand is not None:
+        early = [name for name in given if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
+        if early:
+            flag = f"--{early[0].replace('_', '-')}"
+            raise InputError(f"{flag} stands before '{context.invoked_subcommand}'; give the options after it")
+        return
+    learned = {"epochs": mask_epochs, "lr": mask_lr, "source_budget": source_budget, "coefficient": coefficient}
+    base = _base(given)
+    tunes = _tunes(base.tune, tune_epochs, _per_method("--batch-norm", batch_norm), _per_method("--tune-lr", tune_lr))
+    _run(base, given, {"tune": tunes, "binary": learned, "edit": learned})
+
+
+@pacs_app.command()
+def sequence(
+    context: typer.Context,
+    domains: Annotated[str, typer.Argument(help="At least two, comma-separated, in the order of learning.")],
+    data: Data = None,
+    splits: Splits = None,
+    download: Download = False,
+    out: Out = Path("runs/pacs"),
+    config: Config = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Some of none,piggyback,ksm,spg,packnet,binary; or a preset such as ksm-paper")
+    ] = None,
+    seeds: Seeds = None,
+    backbone: Backbone = None,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    train_size: TrainSize = None,
+    crop_scale: CropScale = None,
+    batch_size: BatchSize = None,
+    source_epochs: SourceEpochs = None,
+    task_epochs: TaskEpochs = None,
+    source_lr: SourceLr = None,
+    amp: Amp = None,
+    device: Device = None,
+) -> None:
+    """Let every method learn the domains one after the other, and measure what it keeps of the earlier ones.
+
+    The run folder holds results.json and .csv, the table (final accuracies, forgetting, storage), figures and
+    report.html.
+    """
+    given = {**context.params, "sequence": domains}
+    _run(_base(given), given, {})
+
+
+_LISTS = ("sequence", "sources", "targets", "methods", "inits", "seeds")
+_PLAIN = ("data", "splits", "backbone", "weights", "amp", "device")
+_SIZES = ("image_size", "train_size", "crop_scale", "tune_size", "tune_scale", "batch_size")
+
+
+def _base(given: dict[str, Any]) -> StudyConfig:
+    """What flags are put over: the file of --config, or the defaults for the images; `given` has its data ready."""
+    from dwm_fast.pacs.config import builtin_defaults, load_config, real_defaults
+    from dwm_fast.pacs.data import download_pacs
+
+    if given["download"]:
+        if given["data"] is None:
+            raise InputError("--download needs --data FOLDER, the folder to put the images in")
+        given["data"] = str(download_pacs(given["data"]))
+    base = builtin_defaults() if given["data"] is None else real_defaults()
+    if given["config"] is None:
+        return base
+    return load_config(given["config"], None if given["data"] is None else base)
+
+
+def _run(base: StudyConfig, given: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:
+    from dwm_fast.pacs.config import from_dict
+    from dwm_fast.pacs.terminal import run_with_progress
+
+    sections = {"source": {"epochs": given["source_epochs"], "lr": given["source_lr"]}, **sections}
+    entries: dict[str, Any] = {name: given.get(name) for name in (*_PLAIN, *_SIZES)}
+    entries |= {name: _comma(given.get(name)) for name in _LISTS}
+    entries |= {k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()}
+    study = from_dict({k: v for k, v in entries.items() if v is not None}, base)
+    if given["task_epochs"] is not None:
+        study = study.with_task_epochs(given["task_epochs"])
+    run_with_progress(study, given["out"])
+
+
+def _comma(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _per_method(option: str, entries: list[str] | None) -> dict[str, list[str]]:
+    """METHOD=VALUE[,VALUE] entries as a mapping; entries of one method add up."""
+    found: dict[str, list[str]] = {}
+    for entry in entries or []:
+        method, _, values = entry.partition("=")
+        if not _comma(values):
+            example = "binary=frozen" if option == "--batch-norm" else "binary=0.0003"
+            raise InputError(f"{option} {entry}: expected METHOD=VALUE, such as {example}")
+        found.setdefault(method.strip(), []).extend(_comma(values) or [])
+    return found
+
+
+def _tunes(
+    base: Any, epochs: int | None, policies: dict[str, list[str]], rates: dict[str, list[str]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Entries of the configuration's `tune` section that the flags ask for."""
+    unknown = (policies.keys() | rates.keys()) - base.keys()
+    if unknown:
+        raise InputError(f"unknown method '{sorted(unknown)[0]}'; expected some of {', '.join(base)}")
+    tunes: dict[str, list[dict[str, Any]]] = {}
+    for method, ways in base.items():
+        plain = [dataclasses.asdict(way) for way in ways]
+        if method in policies or method in rates:
+            plain = [
+                {**plain[0], "batch_norm": policy, "lr": rate}
+                for policy in policies.get(method, list(dict.fromkeys(way["batch_norm"] for way in plain)))
+                for rate in rates.get(method, list(dict.fromkeys(way["lr"] for way in plain)))
+            ]
+        elif epochs is None:
+            continue
+        tunes[method] = plain if epochs is None else [{**way, "epochs": epochs} for way in plain]
+    return tunes
