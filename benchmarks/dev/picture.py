@@ -83,7 +83,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from dwm_fast.pacs.figure_style import INK, STYLE
+    from dwm_fast.pacs.page.figure_style import INK, STYLE
 
     row = results["rows"][0]
     with rc_context({**STYLE, "font.size": 10}):
