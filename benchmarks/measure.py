@@ -163,7 +163,7 @@ class Flush:
 class _GpuClock:
     """CUDA events around one call or one graph replay, after the second-level cache was emptied."""
 
-    def __init__(self, way: Way, run: Run, warmup: int, flush: Flush) -> None:
+    def __init__(self, way: Way, run: Run, warmup: int, flush: Run) -> None:
         self.flush = flush
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

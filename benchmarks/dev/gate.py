@@ -62,18 +62,19 @@ def belongs(file: str, area: str) -> bool:
 
 
 def planned(tests: Path) -> list[tuple[str, list[str]]]:
-    """(file, further arguments of pytest) of the gate, long files first, so that none is left for the end alone."""
+    """(file, further arguments of pytest) of the gate: kernels and operations first, long files before short ones."""
     timed = areas()
-    found: list[tuple[int, str, list[str]]] = []
+    found: list[tuple[bool, int, str, list[str]]] = []
     for path in tests.glob("*/test_*.py"):
         name = path.relative_to(tests).as_posix()
         if path.name.startswith(_ELSEWHERE):
             continue
-        if path.parent.name in WHOLE or any(belongs(name, area) for area in timed):
-            found.append((path.stat().st_size, name, []))
+        whole = path.parent.name in WHOLE
+        if whole or any(belongs(name, area) for area in timed):
+            found.append((not whole, -path.stat().st_size, name, []))
         elif _MARKED in path.read_text(encoding="utf-8"):
-            found.append((path.stat().st_size, name, ["-m", "gpu"]))
-    return [(name, more) for _, name, more in sorted(found, key=lambda f: (-f[0], f[1]))]
+            found.append((True, -path.stat().st_size, name, ["-m", "gpu"]))
+    return [(name, more) for *_, name, more in sorted(found)]
 
 
 def verdict_of(report: Path, status: int, seconds: float) -> Verdict:

@@ -4,7 +4,7 @@ The rule is deterministic and reads sizes alone, in this order:
 
 1. a way that cannot compute these tensors is never taken;
 2. `use_way` forces the other;
-3. the nearest shape of a table measured on this device (`python -m benchmarks.tune`), if one lies within a factor of
+3. the nearest shape of a table measured on this device (`python -m dwm_fast._bench.tune`), if one lies within a factor of
    two in each of M, N and K, decides by its times;
 4. thresholds from theory: drawing or expanding bits is paid again for every tile of M, so one pass is taken only
    where one tile covers M.
@@ -218,7 +218,9 @@ def read_table(path: Path) -> tuple[dict[str, Any], ...]:
     """Rows of a table file. ValueError where it is none: what is wrong."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("format") != TABLE_FORMAT:
-        raise ValueError(f"expected a table of the format '{TABLE_FORMAT}'; measure it with python -m benchmarks.tune")
+        raise ValueError(
+            f"expected a table of the format '{TABLE_FORMAT}'; measure it with python -m dwm_fast._bench.tune"
+        )
     rows = content.get("rows")
     numbers = ("m", "n", "k", "taps", "one_pass_us", "staged_us")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

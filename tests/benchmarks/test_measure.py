@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from dwm_fast._bench.measure import Budget, Case, Flush, GateRed, Way, measure, require
+from dwm_fast._bench.measure import Budget, Case, Flush, GateRed, Way, _GpuClock, measure, require
 
 CPU = torch.device("cpu")
 THREE_ROUNDS = Budget(seconds=0.0, min_rounds=3, max_rounds=3, warmup=1)
@@ -104,3 +105,48 @@ def test_a_ways_state_is_gone_before_the_next_way_is_made() -> None:
     ways = [Way("ours", make), *(Way(name, make) for name in "abc")]
     measure(Case("c", {}, ways, lambda: None), CPU, THREE_ROUNDS)
     assert counts == [0, 1, 1, 1]  # none for ours, then ours alone
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_on_a_gpu_the_cache_is_emptied_before_the_clock_starts_and_only_the_call_is_in_between(
+    monkeypatch: pytest.MonkeyPatch, graph: bool
+) -> None:
+    """torch.cuda's own names stand for themselves: one that torch does not have cannot be replaced here."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("clock")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    for name, fake in {
+        "Event": Event,
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": lambda captured: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    way = Way("ours", lambda: lambda: None, graph=graph)
+    clock = _GpuClock(way, lambda: log.append("call"), 3, lambda: log.append("flush"))
+    assert log == ["call"] * (3 + graph)
+    log.clear()
+    assert clock.time() == 2e-3
+    assert log == ["flush", "clock", "replay" if graph else "call", "clock", "wait"]
