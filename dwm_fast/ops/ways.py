@@ -4,7 +4,7 @@ The rule is deterministic and reads sizes alone, in this order:
 
 1. a way that cannot compute these tensors is never taken;
 2. `use_way` forces the other;
-3. the nearest shape of a table measured on this device (`python -m dwm_fast._bench.tune`), if one lies within a factor of
+3. the nearest shape of a table measured on this device (`dwm_fast._bench.tune`), if one lies within a factor of
    two in each of M, N and K, decides by its times;
 4. thresholds from theory: drawing or expanding bits is paid again for every tile of M, so one pass is taken only
    where one tile covers M.
