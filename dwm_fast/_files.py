@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Iterable
+import stat
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from dwm_fast.errors import DataError, DwmError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 PART = ".part"
 """How the name of a file ends that is still being written."""
+
+_DAY = 86_400.0
 
 Chunk = bytes | memoryview
 
@@ -27,12 +38,8 @@ def write_atomic(
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = write_part(path, content)
-        try:
+        with _part(path, content) as part:
             os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
         sync_folder(path.parent)
     except (OSError, ValueError) as cause:
         advice = "free the disk or choose another folder" if isinstance(cause, OSError) else "choose another name"
@@ -40,20 +47,58 @@ def write_atomic(
 
 
 def write_part(path: Path, content: Chunk | str | Iterable[Chunk]) -> Path:
-    """Write `content` to a new hidden file beside `path`, forced to disk; the caller renames it."""
+    """Write `content` to a new hidden file beside `path`, forced to disk; the caller renames it.
+
+    Until then `drop_part` takes it for an orphan: the caller holds the lock under which parts are dropped.
+    """
+    with _part(path, content) as part:
+        return part
+
+
+@contextlib.contextmanager
+def _part(path: Path, content: Chunk | str | Iterable[Chunk]) -> Iterator[Path]:
+    """A new hidden file beside `path`, forced to disk: locked (a sign of life) in the block, gone when that fails."""
     content = content.encode() if isinstance(content, str) else content
-    chunks = [content] if isinstance(content, bytes | memoryview) else content
-    part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{PART}")
+    file, part = _new_part(path)
     try:
-        with part.open("xb") as file:
-            for chunk in chunks:
+        with file:
+            for chunk in [content] if isinstance(content, bytes | memoryview) else content:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
+            yield part
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    return part
+
+
+def _new_part(path: Path) -> tuple[BinaryIO, Path]:
+    while True:
+        part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{PART}")
+        file = part.open("xb")
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file, part
+        file.close()  # dropped as an orphan before it was locked
+
+
+def drop_part(part: Path) -> None:
+    """Delete a part file whose writer has ended; one that is being written stays. Where no locks are: after a day."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(part.lstat().st_mode):
+            part.unlink()
+            return
+        with part.open("rb") as file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                old = time.time() - os.fstat(file.fileno()).st_mtime > _DAY
+                if isinstance(error, BlockingIOError) or not old:
+                    return
+            part.unlink()
 
 
 def sync_folder(folder: Path) -> None:

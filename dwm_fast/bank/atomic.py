@@ -1,4 +1,4 @@
-"""Files that are either old or new: one file by rename, several by a journal, under a lock."""
+"""A folder whose files change together: all or none by a journal, under a lock that readers share."""
 
 from __future__ import annotations
 
@@ -6,71 +6,127 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-from dwm_fast._files import PART, sync_folder, write_atomic
+from dwm_fast._files import PART, drop_part, reason, sync_folder, write_part
+from dwm_fast.bank.header import open_regular
 from dwm_fast.errors import MaskFileError
 
 JOURNAL = ".journal.json"
-_held = threading.local()
+INDEX = "index.json"
 _LOCK = ".lock"
 _QUEUE = ".queue"
+_MAX_BYTES = 32 << 20
+"""A longer journal or index is refused."""
+_TRIES = 10
+_held = threading.local()
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, shared: bool = False) -> Iterator[bool]:
     """Hold the folder's lock: one writer, or any number of readers. It ends with the process that holds it.
 
     A writer in waiting holds up new readers, so many readers cannot keep it out for ever. A thread that holds the
-    lock may take it again for reading. A reader in a folder where no lock can be made goes on without one.
+    lock may take it again for reading. A reader makes no file: where there is no lock file, or none that it may
+    open, or the file system has no locks, it goes on without one and gets False (`read_stable` deals with that).
     """
     held: set[Path] = _held.__dict__.setdefault("folders", set())
     place = folder.resolve()
     if shared and place in held:
-        yield
+        yield True
         return
     with contextlib.ExitStack() as stack:
-        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         with contextlib.ExitStack() as queue:
-            _lock(folder / _QUEUE, mode, queue, shared)
-            _lock(folder / _LOCK, mode, stack, shared)
+            _lock(folder / _QUEUE, shared, queue)
+            sure = _lock(folder / _LOCK, shared, stack)
         held.add(place)
         stack.callback(held.discard, place)
-        yield
+        yield sure
 
 
-def _lock(path: Path, mode: int, stack: contextlib.ExitStack, optional: bool) -> None:
-    """Lock the file at `path` until the stack is left."""
+def _lock(path: Path, shared: bool, stack: contextlib.ExitStack) -> bool:
+    """Lock the file at `path` until the stack is left; False where a reader cannot."""
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:
-        if not optional:
+        handle = os.open(path, flags, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(f"{path.name} is no ordinary file")
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        except BaseException:
+            os.close(handle)
             raise
-        return
-    stack.callback(os.close, handle)
-    fcntl.flock(handle, mode)
+    except OSError:
+        if not shared:
+            raise
+        return False
+    stack.callback(_unlock, handle)
+    return True
 
 
-def commit(folder: Path, replace: Mapping[str, Path], delete: Iterable[str]) -> None:
-    """Rename every prepared part onto its name and delete the rest, all or nothing even under SIGKILL.
+def _unlock(handle: int) -> None:
+    """Give the lock up before closing: a process forked meanwhile has the handle too and would keep it."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
-    The journal's rename is the instant of change; `recover` finishes what is cut off after it. Needs the
-    lock.
+
+def read_stable(folder: Path, read: Callable[[], Result]) -> Result:
+    """What `read()` finds in a folder at one moment: under its lock, or else with nothing changed around it."""
+    for number in range(1, _TRIES + 1):
+        with locked(folder, shared=True) as sure:
+            if sure:
+                return read()
+            before = _state(folder)
+            try:
+                result = read()
+            except MaskFileError:
+                after = _state(folder)
+                if number == _TRIES or (before == after and after[1] is None):
+                    raise
+            else:
+                if number == _TRIES or before == _state(folder):
+                    return result
+        time.sleep(0.005 * number)
+    raise AssertionError("the last try returns or raises")
+
+
+def _state(folder: Path) -> list[tuple[int, int, int] | None]:
+    """What every change of the folder alters: its index, journal and lock file."""
+    marks: list[tuple[int, int, int] | None] = []
+    for name in (INDEX, JOURNAL, _LOCK):
+        try:
+            info = os.lstat(folder / name)
+            marks.append((info.st_ino, info.st_mtime_ns, info.st_size))
+        except OSError:
+            marks.append(None)
+    return marks
+
+
+def write_journal(folder: Path, replace: Mapping[str, Path], delete: Iterable[str]) -> None:
+    """Record that every prepared part is to take its name's place and the rest to go: the instant of change.
+
+    `recover` carries it out, at once or when the process that wrote it is gone. Needs the lock.
     """
     plan = {"replace": {name: part.name for name, part in replace.items()}, "delete": sorted(delete)}
     sync_folder(folder)
-    write_atomic(folder / JOURNAL, json.dumps(plan, sort_keys=True), MaskFileError)
-    recover(folder)
+    os.replace(write_part(folder / JOURNAL, json.dumps(plan, sort_keys=True)), folder / JOURNAL)
+    sync_folder(folder)
 
 
 def recover(folder: Path) -> None:
-    """Finish a commit that was cut off, and drop leftovers of one that never began. Needs the lock."""
+    """Carry out a recorded change, and drop leftovers of those that never came so far. Needs the lock."""
     plan = read_journal(folder)
     if plan is not None:
         for name, part in plan[0].items():
-            if (folder / part).exists():
+            if _is_part(folder / part):
                 os.replace(folder / part, folder / name)
         for name in plan[1]:
             (folder / name).unlink(missing_ok=True)
@@ -78,27 +134,43 @@ def recover(folder: Path) -> None:
         (folder / JOURNAL).unlink()
         sync_folder(folder)
     for leftover in folder.glob(f".*{PART}"):
-        leftover.unlink(missing_ok=True)
+        drop_part(leftover)
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a part that a journal names is there, itself and no link to another file."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def current_path(folder: Path, name: str) -> Path:
     """Where the content of `name` is now, for a reader that may not write and meets an unfinished commit."""
     plan = read_journal(folder)
     part = plan[0].get(name) if plan is not None else None
-    return folder / part if part is not None and (folder / part).exists() else folder / name
+    return folder / part if part is not None and _is_part(folder / part) else folder / name
 
 
 def read_journal(folder: Path) -> tuple[dict[str, str], list[str]] | None:
     """The unfinished commit of `folder`: ({name: part}, [deleted names]); None when there is none."""
     path = folder / JOURNAL
     try:
-        plan = json.loads(path.read_bytes())
+        plan = json.loads(read_small(path, follow=False))
         replace, delete = plan["replace"], plan["delete"]
         names = [*replace, *replace.values(), *delete]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise MaskFileError(f"{path}: not a journal ({error}); restore the folder from a copy") from error
-    if not all(isinstance(name, str) and name not in ("", ".", "..") and "/" not in name for name in names):
+        raise MaskFileError(f"{path}: not a journal ({reason(error)}); restore the folder from a copy") from error
+    if not all(isinstance(name, str) and name not in ("", ".", "..") and not set("/\0") & set(name) for name in names):
         raise MaskFileError(f"{path}: names a file outside its folder; restore the folder from a copy")
     return replace, delete
+
+
+def read_small(path: Path, follow: bool = True) -> bytes:
+    """The bytes of an index or a journal, an ordinary file of bounded size."""
+    with open_regular(path, follow) as file:
+        if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+            raise MaskFileError(f"{path}: longer than {_MAX_BYTES} bytes")
+        return file.read(_MAX_BYTES + 1)

@@ -17,7 +17,7 @@ from dwm_fast.bank.adopt import Adopted, adopt, weight_names
 from dwm_fast.bank.backbone import Backbone
 from dwm_fast.bank.cache import ByteLru
 from dwm_fast.bank.file import MaskFile
-from dwm_fast.bank.folder import load_domain, open_domain, read_rows
+from dwm_fast.bank.folder import load_domain, open_domain, place_of, read_rows
 from dwm_fast.bank.mixed import mixed_twin
 from dwm_fast.bank.record import DomainMasks, MaskInfo, check_domain_name, make_domain
 from dwm_fast.bank.runner import Patch, domain_patch
@@ -286,7 +286,7 @@ class MaskBank:
         Raises:
             MaskFileError: the folder cannot be written, or a file there that is needed is broken.
         """
-        path = Path(folder).resolve()
+        path = place_of(folder)
         with self._lock:
             domains = {n: (e.origin, e.record or (lambda n=n: self.record(n))) for n, e in self._entries.items()}
             gone = {domain for place, domain in self._removed if place == path} - set(domains)
@@ -310,7 +310,7 @@ class MaskBank:
         or was made for another backbone (`allow_other_backbone` permits that).
         """
         bank = cls(backbone, memory_budget=memory_budget)
-        path = Path(folder).resolve()
+        path = place_of(folder)
         for domain, row in read_rows(path).items():
             bank._entries[domain] = _Entry(None, Origin(path, domain, row), allow_other_backbone)
         return bank

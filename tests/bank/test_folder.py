@@ -5,6 +5,8 @@ DWM_FAST_KILLS sets how often a saving process is killed (default 6; a full camp
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -16,12 +18,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dwm_fast.bank import MaskBank, MaskFile, make_domain, read_rows, write_mask_file
-from dwm_fast.bank.atomic import JOURNAL, current_path
+from dwm_fast.bank.atomic import JOURNAL, current_path, locked
 from dwm_fast.bank.folder import check_folder, load_domain
 from dwm_fast.errors import InputError, MaskFileError
 
@@ -329,3 +332,243 @@ def test_two_writers_and_ten_readers_never_see_half_a_save(tmp_path: Path, nurse
     assert wrong == []
     assert min(len(versions) for versions in seen.values()) > 3, seen
     assert len(_versions(tmp_path, "v")) == len(_versions(tmp_path, "w")) == 1
+
+
+def _tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+
+def test_reading_makes_no_file_and_changes_none(tmp_path: Path) -> None:
+    _bank(2).save(tmp_path)
+    for locks in (True, False):
+        if not locks:
+            (tmp_path / ".lock").unlink()
+            (tmp_path / ".queue").unlink()
+        before = _tree(tmp_path)
+        bank = MaskBank.load(tmp_path, nets.small_net())
+        assert bank.masks("d0")
+        assert check_folder(tmp_path) == {}
+        assert MaskFile(tmp_path / "d1.safetensors").load()
+        assert _tree(tmp_path) == before
+
+
+def test_a_reader_that_may_only_read_the_lock_waits_for_a_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _bank(1).save(tmp_path)
+    opened = os.open
+
+    def read_only(path: Any, flags: int, *rest: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *rest)
+
+    with locked(tmp_path):
+        started, found = threading.Event(), []
+
+        def read() -> None:
+            started.set()
+            found.append(read_rows(tmp_path))
+
+        monkeypatch.setattr(os, "open", read_only)
+        reader = threading.Thread(target=read)
+        reader.start()
+        started.wait()
+        time.sleep(0.2)
+        assert not found
+        monkeypatch.undo()
+    reader.join(timeout=30)
+    assert list(found[0]) == ["d0"]
+
+
+def test_a_file_system_without_locks_can_be_read_and_a_writer_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = _bank(1)
+    bank.save(tmp_path)
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert list(read_rows(tmp_path)) == ["d0"]
+    assert load_domain(tmp_path, "d0").info.domain == "d0"
+    with pytest.raises(MaskFileError, match="No locks available; nothing was changed"):
+        bank.save(tmp_path)
+
+
+def test_readers_without_a_lock_see_whole_saves_too(tmp_path: Path, nursery: Nursery, monkeypatch: Any) -> None:
+    writer.save(tmp_path, "w", 1)
+    nursery.start(tmp_path, "w", 1)
+    flock, seen = fcntl.flock, set()
+    monkeypatch.setattr(
+        fcntl, "flock", lambda handle, mode: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available"))
+    )
+    stop = time.monotonic() + 60
+    while len(seen) < 5 and time.monotonic() < stop:
+        assert set(read_rows(tmp_path)) == {"w-a", "w-b"}
+        seen.add(writer.version_of(load_domain(tmp_path, "w-b").masks()))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    nursery.end()
+    assert len(seen) >= 5
+
+
+def test_a_process_forked_under_the_lock_does_not_keep_it(tmp_path: Path) -> None:
+    _bank(1).save(tmp_path)
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        taken = threading.Thread(target=lambda: locked(tmp_path).__enter__(), daemon=True)
+        taken.start()
+        taken.join(timeout=20)
+        assert not taken.is_alive(), "the child still holds the lock"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_mask_file_written_into_a_folder_under_saves_is_never_lost(tmp_path: Path) -> None:
+    bank, record = _bank(1), make_domain("other", {"w": torch.rand(40, 40) < 0.5})
+    bank.save(tmp_path)
+    stop, wrong = time.monotonic() + 5, []
+
+    def save() -> None:
+        while time.monotonic() < stop:
+            bank.save(tmp_path, coding="raw")
+
+    def write() -> None:
+        while time.monotonic() < stop:
+            try:
+                write_mask_file(tmp_path / "other.safetensors", record)
+            except Exception as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work) for work in (save, save, write, write)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "lie"),
+    [
+        ("seal", "0" * 64, "another file than"),
+        ("bits", "0" * 32, "another masks than"),
+        ("nbytes", 7, "another size than"),
+        ("coding", "raw", "another coding than"),
+        ("reference", "d1", "another reference than"),
+        ("reference_bits", "0" * 32, "another reference than"),
+    ],
+)
+def test_an_index_that_lies_is_found_out(key: str, value: Any, lie: str, tmp_path: Path) -> None:
+    net = nets.small_net()
+    bank = MaskBank(net)
+    masks = nets.masks_for(net, 0, 0.05)
+    bank.add("d0", masks)
+    bank.add("d1", masks)
+    bank.add("d2", {name: mask ^ (torch.rand(mask.shape) < 0.01) for name, mask in masks.items()})
+    bank.save(tmp_path, coding="coded", reference="d0")
+    assert check_folder(tmp_path) == {}
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["domains"]["d2"]["reference"] == "d0"
+    index["domains"]["d2"][key] = value
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    wrong = check_folder(tmp_path)
+    assert list(wrong) == ["d2.safetensors"]
+    assert lie in wrong["d2.safetensors"]
+
+
+def test_a_failure_after_the_commit_says_that_the_change_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _bank(1).save(tmp_path)
+    net = nets.small_net()
+    other = MaskBank(net)
+    other.add("d0", nets.masks_for(net, 9))
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith("d0.safetensors"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(MaskFileError, match="No space left on device; the change is recorded, and the next save"):
+        other.save(tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(load_domain(tmp_path, "d0").bits, other.record("d0").bits)
+    MaskBank(net).save(tmp_path)
+    assert check_folder(tmp_path) == {}
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_full_disk_leaves_no_part_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, written = _bank(3), []
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        written.append(handle)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MaskFileError, match="nothing was changed"):
+        bank.save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", ".queue"}
+
+
+@pytest.mark.parametrize("name", ["index.json", ".journal.json", ".lock", ".queue", "d0.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_never_hangs(name: str, tmp_path: Path) -> None:
+    _bank(1).save(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    read = [lambda: load_domain(tmp_path, "d0"), lambda: read_rows(tmp_path), lambda: _bank(2).save(tmp_path)]
+    for work in read if name != "d0.safetensors" else read[:1]:
+        if name.startswith((".l", ".q")) and work is not read[2]:
+            assert work()
+            continue
+        if name == "index.json" and work is read[0]:
+            continue
+        with pytest.raises(MaskFileError, match="no ordinary file"):
+            work()
+
+
+def test_links_are_not_followed_where_files_are_made(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "bank"
+    outside.write_text("mine")
+    folder.mkdir()
+    (folder / ".lock").symlink_to(outside)
+    (folder / ".queue").symlink_to(tmp_path / "made")
+    with pytest.raises(MaskFileError, match="cannot be written"):
+        _bank(1).save(folder)
+    (folder / ".lock").unlink()
+    (folder / ".queue").unlink()
+    _bank(1).save(folder)
+    (folder / ".x.part").symlink_to(outside)
+    (folder / "d0.safetensors").unlink()
+    (folder / "d0.safetensors").symlink_to(outside)
+    _bank(1).save(folder)
+    assert outside.read_text() == "mine"
+    assert not (tmp_path / "made").exists()
+    assert not (folder / ".x.part").is_symlink()
+    assert not (folder / "d0.safetensors").is_symlink()
+    (folder / JOURNAL).symlink_to(outside)
+    with pytest.raises(MaskFileError, match=JOURNAL):
+        load_domain(folder, "d0")
+
+
+def test_a_folder_of_links_to_files_reads_as_the_hubs_cache_does(tmp_path: Path) -> None:
+    bank = _bank(2)
+    bank.save(tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").glob("[!.]*"):
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    assert _same(MaskBank.load(tmp_path / "snapshot", nets.small_net()), bank)
+    assert check_folder(tmp_path / "snapshot") == {}
