@@ -39,7 +39,7 @@ _TABLE = {
     "sample": Launch(block=2048),
     "sample_backward": Launch(block=2048),
     "bits": Launch(block=4096),
-    "update": Launch(block=1024),
+    "update": Launch(block=1024, strided=256),
     "kernel_soft": Launch(block=512),
     "importance": Launch(block=2048),
 }

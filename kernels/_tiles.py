@@ -27,9 +27,25 @@ def block_entry(blocks):
 
 
 @triton.jit
-def address(ptrs, tensor, role: tl.constexpr, roles: tl.constexpr, dtype: tl.constexpr):
-    """Pointer of a tensor's role from the pointer table."""
-    return tl.load(ptrs + tensor * roles + role).to(tl.pointer_type(dtype))
+def address(ptrs, tensor, role: tl.constexpr, roles: tl.constexpr):
+    """Address (int64) of a tensor's role from the pointer table."""
+    return tl.load(ptrs + tensor * roles + role)
+
+
+@triton.jit
+def aligned(word, dtype: tl.constexpr):
+    """Pointer from an address that is a multiple of 16, as FLAT and TAPS tensors' are.
+
+    The mark has to sit on the very operation that makes the pointer: Triton 3.6 and 3.8 drop one on the result of a
+    call when they inline it, and every access falls to one element.
+    """
+    return tl.multiple_of(word.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def loose(word, dtype: tl.constexpr):
+    """Pointer from an address of any alignment."""
+    return word.to(tl.pointer_type(dtype))
 
 
 @triton.jit

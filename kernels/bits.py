@@ -13,13 +13,15 @@ from torch import Tensor
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import launch_parameters
 from dwm_fast.kernels._pointers import pointers
-from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick
+from dwm_fast.kernels._tables import COLUMNS, FLAT, TAPS, TL_DTYPES, WORD, groups_of, pick
 from dwm_fast.kernels._tiles import (
     address,
+    aligned,
     block_entry,
     flat_offsets,
     load_bits,
     load_taps_bits,
+    loose,
     output_start,
     popcount,
     row_of,
@@ -34,15 +36,6 @@ AND: tl.constexpr = tl.constexpr(0)
 OR: tl.constexpr = tl.constexpr(1)
 XOR: tl.constexpr = tl.constexpr(2)
 COMBINATIONS = {"and": 0, "or": 1, "xor": 2, "andnot": 3}
-
-
-@triton.jit
-def mask_address(ptrs, tensor, mask_dtype: tl.constexpr):
-    """Pointer of a mask; bools (tl.int1) are read as bytes."""
-    if mask_dtype == tl.int1:
-        return address(ptrs, tensor, 0, 1, tl.int8)
-    else:
-        return address(ptrs, tensor, 0, 1, mask_dtype)
 
 
 @triton.jit
@@ -68,25 +61,23 @@ def pack_kernel(
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, word = row_of(rows, tensor)
-    masks = mask_address(ptrs, tensor, mask_dtype)
+    masks = address(ptrs, tensor, 0, 1)
+    READ: tl.constexpr = tl.int8 if mask_dtype == tl.int1 else mask_dtype  # bools are read as bytes
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        keep = keep_flag(tl.load(tl.multiple_of(masks, 16) + start + offsets, mask=mask, other=0), mask_dtype)
+        keep = keep_flag(tl.load(aligned(masks, READ) + start + offsets, mask=mask, other=0), mask_dtype)
         store_bits(bits, word, numel, chunk, keep, BLOCK)
     if HAS_TAPS and kind == TAPS:
         _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
         taps = tl.zeros([GROUPS, 4], tl.int32)
         for tap in tl.static_range(9):
-            keep = keep_flag(
-                tl.load(tl.multiple_of(masks, 16) + tap * stride + offsets, mask=mask, other=0), mask_dtype
-            )
+            keep = keep_flag(tl.load(aligned(masks, READ) + tap * stride + offsets, mask=mask, other=0), mask_dtype)
             taps |= keep.to(tl.int32) << tap
         store_taps_bits(bits, word, numel, chunk, taps, GROUPS)
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 1)
-        keep = keep_flag(
-            tl.load(masks + strided_offsets(geometry, tensor, places, 0, RANK, 1), mask=mask, other=0), mask_dtype
-        )
+        source = loose(masks, READ) + strided_offsets(geometry, tensor, places, 0, RANK, 1)
+        keep = keep_flag(tl.load(source, mask=mask, other=0), mask_dtype)
         store_bits(bits, word, numel, chunk, keep, STRIDED_BLOCK)
 
 
@@ -117,25 +108,26 @@ def apply_kernel(
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, word = row_of(rows, tensor)
-    weights = address(ptrs, tensor, 0, 1, out.dtype.element_ty)
+    weights = address(ptrs, tensor, 0, 1)
     out += output_start(rows, tensor, 0)
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
         keep = load_bits(bits, word, numel, chunk, BLOCK) != 0
-        w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0)
+        w = tl.load(aligned(weights, out.dtype.element_ty) + start + offsets, mask=mask, other=0)
         tl.store(out + start + offsets, tl.where(keep, w, 0).to(out.dtype.element_ty), mask=mask)
     if HAS_TAPS and kind == TAPS:
         _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
         taps = load_taps_bits(bits, word, numel, chunk, GROUPS)
         for tap in tl.static_range(9):
             keep = ((taps >> tap) & 1) != 0
-            w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0)
+            w = tl.load(aligned(weights, out.dtype.element_ty) + tap * stride + offsets, mask=mask, other=0)
             value = tl.where(keep, w, 0).to(out.dtype.element_ty)
             tl.store(out + tap * stride + offsets, value, mask=mask)
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 2)
         keep = load_bits(bits, word, numel, chunk, STRIDED_BLOCK) != 0
-        w = tl.load(weights + strided_offsets(geometry, tensor, places, 0, RANK, 2), mask=mask, other=0)
+        source = loose(weights, out.dtype.element_ty) + strided_offsets(geometry, tensor, places, 0, RANK, 2)
+        w = tl.load(source, mask=mask, other=0)
         value = tl.where(keep, w, 0).to(out.dtype.element_ty)
         tl.store(out + strided_offsets(geometry, tensor, places, 1, RANK, 2), value, mask=mask)
 
@@ -144,9 +136,9 @@ def apply_kernel(
 def count_kernel(rows, blocks, a, b, out, PAIR: tl.constexpr, BLOCK: tl.constexpr):
     """Tensors are counted in words here. PAIR: ones of a & b and of a | b; else ones of a."""
     tensor, _kind, chunk = block_entry(blocks)
-    numel, _layer, _threshold, word = row_of(rows, tensor)
+    numel, _layer, _threshold, _word = row_of(rows, tensor)
     start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-    word = tl.multiple_of(word, 4)
+    word = tl.multiple_of(tl.load(rows + tensor * COLUMNS + WORD), 4)  # marked where it is read: see `aligned`
     x = tl.load(a + word + start + offsets, mask=mask, other=0).to(tl.uint32, bitcast=True)
     if PAIR:
         y = tl.load(b + word + start + offsets, mask=mask, other=0).to(tl.uint32, bitcast=True)

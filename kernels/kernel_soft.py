@@ -26,7 +26,7 @@ from dwm_fast.kernels._masks import GUMBEL_HARD, KEEP, flat_uniform
 from dwm_fast.kernels._math import narrow, sigmoid_slope
 from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import TL_DTYPES, groups_of, pick, require_fp32
-from dwm_fast.kernels._tiles import address, block_entry
+from dwm_fast.kernels._tiles import address, block_entry, loose
 from dwm_fast.kernels.philox import hard_keep, seed_and_step, soft_argument
 
 SCALE: tl.constexpr = tl.constexpr(1200.0)
@@ -60,7 +60,7 @@ def kernel_range_fwd_kernel(
     """Minimum and maximum of a over each program's kernels: partials (programs, 2)."""
     tensor, _, chunk = block_entry(blocks)
     number, mask, _, _ = filter_lanes(rows, tensor, chunk, BLOCK)
-    r = tl.load(address(ptrs, tensor, 0, 2, tl.float32) + number, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+    r = tl.load(loose(address(ptrs, tensor, 0, 2), tl.float32) + number, mask=mask, other=0.0)  # [BLOCK / 4, 4]
     u = kernel_noise(rows, tensor, chunk, rng_state, step_offset, NOISY, BLOCK)
     a = tl.where(kept((r - threshold) * SCALE, u, NOISY), 0.0, r)
     place = partials + 2 * tl.program_id(0).to(tl.int64)
@@ -92,14 +92,14 @@ def kernel_soft_fwd_kernel(
     tensor, _, chunk = block_entry(blocks)
     low, high = tensor_range(rows, tensor, partials, SPAN)
     number, mask, output, input = filter_lanes(rows, tensor, chunk, BLOCK)
-    r = tl.load(address(ptrs, tensor, 0, 2, tl.float32) + number, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+    r = tl.load(loose(address(ptrs, tensor, 0, 2), tl.float32) + number, mask=mask, other=0.0)  # [BLOCK / 4, 4]
     u = kernel_noise(rows, tensor, chunk, rng_state, step_offset, NOISY, BLOCK)
     keep = kept((r - threshold) * SCALE, u, NOISY)
     spread = high - low
     scaled = tl.div_rn(r - low, tl.where(spread > 0, spread, 1.0) + tl.zeros_like(r))
     soft = tl.where(r != 0, tl.where(spread > 0, 0.5 * scaled, 0.0), 0.0)
     value = tl.where(keep, 1.0, soft)
-    weights = address(ptrs, tensor, 1, 2, WEIGHT)
+    weights = loose(address(ptrs, tensor, 1, 2), WEIGHT)
     out += tl.load(rows + tensor * FILTER_COLUMNS + WEIGHT_START)
     source, source_tap = filter_offsets(rows, tensor, output, input, 0)
     target, target_tap = filter_offsets(rows, tensor, output, input, 1)
@@ -116,15 +116,15 @@ def kernel_soft_bwd_kernel(
     """dL/dr = 12 s (1 - s) * sum over the kernel of dL/d(M W) * W."""
     tensor, _, chunk = block_entry(blocks)
     number, mask, output, input = filter_lanes(rows, tensor, chunk, BLOCK)
-    r = tl.load(address(ptrs, tensor, 0, 3, tl.float32) + number, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+    r = tl.load(loose(address(ptrs, tensor, 0, 3), tl.float32) + number, mask=mask, other=0.0)  # [BLOCK / 4, 4]
     z = (r - threshold) * SCALE
     if NOISY:
         u = kernel_noise(rows, tensor, chunk, rng_state, step_offset, NOISY, BLOCK)
         argument = soft_argument(z, u, 1.0 / TEMPERATURE)
     else:
         argument = z * (1.0 / TEMPERATURE)
-    weights = address(ptrs, tensor, 1, 3, WEIGHT)
-    grads = address(ptrs, tensor, 2, 3, GRAD)
+    weights = loose(address(ptrs, tensor, 1, 3), WEIGHT)
+    grads = loose(address(ptrs, tensor, 2, 3), GRAD)
     source, source_tap = filter_offsets(rows, tensor, output, input, 0)
     slope, slope_tap = filter_offsets(rows, tensor, output, input, 1)
     total = tl.zeros([BLOCK // 4, 4], tl.float32)

@@ -24,8 +24,10 @@ from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick, require_fp32
 from dwm_fast.kernels._tiles import (
     address,
+    aligned,
     block_entry,
     flat_offsets,
+    loose,
     output_start,
     row_of,
     store_bits,
@@ -46,8 +48,8 @@ def sample_fwd_kernel(
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, layer, threshold, word = row_of(rows, tensor)
-    logits = address(ptrs, tensor, 0, 2, tl.float32)
-    weights = address(ptrs, tensor, 1, 2, WEIGHT)
+    logits = address(ptrs, tensor, 0, 2)
+    weights = address(ptrs, tensor, 1, 2)
     out += output_start(rows, tensor, 0)
     seed, step = seed_and_step(rng_state, step_offset)
     inverse_tau = 1.0 / tl.load(tau_ptr)
@@ -55,8 +57,8 @@ def sample_fwd_kernel(
 
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        x = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
-        w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(aligned(logits, tl.float32) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+        w = tl.load(aligned(weights, WEIGHT) + start + offsets, mask=mask, other=0.0).to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
         keep, value, term = masked_value(x, w, u, threshold, inverse_tau, MODE, PENALTY)
         tl.store(out + start + offsets, narrow(value, out.dtype.element_ty), mask=mask)
@@ -71,8 +73,8 @@ def sample_fwd_kernel(
         taps = tl.zeros([GROUPS, 4], tl.int32)
         total = tl.zeros([GROUPS], tl.float32)
         for tap in tl.static_range(9):
-            x = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
-            w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
+            x = tl.load(aligned(logits, tl.float32) + tap * stride + offsets, mask=mask, other=0.0)
+            w = tl.load(aligned(weights, WEIGHT) + tap * stride + offsets, mask=mask, other=0.0)
             u = tap_uniform(words, tap, GROUPS, MODE)
             keep, value, term = masked_value(x, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
             tl.store(out + tap * stride + offsets, narrow(value, out.dtype.element_ty), mask=mask)
@@ -86,8 +88,12 @@ def sample_fwd_kernel(
 
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 3)
-        x = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 3), mask=mask, other=0.0)
-        w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 3), mask=mask, other=0.0)
+        x = tl.load(
+            loose(logits, tl.float32) + strided_offsets(geometry, tensor, places, 0, RANK, 3), mask=mask, other=0.0
+        )
+        w = tl.load(
+            loose(weights, WEIGHT) + strided_offsets(geometry, tensor, places, 1, RANK, 3), mask=mask, other=0.0
+        )
         u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
         keep, value, term = masked_value(x, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
         target = out + strided_offsets(geometry, tensor, places, 2, RANK, 3)
@@ -117,9 +123,9 @@ def sample_bwd_kernel(
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, layer, threshold, _word = row_of(rows, tensor)
-    logits = address(ptrs, tensor, 0, 3, tl.float32)
-    weights = address(ptrs, tensor, 1, 3, WEIGHT)
-    grads = address(ptrs, tensor, 2, 3, GRAD)
+    logits = address(ptrs, tensor, 0, 3)
+    weights = address(ptrs, tensor, 1, 3)
+    grads = address(ptrs, tensor, 2, 3)
     dlogits += output_start(rows, tensor, 0)
     dweights += output_start(rows, tensor, 1)
     seed, step = seed_and_step(rng_state, step_offset)
@@ -128,11 +134,11 @@ def sample_bwd_kernel(
 
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        x = tl.load(tl.multiple_of(logits, 16) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
-        g = tl.load(tl.multiple_of(grads, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(aligned(logits, tl.float32) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+        g = tl.load(aligned(grads, GRAD) + start + offsets, mask=mask, other=0.0).to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
         if NEED_LOGITS:
-            w = tl.load(tl.multiple_of(weights, 16) + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            w = tl.load(aligned(weights, WEIGHT) + start + offsets, mask=mask, other=0.0).to(tl.float32)
             dl = logit_gradient(g, x, w, u, threshold, inverse_tau, scale, MODE)
             tl.store(dlogits + start + offsets, dl, mask=mask)
         if NEED_WEIGHTS:
@@ -143,12 +149,12 @@ def sample_bwd_kernel(
         group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
         words = taps_words(seed, step, layer, group, MODE)
         for tap in tl.static_range(9):
-            x = tl.load(tl.multiple_of(logits, 16) + tap * stride + offsets, mask=mask, other=0.0)
-            g = tl.load(tl.multiple_of(grads, 16) + tap * stride + offsets, mask=mask, other=0.0)
+            x = tl.load(aligned(logits, tl.float32) + tap * stride + offsets, mask=mask, other=0.0)
+            g = tl.load(aligned(grads, GRAD) + tap * stride + offsets, mask=mask, other=0.0)
             g = g.to(tl.float32)
             u = tap_uniform(words, tap, GROUPS, MODE)
             if NEED_LOGITS:
-                w = tl.load(tl.multiple_of(weights, 16) + tap * stride + offsets, mask=mask, other=0.0)
+                w = tl.load(aligned(weights, WEIGHT) + tap * stride + offsets, mask=mask, other=0.0)
                 dl = logit_gradient(g, x, w.to(tl.float32), u, threshold, inverse_tau, scale, MODE)
                 tl.store(dlogits + tap * stride + offsets, dl, mask=mask)
             if NEED_WEIGHTS:
@@ -157,12 +163,16 @@ def sample_bwd_kernel(
 
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 5)
-        x = tl.load(logits + strided_offsets(geometry, tensor, places, 0, RANK, 5), mask=mask, other=0.0)
-        g = tl.load(grads + strided_offsets(geometry, tensor, places, 2, RANK, 5), mask=mask, other=0.0)
+        x = tl.load(
+            loose(logits, tl.float32) + strided_offsets(geometry, tensor, places, 0, RANK, 5), mask=mask, other=0.0
+        )
+        g = tl.load(loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 2, RANK, 5), mask=mask, other=0.0)
         g = g.to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
         if NEED_LOGITS:
-            w = tl.load(weights + strided_offsets(geometry, tensor, places, 1, RANK, 5), mask=mask, other=0.0)
+            w = tl.load(
+                loose(weights, WEIGHT) + strided_offsets(geometry, tensor, places, 1, RANK, 5), mask=mask, other=0.0
+            )
             dl = logit_gradient(g, x, w.to(tl.float32), u, threshold, inverse_tau, scale, MODE)
             tl.store(dlogits + strided_offsets(geometry, tensor, places, 3, RANK, 5), dl, mask=mask)
         if NEED_WEIGHTS:

@@ -14,8 +14,10 @@ from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import COLUMNS, FLAT, PROGRAM, PROGRAMS, TAPS, TL_DTYPES, groups_of, pick, require_fp32
 from dwm_fast.kernels._tiles import (
     address,
+    aligned,
     block_entry,
     flat_offsets,
+    loose,
     row_of,
     strided_coordinates,
     strided_offsets,
@@ -40,16 +42,16 @@ def soft_masked_sgd_kernel(
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, _word = row_of(rows, tensor)
-    weights = address(ptrs, tensor, 0, 3, WEIGHT)
-    grads = address(ptrs, tensor, 1, 3, GRAD)
-    gammas = address(ptrs, tensor, 2, 3, tl.float32)
+    weights = address(ptrs, tensor, 0, 3)
+    grads = address(ptrs, tensor, 1, 3)
+    gammas = address(ptrs, tensor, 2, 3)
     lr = tl.load(lr_ptr).to(WIDE)
 
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
         soft_lanes(
-            tl.multiple_of(weights, 16) + start + offsets, tl.multiple_of(grads, 16) + start + offsets,
-            tl.multiple_of(gammas, 16) + start + offsets, mask, lr, WIDE,
+            aligned(weights, WEIGHT) + start + offsets, aligned(grads, GRAD) + start + offsets,
+            aligned(gammas, tl.float32) + start + offsets, mask, lr, WIDE,
         )  # fmt: skip
 
     if HAS_TAPS and kind == TAPS:
@@ -57,16 +59,16 @@ def soft_masked_sgd_kernel(
         for tap in tl.static_range(9):
             place = tap * stride + offsets
             soft_lanes(
-                tl.multiple_of(weights, 16) + place, tl.multiple_of(grads, 16) + place,
-                tl.multiple_of(gammas, 16) + place, mask, lr, WIDE,
+                aligned(weights, WEIGHT) + place, aligned(grads, GRAD) + place,
+                aligned(gammas, tl.float32) + place, mask, lr, WIDE,
             )  # fmt: skip
 
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 3)
         soft_lanes(
-            weights + strided_offsets(geometry, tensor, places, 0, RANK, 3),
-            grads + strided_offsets(geometry, tensor, places, 1, RANK, 3),
-            gammas + strided_offsets(geometry, tensor, places, 2, RANK, 3), mask, lr, WIDE,
+            loose(weights, WEIGHT) + strided_offsets(geometry, tensor, places, 0, RANK, 3),
+            loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 3),
+            loose(gammas, tl.float32) + strided_offsets(geometry, tensor, places, 2, RANK, 3), mask, lr, WIDE,
         )  # fmt: skip
 
 
@@ -97,16 +99,16 @@ def moments_kernel(
     """Moments of the gradients by program: partials fp64 (programs, 3). TAPS tensors are read as their memory lies."""
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, _word = row_of(rows, tensor)
-    grads = address(ptrs, tensor, 1, 2, GRAD)
+    grads = address(ptrs, tensor, 1, 2)
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        g = tl.load(tl.multiple_of(grads, 16) + start + offsets, mask=mask, other=0.0).to(tl.float64)
+        g = tl.load(aligned(grads, GRAD) + start + offsets, mask=mask, other=0.0).to(tl.float64)
         lanes = mask & (offsets >= 0)
         count, mean, deviations = lane_moments(g, lanes)
         store_moments(partials, count, mean, deviations)
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 2)
-        g = tl.load(grads + strided_offsets(geometry, tensor, places, 1, RANK, 2), mask=mask, other=0.0)
+        g = tl.load(loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 2), mask=mask, other=0.0)
         count, mean, deviations = lane_moments(g.to(tl.float64), mask)
         store_moments(partials, count, mean, deviations)
 
@@ -155,20 +157,20 @@ def importance_kernel(
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, _word = row_of(rows, tensor)
-    gammas = address(ptrs, tensor, 0, 2, tl.float32)
-    grads = address(ptrs, tensor, 1, 2, GRAD)
+    gammas = address(ptrs, tensor, 0, 2)
+    grads = address(ptrs, tensor, 1, 2)
     mean, deviation = tensor_moments(rows, tensor, partials, SPAN)
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
         importance_lanes(
-            tl.multiple_of(gammas, 16) + start + offsets, tl.multiple_of(grads, 16) + start + offsets, mask, mean,
+            aligned(gammas, tl.float32) + start + offsets, aligned(grads, GRAD) + start + offsets, mask, mean,
             deviation,
         )  # fmt: skip
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 2)
         importance_lanes(
-            gammas + strided_offsets(geometry, tensor, places, 0, RANK, 2),
-            grads + strided_offsets(geometry, tensor, places, 1, RANK, 2), mask, mean, deviation,
+            loose(gammas, tl.float32) + strided_offsets(geometry, tensor, places, 0, RANK, 2),
+            loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 2), mask, mean, deviation,
         )  # fmt: skip
 
 

@@ -16,11 +16,13 @@ from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, require_fp32
 from dwm_fast.kernels._tiles import (
     address,
+    aligned,
     block_entry,
     compact_places,
     flat_offsets,
     load_bits,
     load_taps_bits,
+    loose,
     row_of,
     strided_coordinates,
     strided_offsets,
@@ -57,15 +59,15 @@ def frozen_kernel(
 ):  # fmt: skip
     """AdamW (state: both moments) or SGD (state: momentum buffer, twice) on the lanes whose bit is 0.
 
-    With bits, addresses are left without their alignment: one lane a thread, so that neighbouring threads write
+    With bits, pointers are left without their alignment: one lane a thread, so that neighbouring threads write
     neighbouring lanes and a store that skips kept lanes still fills whole sectors.
     """
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, word = row_of(rows, tensor)
-    weights = address(ptrs, tensor, 0, 4, WEIGHT)
-    grads = address(ptrs, tensor, 1, 4, GRAD)
-    first = address(ptrs, tensor, 2, 4, STATE)
-    second = address(ptrs, tensor, 3, 4, STATE)
+    weights = address(ptrs, tensor, 0, 4)
+    grads = address(ptrs, tensor, 1, 4)
+    first = address(ptrs, tensor, 2, 4)
+    second = address(ptrs, tensor, 3, 4)
     is_first = tl.load(steps + tensor) == 1.0
     scalars = adam_scalars(steps + tensor, lr, parts, STATE) if ADAM else sgd_scalars(lr, parts, STATE)
 
@@ -76,13 +78,14 @@ def frozen_kernel(
             place = start + offsets
             state = compact_places(bits, ranks, word, numel, chunk, BLOCK) if COMPACT else place
             frozen_lanes(
-                weights + place, grads + place, first + state, second + state, mask, scalars, is_first,
+                loose(weights, WEIGHT) + place, loose(grads, GRAD) + place,
+                loose(first, STATE) + state, loose(second, STATE) + state, mask, scalars, is_first,
                 STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
             )  # fmt: skip
         else:
             frozen_lanes(
-                tl.multiple_of(weights, 16) + start + offsets, tl.multiple_of(grads, 16) + start + offsets,
-                tl.multiple_of(first, 16) + start + offsets, tl.multiple_of(second, 16) + start + offsets,
+                aligned(weights, WEIGHT) + start + offsets, aligned(grads, GRAD) + start + offsets,
+                aligned(first, STATE) + start + offsets, aligned(second, STATE) + start + offsets,
                 mask, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
             )  # fmt: skip
 
@@ -93,7 +96,8 @@ def frozen_kernel(
             for tap in range(9):
                 place = tap * stride + offsets
                 frozen_lanes(
-                    weights + place, grads + place, first + place, second + place,
+                    loose(weights, WEIGHT) + place, loose(grads, GRAD) + place,
+                    loose(first, STATE) + place, loose(second, STATE) + place,
                     mask & (((taps >> tap) & 1) == 0), scalars, is_first,
                     STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
                 )  # fmt: skip
@@ -101,8 +105,8 @@ def frozen_kernel(
             for tap in range(9):
                 place = tap * stride + offsets
                 frozen_lanes(
-                    tl.multiple_of(weights, 16) + place, tl.multiple_of(grads, 16) + place,
-                    tl.multiple_of(first, 16) + place, tl.multiple_of(second, 16) + place,
+                    aligned(weights, WEIGHT) + place, aligned(grads, GRAD) + place,
+                    aligned(first, STATE) + place, aligned(second, STATE) + place,
                     mask, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
                 )  # fmt: skip
 
@@ -112,13 +116,13 @@ def frozen_kernel(
             mask = mask & (load_bits(bits, word, numel, chunk, STRIDED_BLOCK) == 0)
         if COMPACT:
             state = compact_places(bits, ranks, word, numel, chunk, STRIDED_BLOCK)
-            first_lanes, second_lanes = first + state, second + state
+            first_lanes, second_lanes = loose(first, STATE) + state, loose(second, STATE) + state
         else:
-            first_lanes = first + strided_offsets(geometry, tensor, places, 2, RANK, 4)
-            second_lanes = second + strided_offsets(geometry, tensor, places, 3, RANK, 4)
+            first_lanes = loose(first, STATE) + strided_offsets(geometry, tensor, places, 2, RANK, 4)
+            second_lanes = loose(second, STATE) + strided_offsets(geometry, tensor, places, 3, RANK, 4)
         frozen_lanes(
-            weights + strided_offsets(geometry, tensor, places, 0, RANK, 4),
-            grads + strided_offsets(geometry, tensor, places, 1, RANK, 4), first_lanes, second_lanes,
+            loose(weights, WEIGHT) + strided_offsets(geometry, tensor, places, 0, RANK, 4),
+            loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 4), first_lanes, second_lanes,
             mask, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
         )  # fmt: skip
 
@@ -145,11 +149,11 @@ def mask_adam_kernel(
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, layer, threshold, _word = row_of(rows, tensor)
-    logits = address(ptrs, tensor, 0, 5, tl.float32)
-    weights = address(ptrs, tensor, 1, 5, WEIGHT)
-    grads = address(ptrs, tensor, 2, 5, GRAD)
-    exp_avg = address(ptrs, tensor, 3, 5, tl.float32)
-    exp_avg_sq = address(ptrs, tensor, 4, 5, tl.float32)
+    logits = address(ptrs, tensor, 0, 5)
+    weights = address(ptrs, tensor, 1, 5)
+    grads = address(ptrs, tensor, 2, 5)
+    exp_avg = address(ptrs, tensor, 3, 5)
+    exp_avg_sq = address(ptrs, tensor, 4, 5)
     seed, step = seed_and_step(rng_state, step_offset)
     inverse_tau = 1.0 / tl.load(tau_ptr)
     scale = tl.load(scale_ptr).to(tl.float32)
@@ -159,9 +163,9 @@ def mask_adam_kernel(
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
         mask_lanes(
-            tl.multiple_of(logits, 16) + start + offsets, tl.multiple_of(weights, 16) + start + offsets,
-            tl.multiple_of(grads, 16) + start + offsets, tl.multiple_of(exp_avg, 16) + start + offsets,
-            tl.multiple_of(exp_avg_sq, 16) + start + offsets, mask, u, threshold, inverse_tau, scale, scalars,
+            aligned(logits, tl.float32) + start + offsets, aligned(weights, WEIGHT) + start + offsets,
+            aligned(grads, GRAD) + start + offsets, aligned(exp_avg, tl.float32) + start + offsets,
+            aligned(exp_avg_sq, tl.float32) + start + offsets, mask, u, threshold, inverse_tau, scale, scalars,
             MODE, DECAY, DECOUPLED,
         )  # fmt: skip
 
@@ -172,9 +176,9 @@ def mask_adam_kernel(
             place = tap * stride + offsets
             u = tap_uniform(words, tap, GROUPS, MODE)
             mask_lanes(
-                tl.multiple_of(logits, 16) + place, tl.multiple_of(weights, 16) + place,
-                tl.multiple_of(grads, 16) + place, tl.multiple_of(exp_avg, 16) + place,
-                tl.multiple_of(exp_avg_sq, 16) + place, mask, u, threshold, inverse_tau, scale, scalars,
+                aligned(logits, tl.float32) + place, aligned(weights, WEIGHT) + place,
+                aligned(grads, GRAD) + place, aligned(exp_avg, tl.float32) + place,
+                aligned(exp_avg_sq, tl.float32) + place, mask, u, threshold, inverse_tau, scale, scalars,
                 MODE, DECAY, DECOUPLED,
             )  # fmt: skip
 
@@ -182,11 +186,11 @@ def mask_adam_kernel(
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 5)
         u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
         mask_lanes(
-            logits + strided_offsets(geometry, tensor, places, 0, RANK, 5),
-            weights + strided_offsets(geometry, tensor, places, 1, RANK, 5),
-            grads + strided_offsets(geometry, tensor, places, 2, RANK, 5),
-            exp_avg + strided_offsets(geometry, tensor, places, 3, RANK, 5),
-            exp_avg_sq + strided_offsets(geometry, tensor, places, 4, RANK, 5),
+            loose(logits, tl.float32) + strided_offsets(geometry, tensor, places, 0, RANK, 5),
+            loose(weights, WEIGHT) + strided_offsets(geometry, tensor, places, 1, RANK, 5),
+            loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 2, RANK, 5),
+            loose(exp_avg, tl.float32) + strided_offsets(geometry, tensor, places, 3, RANK, 5),
+            loose(exp_avg_sq, tl.float32) + strided_offsets(geometry, tensor, places, 4, RANK, 5),
             mask, u, threshold, inverse_tau, scale, scalars, MODE, DECAY, DECOUPLED,
         )  # fmt: skip
 
