@@ -1,5 +1,6 @@
 """The masked products that the compile gate compiles: every kernel with the tiles that its launcher chooses."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +102,7 @@ def _convolutions() -> Iterator[Configuration]:
             _name(f"conv2d{' back' if back else ''}", mode, _BF16), conv.conv_product_kernel, types, constants,
             tiles.num_warps, matrix=True,
         )  # fmt: skip
+    problem = dataclasses.replace(problem, op="conv2d_mask_grad")
     tiles = convolution_tiles(problem)
     types = ("*bf16", "*bf16", "*fp32", "*fp32", "*fp32", "*fp32", "*i64", "*fp32", "i32", pair, pair, *("i32",) * 4,
              *(four,) * 6, pair, pair, pair, "i32", "fp32", "i32")  # fmt: skip

@@ -69,12 +69,13 @@ def masked_product_kernel(
     last = tl.minimum(first + each, full)
     zero = tl.zeros([], tl.int64)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if BLOCK_M == 1 else tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-    for block in tl.range(first, last, num_stages=STAGES):
-        acc = product_step(
-            acc, x, weight, source, words, seed, step, layer, threshold, inverse_tau, m0, r0, zero + block * BLOCK_C,
-            M, N, K, x_m, x_c, w_n, w_k, s_n, s_k, MODE, BACK, WHOLE, EDGE, FULL, RUN, INDEX, PRECISION,
-            BLOCK_N, BLOCK_K, BLOCK_M,
-        )  # fmt: skip
+    if first < last:  # asked outside the loop, so that zeros meet the sums after the wait for wgmma and not before it
+        for block in tl.range(first, last, num_stages=STAGES):
+            acc = product_step(
+                acc, x, weight, source, words, seed, step, layer, threshold, inverse_tau, m0, r0,
+                zero + block * BLOCK_C, M, N, K, x_m, x_c, w_n, w_k, s_n, s_k, MODE, BACK, WHOLE, EDGE, FULL, RUN,
+                INDEX, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
+            )  # fmt: skip
     if TAIL and tl.program_id(1) == tl.num_programs(1) - 1:
         acc = product_step(
             acc, x, weight, source, words, seed, step, layer, threshold, inverse_tau, m0, r0, zero + full * BLOCK_C,

@@ -40,11 +40,12 @@ def mask_gradient_kernel(
     zero = tl.zeros([], tl.int64)
     full = M // BLOCK_M
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for block in tl.range(0, full, num_stages=STAGES):
-        m0 = zero + block * BLOCK_M
-        g = load_tile(grad, n0, m0, N, M, g_n, g_m, BLOCK_N, BLOCK_M, CLAMP, FULL, RUN_N, 1, INDEX)
-        rows = load_tile(x, m0, k0, M, K, x_m, x_k, BLOCK_M, BLOCK_K, FULL, CLAMP, 1, RUN_K, INDEX)
-        acc = product(g, rows, acc, PRECISION)
+    if full > 0:  # asked outside the loop, as in `masked_product_kernel`
+        for block in tl.range(0, full, num_stages=STAGES):
+            m0 = zero + block * BLOCK_M
+            g = load_tile(grad, n0, m0, N, M, g_n, g_m, BLOCK_N, BLOCK_M, CLAMP, FULL, RUN_N, 1, INDEX)
+            rows = load_tile(x, m0, k0, M, K, x_m, x_k, BLOCK_M, BLOCK_K, FULL, CLAMP, 1, RUN_K, INDEX)
+            acc = product(g, rows, acc, PRECISION)
     if TAIL:
         m0 = zero + full * BLOCK_M
         g = load_tile(grad, n0, m0, N, M, g_n, g_m, BLOCK_N, BLOCK_M, CLAMP, ZERO, RUN_N, 1, INDEX)
