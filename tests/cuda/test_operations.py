@@ -1,0 +1,208 @@
+"""Every operation on a GPU's tensors: computed by Triton, guarded, and what the reference gives on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import dwm_fast
+from dwm_fast import ops
+from dwm_fast.ops.update import free_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:dwm_fast. backend 'cuda' is not used")
+
+SHAPES = ((8, 4, 3, 3), (5, 7), (2, 3))
+Case = Callable[[Callable[[Tensor], Tensor]], list[Tensor]]
+
+
+class Draws:
+    """Random tensors from one seed, put on a device."""
+
+    def __init__(self, put: Callable[[Tensor], Tensor]) -> None:
+        self.put, self.generator = put, torch.Generator().manual_seed(0)
+
+    def randn(self, *shape: int) -> Tensor:
+        return self.put(torch.randn(shape, generator=self.generator))
+
+    def leaf(self, *shape: int) -> Tensor:
+        return self.randn(*shape).requires_grad_()
+
+    def each(self, leaf: bool = False) -> list[Tensor]:
+        return [self.leaf(*s) if leaf else self.randn(*s) for s in SHAPES]
+
+    def zeros(self) -> list[Tensor]:
+        return [self.put(torch.zeros(s)) for s in SHAPES]
+
+    def noise(self) -> tuple[Tensor, Tensor]:
+        return self.put(torch.tensor([5, 2])), self.put(torch.tensor(0.7))
+
+    def bits(self, domains: int = 0, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Tensor:
+        def one() -> Tensor:
+            return ops.pack([torch.randn(s, generator=self.generator) > 0 for s in shapes])
+
+        return self.put(torch.stack([one() for _ in range(domains)]) if domains else one())
+
+
+def sample(d: Draws) -> list[Tensor]:
+    logits, weights = d.each(leaf=True), d.each(leaf=True)
+    masked, bits, penalty = ops.sample(logits, weights, *d.noise(), pack=True)
+    (sum(m.square().sum() for m in masked) + penalty).backward()
+    return [*masked, bits, penalty, *(x.grad for x in (*logits, *weights))]
+
+
+def kernel_soft(d: Draws) -> list[Tensor]:
+    weights = [d.randn(8, 4, 3, 3), d.randn(6, 4, 1, 1)]
+    reals = [d.leaf(8, 4, 1, 1), d.leaf(6, 4, 1, 1)]
+    masked = ops.kernel_soft(reals, weights, d.noise()[0], noisy=True)
+    sum(m.square().sum() for m in masked).backward()
+    return [*masked, *(r.grad for r in reals)]
+
+
+def mask_adam(d: Draws) -> list[Tensor]:
+    state = d.each(), d.each(), d.each(), d.zeros(), d.zeros()
+    one = d.put(torch.ones(()))
+    ops.mask_adam(
+        *state, *d.noise(), one / 100, one.expand(3).contiguous(), one.double() / 10, mode=0, layers=[0, 1, 2],
+        thresholds=[0.0] * 3, weight_decay=0.01,
+    )  # fmt: skip
+    return [*state[0], *state[3], *state[4]]
+
+
+def frozen(d: Draws, compact: bool, step: Callable[..., None], states: int) -> list[Tensor]:
+    weights, grads, bits = d.each(), d.each(), d.bits()
+    steps, lr = d.put(torch.ones(3)), d.put(torch.tensor(0.1, dtype=torch.float64))
+    numels = [w.numel() for w in weights]
+    ranks = free_ranks(bits, numels) if compact else bits.new_empty(0, dtype=torch.int64)
+    free = [n - int(c) for n, c in zip(numels, ops.count(bits, numels).tolist(), strict=True)]
+    state = [[d.put(torch.zeros(n)) for n in free] if compact else d.zeros() for _ in range(states)]
+    step(weights, grads, *state, bits, ranks, steps, lr)
+    return [*weights, *(s for column in state for s in column)]
+
+
+def frozen_sgd(d: Draws) -> list[Tensor]:
+    return frozen(d, True, lambda *a: ops.frozen_sgd(*a, momentum=0.9, nesterov=True), 1)
+
+
+def soft_masked_sgd(d: Draws) -> list[Tensor]:
+    weights = d.each()
+    gammas = [g.sigmoid() for g in d.each()]
+    ops.soft_masked_sgd(weights, d.each(), gammas, d.put(torch.tensor(0.1)))
+    return weights
+
+
+def raise_importance(d: Draws) -> list[Tensor]:
+    gammas = d.zeros()
+    ops.raise_importance(gammas, d.each())
+    return gammas
+
+
+def packed_bits(d: Draws) -> list[Tensor]:
+    masks = [x > 0 for x in d.each()]
+    numels = [m.numel() for m in masks]
+    a, b, weights = ops.pack(masks), d.bits(), d.each(leaf=True)
+    kept = ops.apply(a, weights)
+    sum(k.square().sum() for k in kept).backward()
+    found = [
+        a,
+        *ops.unpack(b, numels),
+        *kept,
+        *(w.grad for w in weights),
+        ops.count(a, numels),
+        ops.overlap(a, b, numels),
+    ]
+    return [*found, *(ops.combine(a, b, op) for op in ("and", "or", "xor", "andnot"))]
+
+
+def linear(d: Draws) -> list[Tensor]:
+    x, weight, logits, bias = d.leaf(6, 20), d.leaf(9, 20), d.leaf(9, 20), d.leaf(9)
+    y = ops.linear(x, weight, logits, bias, *d.noise(), layer=3)
+    y.square().sum().backward()
+    return [y, x.grad, weight.grad, logits.grad, bias.grad]
+
+
+def linear_packed(d: Draws) -> list[Tensor]:
+    x, weight, bias = d.leaf(6, 20), d.leaf(9, 20), d.leaf(9)
+    y = ops.linear_packed(x, weight, d.bits(shapes=((9, 20),)), bias)
+    y.square().sum().backward()
+    return [y, x.grad, weight.grad, bias.grad]
+
+
+def conv2d(d: Draws) -> list[Tensor]:
+    x, weight, logits, bias = d.leaf(2, 4, 5, 5), d.leaf(6, 4, 3, 3), d.leaf(6, 4, 3, 3), d.leaf(6)
+    y = ops.conv2d(x, weight, logits, bias, *d.noise(), padding=(1, 1))
+    y.square().sum().backward()
+    return [y, x.grad, weight.grad, logits.grad, bias.grad]
+
+
+def conv2d_packed(d: Draws) -> list[Tensor]:
+    x, weight = d.leaf(2, 4, 5, 5), d.leaf(6, 4, 3, 3)
+    y = ops.conv2d_packed(x, weight, d.bits(shapes=((6, 4, 3, 3),)), stride=(2, 2))
+    y.square().sum().backward()
+    return [y, x.grad, weight.grad]
+
+
+def bank(d: Draws) -> list[Tensor]:
+    offsets = d.put(torch.tensor([0, 2, 2, 5]))
+    x, weight, bias = d.leaf(5, 12), d.leaf(7, 12), d.leaf(7)
+    y = ops.bank_linear(x, weight, d.bits(3, ((7, 12),)), bias, offsets, 5)
+    images, filters = d.randn(5, 4, 5, 5), d.randn(6, 4, 3, 3)
+    z = ops.bank_conv2d(images, filters, d.bits(3, ((6, 4, 3, 3),)), None, offsets, 5)
+    y.square().sum().backward()
+    return [y, z, x.grad, weight.grad, bias.grad]
+
+
+CASES: dict[str, Case] = {
+    "sample": sample,
+    "kernel_soft": kernel_soft,
+    "mask_adam": mask_adam,
+    "frozen_adamw": lambda d: frozen(d, False, ops.frozen_adamw, 2),
+    "frozen_sgd": frozen_sgd,
+    "soft_masked_sgd": soft_masked_sgd,
+    "raise_importance": raise_importance,
+    "bits": packed_bits,
+    "linear": linear,
+    "linear_packed": linear_packed,
+    "conv2d": conv2d,
+    "conv2d_packed": conv2d_packed,
+    "bank": bank,
+}
+
+
+def expected(case: Case) -> list[Tensor]:
+    with dwm_fast.use_backend("reference"):
+        return case(Draws(lambda t: t.clone()))
+
+
+def assert_near(found: Tensor, exact: Tensor) -> None:
+    """Equal but for sums rounded in another order: of at most 64 terms here, in two products behind each other."""
+    found, exact = found.detach(), exact.detach()
+    assert found.dtype == exact.dtype
+    if not exact.is_floating_point():
+        assert torch.equal(found, exact)
+        return
+    largest = float(exact.abs().max()) if exact.numel() else 0.0
+    torch.testing.assert_close(found, exact, rtol=0, atol=2 * 64 * 2.0**-23 * largest)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operation_gives_what_the_reference_gives(gpu, name):
+    found = CASES[name](Draws(lambda t: t.to("cuda:1")))
+    for a, b in zip(found, expected(CASES[name]), strict=True):
+        assert a.device == torch.device("cuda:1")
+        assert_near(a.cpu(), b)
+    assert gpu.launches
+    assert {x.device.index for x in gpu.launches} == {1}
+    assert gpu.device == 0
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_packed", "conv2d", "conv2d_packed"])
+@pytest.mark.parametrize("way", ops.WAYS)
+def test_a_product_is_the_reference_in_either_way(gpu, name, way):
+    with ops.use_way(way):
+        found = CASES[name](Draws(lambda t: t.to("cuda:1")))
+    for a, b in zip(found, expected(CASES[name]), strict=True):
+        assert_near(a.cpu(), b)
+    assert any("product" in x.kernel for x in gpu.launches) == (way == "one-pass")
