@@ -33,6 +33,7 @@ class Entry:
         devices: device types on which it is run.
         quick: whether a quick run has it.
         compiled: whether torch.compile makes some of its ways.
+        needs: an optional package without which the case is left out, "" for none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Entry:
     devices: tuple[str, ...] = ("cpu", "cuda")
     quick: bool = True
     compiled: bool = False
+    needs: str = ""
 
 
 _SAMPLE = ("philox", "sample", "gpu")
@@ -104,8 +106,8 @@ ENTRIES = (
     Entry("bits-jaccard", ("bits",), bench_bits.jaccard),
     Entry("update-frozen-sgd", ("update", "frozen"), bench_update.frozen_sgd),
     Entry("bank-serving", ("bits", "bank", "mixed"), partial(bench_bank.serving, pixels=64)),
-    Entry("bank-coding", ("file",), partial(bench_files.coding, kept=0.2), ("cpu",)),
-    Entry("bank-decoding", ("file",), partial(bench_files.decoding, kept=0.2), ("cpu",)),
+    Entry("bank-coding", ("file",), partial(bench_files.coding, kept=0.2), ("cpu",), needs="constriction"),
+    Entry("bank-decoding", ("file",), partial(bench_files.decoding, kept=0.2), ("cpu",), needs="constriction"),
     Entry("bank-switch", ("file", "folder"), partial(bench_files.switching, domains=8), ("cpu",)),
     Entry("conv2d", _CONVOLUTION, partial(bench_conv2d.packed, rows=8, channels=256, pixels=14)),
     _drawn(16),

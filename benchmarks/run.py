@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,9 @@ class Suite:
 
         A red gate gives no figures; a failure none of the way that failed and of those after it. Both are noted.
         """
+        if entry.needs and importlib.util.find_spec(entry.needs) is None:
+            self.screen.print(f"  {entry.name}: left out, {entry.needs} is not installed", style="yellow")
+            return
         blocked = [f"{area} ({self.red[area]})" for area in (*entry.areas, *SHARED) if area in self.red]
         if blocked:
             self._fail(entry, f"tests are red: {', '.join(blocked)}")

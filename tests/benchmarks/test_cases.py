@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +82,23 @@ def test_names_are_unique_per_device_and_every_area_has_tests() -> None:
     areas = {area for e in ENTRIES for area in (*e.areas, *SHARED)}
     missing = {area for area in areas if not list((ROOT / "tests").glob(f"*/test_{area}.py"))}
     assert not missing
+
+
+def test_without_optional_packages_all_cases_but_those_of_coding_are_there() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('constriction', 'zstandard', 'hypothesis', 'huggingface_hub'))\n"
+        "import torch\n"
+        "from dwm_fast._bench.cases import ENTRIES\n"
+        "from dwm_fast._bench.context import Context\n"
+        "for entry in ENTRIES:\n"
+        "    if entry.name in ('bank-switch', 'conv2d'):\n"
+        "        entry.build(Context(torch.device('cpu'), quick=True))\n"
+        "print([entry.name for entry in ENTRIES if entry.needs])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['bank-coding', 'bank-decoding']"
 
 
 def test_only_picks_by_the_beginning_of_names_and_quick_leaves_some_out() -> None:

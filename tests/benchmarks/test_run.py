@@ -175,6 +175,15 @@ def test_ways_of_torch_compile_come_after_all_others_or_alone_or_not_at_all(
     assert (("a", "speed-up over torch.compile") in told) == (when != "never")
 
 
+def test_a_case_whose_optional_package_is_missing_is_left_out_and_no_failure(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = Entry("coding", (), lambda c: _case("coding"), needs="no_package_of_that_name")
+    assert bench([entry, GOOD], tmp_path) == 0
+    assert _recorded(tmp_path) == {"ceiling", "good"}
+    assert "coding: left out, no_package_of_that_name is not installed" in " ".join(capsys.readouterr().out.split())
+
+
 def test_no_case_starts_when_time_is_up(bench: Bench, tmp_path: Path) -> None:
     assert bench([GOOD], tmp_path, "--seconds", -1) == 0
     assert _recorded(tmp_path) == {"ceiling"}
