@@ -1,7 +1,11 @@
-// Which instruction set the CPU operations run with.
+// The CPU operations' library, in one translation unit: torch's headers take most of the time of a build.
 #include <string>
 
-#include "bind_cpu.h"
+#include "bind_bits.h"
+#include "bind_linear.h"
+#include "bind_sample.h"
+#include "bind_soft.h"
+#include "bind_update.h"
 
 namespace {
 

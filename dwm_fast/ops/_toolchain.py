@@ -111,7 +111,7 @@ def cpu_steps(compiler: str, target: str) -> list[Step]:
         for name, table, flags in sets
     ]
     binding = [*system, *(f"{define}{d}" for d in (*_defines(), *extra)), *([] if msvc else ["-O2"])]
-    steps += [compile_step(source.stem, source, binding) for source in sorted(folder.glob("bind_*.cpp"))]
+    steps.append(compile_step("bind_cpu", folder / "bind_cpu.cpp", binding))
     objects = [step.target for step in steps]
     if msvc:
         link = [compiler, "/nologo", "/LD", *objects, f"/Fe{target}", "/link", f"/LIBPATH:{libraries}", "torch_cpu.lib"]

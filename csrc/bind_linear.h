@@ -1,4 +1,5 @@
 // linear_packed: rows of x under the masks of their domains.
+#pragma once
 #include <algorithm>
 #include <optional>
 #include <vector>

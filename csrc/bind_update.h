@@ -1,4 +1,5 @@
 // Optimiser steps that read bits or draw masks.
+#pragma once
 #include <algorithm>
 #include <cmath>
 #include <vector>

@@ -1,4 +1,5 @@
 // KSM's soft masks of filters, and SPG's soft-masked step.
+#pragma once
 #include <algorithm>
 #include <vector>
 

@@ -1,4 +1,5 @@
 // sample and its backward, and the random words of the noise contract.
+#pragma once
 #include <algorithm>
 #include <vector>
 

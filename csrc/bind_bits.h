@@ -1,4 +1,5 @@
 // Operations on packed bits.
+#pragma once
 #include <algorithm>
 #include <vector>
 
