@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dwm_fast._files import cache_folder
+from dwm_fast._files import cache_folder, write_atomic
 from dwm_fast.errors import BackendUnavailable
 from dwm_fast.ops._toolchain import (
     ABI_TARGET,
@@ -43,6 +43,7 @@ from dwm_fast.ops._toolchain import (
 
 _LIBRARIES = {"cpu": "dwm_fast_cpu", "cuda": "dwm_fast_cuda"}
 _BUILD = "run `dwm-fast build --verbose` to see why"
+_DAY = 86_400.0
 _loaded: dict[str, Path] = {}
 _refused: dict[str, str] = {}
 
@@ -152,26 +153,34 @@ def _file_name(kind: str) -> str:
 def _folders(create: bool = False) -> list[Path]:
     """Where binaries may lie, in order: DWM_FAST_EXT_DIR alone, or the user's cache and a private temp folder.
 
-    The private folder is listed once it is there; `create` makes it.
+    A folder counts when it is there and this user or root alone may write to it: who can put a library there can run
+    code in this process. `create` makes them.
     """
+    return [folder for folder in _candidates() if _is_private(folder, create)]
+
+
+def _candidates() -> list[Path]:
     chosen = os.environ.get("DWM_FAST_EXT_DIR")
     if chosen:
         return [Path(chosen)]
     own = cache_folder()
-    folders = [own] if own else []
-    private = Path(tempfile.gettempdir()) / f"dwm_fast-{_user_id()}"
-    return [*folders, private] if _is_private(private, create) else folders
+    return [*([own] if own else []), Path(tempfile.gettempdir()) / f"dwm_fast-{_user_id()}"]
 
 
 def _writable_folder() -> Path:
     """The first folder that a binary can be written to, made if need be."""
     for folder in _folders(create=True):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError:
             continue
+    shared = [str(folder) for folder in _candidates() if folder.is_dir() and not _is_private(folder, create=False)]
+    if shared:
+        raise BackendUnavailable(
+            f"others may write to {shared[0]}, so no library there is trusted; type: chmod 700 {shared[0]} (as its "
+            "owner), or set DWM_FAST_EXT_DIR to a writable folder of your own"
+        )
     raise BackendUnavailable("no folder to keep the extension in; set DWM_FAST_EXT_DIR to a writable one")
 
 
@@ -180,16 +189,18 @@ def _user_id() -> int:
 
 
 def _is_private(folder: Path, create: bool) -> bool:
-    """Whether `folder`, below a temp folder that all users share, is a real folder that only this user may write to."""
+    """Whether `folder` is a real folder, no link, that only this user or root may write to."""
     try:
         if create:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.lstat()
     except OSError:
         return False
-    if sys.platform == "win32":
-        return stat.S_ISDIR(info.st_mode)
-    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
+    return stat.S_ISDIR(info.st_mode) and _is_own(info) and (sys.platform == "win32" or not info.st_mode & 0o022)
+
+
+def _is_own(info: os.stat_result) -> bool:
+    return sys.platform == "win32" or info.st_uid in (0, os.getuid())
 
 
 def _existing(kind: str) -> Path | None:
@@ -205,6 +216,10 @@ def _checksum_file(path: Path) -> Path:
 def _is_sound(path: Path) -> bool:
     """Whether the binary is the one that was built; a truncated library could crash the process that maps it."""
     try:
+        for file in (path, _checksum_file(path)):
+            info = file.lstat()
+            if not stat.S_ISREG(info.st_mode) or not _is_own(info):
+                return False
         expected = _checksum_file(path).read_text().strip()
         return hashlib.sha256(path.read_bytes()).hexdigest() == expected
     except (OSError, UnicodeDecodeError):
@@ -221,11 +236,13 @@ def _ensure(kind: str, *, force: bool = False, verbose: bool = False) -> Path:
     log = path.with_suffix(".log")
     started = time.time()
     try:
-        with _lock(path.with_suffix(".lock")):
+        with _lock(path.with_suffix(".lock")) as alone:
             if _is_sound(path) and (not force or path.stat().st_mtime > started):
                 return path  # another process was faster
             if not (force or verbose) and _failed_before(log, tool):
                 raise BackendUnavailable(f"{Path(tool).name} could not build the extension (log: {log}); {_BUILD}")
+            if alone:
+                _sweep(path)
             _build_into(kind, tool, path, log, verbose)
     except OSError as error:
         raise BackendUnavailable(
@@ -250,9 +267,9 @@ def _require_tool(kind: str) -> str:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold `path` against other processes; where the file system has no locks the rename alone keeps things whole."""
-    with open(path, "a+b") as file:
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold `path` against other processes; False where there are no locks: there the rename alone keeps all whole."""
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b") as file:
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -263,8 +280,19 @@ def _lock(path: Path) -> Iterator[None]:
 
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass
-        yield
+            yield False
+        else:
+            yield True
+
+
+def _sweep(path: Path) -> None:
+    """Delete what killed builds of this binary left, under its lock, and what older releases left a day ago."""
+    for folder in path.parent.glob("build-*"):
+        with contextlib.suppress(OSError):
+            info = folder.lstat()
+            orphan = folder.name.startswith(f"build-{path.stem}-") or time.time() - info.st_mtime > _DAY
+            if stat.S_ISDIR(info.st_mode) and orphan:
+                shutil.rmtree(folder)
 
 
 def _tool_stamp(tool: str) -> str:
@@ -287,12 +315,12 @@ def _build_into(kind: str, tool: str, path: Path, log: Path, verbose: bool) -> N
     name = "C++" if kind == "cpu" else "CUDA"
     print(f"dwm_fast: building the {name} extension once, about 15 s, into {path.parent}", file=sys.stderr, flush=True)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"build-{path.stem}-", dir=path.parent) as scratch:
         folder = Path(scratch)
         steps = cpu_steps(tool, path.name) if kind == "cpu" else cuda_steps(tool, path.name)
         message = _run_steps(steps, folder, verbose)
         if message is not None:
-            log.write_text(f"{_tool_stamp(tool)}\n{message}\n")
+            write_atomic(log, f"{_tool_stamp(tool)}\n{message}\n", BackendUnavailable)
             raise BackendUnavailable(f"{Path(tool).name} could not build the extension (log: {log}); {_BUILD}")
         built = folder / path.name
         checksum = folder / _checksum_file(path).name

@@ -225,6 +225,93 @@ def test_private_folder_of_somebody_else_is_not_trusted(workshop: Workshop, monk
     assert "set DWM_FAST_EXT_DIR to a writable" in refusal()
 
 
+def _plant(workshop: Workshop, folder: Path) -> Path:
+    """A library with the right name and checksum that `folder`'s other writers could have put there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _build._file_name("cpu")
+    shutil.copy(workshop.product, path)
+    _build._checksum_file(path).write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o775], ids=oct)
+@pytest.mark.parametrize("way", ["DWM_FAST_EXT_DIR", "XDG_CACHE_HOME"])
+def test_a_library_in_a_folder_that_others_may_write_to_is_not_loaded(
+    way: str, mode: int, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DWM_FAST_EXT_DIR")
+    monkeypatch.setattr(_build.tempfile, "tempdir", str(workshop.folder / "temp"))
+    (workshop.folder / "temp").mkdir()
+    monkeypatch.setenv(way, str(workshop.folder / "shared"))
+    folder = workshop.folder / "shared" / ("dwm_fast" if way == "XDG_CACHE_HOME" else "")
+    planted = _plant(workshop, folder)
+    folder.chmod(mode)
+    assert _build._existing("cpu") is None
+    if way == "DWM_FAST_EXT_DIR":
+        assert f"others may write to {folder}" in refusal()
+    else:
+        _build.load("cpu")
+        assert _build._loaded["cpu"].parent.parent == workshop.folder / "temp"
+        assert workshop.builds == 1
+    assert planted.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving a folder to another user needs root")
+@pytest.mark.parametrize("what", ["folder", "library", "checksum"])
+def test_a_library_of_another_user_is_not_loaded(what: str, workshop: Workshop) -> None:
+    planted = _plant(workshop, workshop.cache)
+    assert _build._existing("cpu") == planted
+    os.chown({"folder": workshop.cache, "library": planted, "checksum": _build._checksum_file(planted)}[what], 1234, -1)
+    assert _build._existing("cpu") is None
+
+
+@pytest.mark.parametrize("what", ["folder", "library"])
+def test_a_link_to_a_library_is_not_followed(what: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = _plant(workshop, workshop.folder / "elsewhere")
+    if what == "folder":
+        (workshop.folder / "link").symlink_to(planted.parent)
+        monkeypatch.setenv("DWM_FAST_EXT_DIR", str(workshop.folder / "link"))
+    else:
+        workshop.cache.mkdir(exist_ok=True)
+        shutil.copy(_build._checksum_file(planted), workshop.cache)
+        (workshop.cache / planted.name).symlink_to(planted)
+    assert _build._existing("cpu") is None
+
+
+def test_a_link_at_the_place_of_the_log_or_lock_is_not_written_through(workshop: Workshop) -> None:
+    mine = workshop.folder / "mine"
+    mine.write_text("mine")
+    workshop.cache.mkdir(exist_ok=True)
+    library = workshop.cache / _build._file_name("cpu")
+    library.with_suffix(".log").symlink_to(mine)
+    workshop.write_compiler("exit 1")
+    assert "could not build" in refusal()
+    assert mine.read_text() == "mine"
+    library.with_suffix(".lock").unlink()
+    library.with_suffix(".lock").symlink_to(mine)
+    with pytest.raises(BackendUnavailable, match="cannot be kept in"):
+        _build.build()
+    assert mine.read_text() == "mine"
+
+
+def test_a_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DWM_FAST_EXT_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert _build._candidates()[0] == Path.home() / ".cache" / "dwm_fast"
+
+
+def test_what_a_killed_build_left_is_swept(workshop: Workshop) -> None:
+    stem = Path(_build._file_name("cpu")).stem
+    for name in (f"build-{stem}-abc", "build-fresh"):
+        (workshop.cache / name).mkdir(parents=True)
+        (workshop.cache / name / "x.o").write_text("")
+    (workshop.cache / f"build-{stem}-link").symlink_to(workshop.folder)
+    _build.load("cpu")
+    left = {path.name for path in workshop.cache.glob("build-*")}
+    assert left == {"build-fresh", f"build-{stem}-link"}
+    assert workshop.diary.exists()
+
+
 def test_two_concurrent_first_uses_build_once(workshop: Workshop) -> None:
     workshop.write_compiler(f'sleep 2; cp "{workshop.product}" "$out"')
     program = "from dwm_fast.ops import _build; _build.load('cpu'); print(_build.status()['cpu']['loaded'])"
