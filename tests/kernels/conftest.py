@@ -114,7 +114,9 @@ class Bounded:
         assert actual.isfinite().all()
         coarse = torch.finfo(actual.dtype).eps / 2 if actual.dtype in (torch.bfloat16, torch.float16) else 0.0
         error = (actual.double().cpu() - self.value.view(actual.shape)).abs().flatten()
-        assert (error <= (self.error + coarse * self.value.abs()).flatten()).all()
+        allowed = (self.error + coarse * self.value.abs()).flatten()
+        above = (error > allowed).nonzero().flatten().tolist()
+        assert not above, f"{len(above)} elements, first {above[0]}: {error[above[0]]:.2e} > {allowed[above[0]]:.2e}"
 
 
 @pytest.fixture
