@@ -12,8 +12,11 @@ struct AdamLane {
   float value, exp_avg, exp_avg_sq;
 };
 
+// decay * w, and 0 without decay whatever w is: a logit may be infinite, which keeps or drops its weight for good.
+static inline float pull(float decay, float w) { return decay == 0.0f ? 0.0f : decay * w; }
+
 static inline AdamLane adam_lane(const AdamRule& rule, float w, float g, float m, float v) {
-  const float gradient = rule.sign * g + rule.decay * w;
+  const float gradient = rule.sign * g + pull(rule.decay, w);
   const float first = m + rule.beta1_complement * (gradient - m);
   const float second = v * rule.beta2 + rule.beta2_complement * (gradient * gradient);
   const float denominator = sqrt_(second) * rule.inverse_correction + rule.eps;
@@ -49,7 +52,7 @@ DWM_NOINLINE static void sgd_run(const SgdRule& rule, const float* __restrict w,
                                  float* __restrict moved, int n) {
   const SgdRule local = rule;
   for (int i = 0; i < n; ++i) {
-    moved[i] = w[i] * local.shrink - local.lr * (local.sign * g[i] + local.decay * w[i]);
+    moved[i] = w[i] * local.shrink - local.lr * (local.sign * g[i] + pull(local.decay, w[i]));
   }
 }
 
@@ -58,7 +61,7 @@ DWM_NOINLINE static void sgd_momentum_run(const SgdRule& rule, const float* __re
                                           float* __restrict moved, int n) {
   const SgdRule local = rule;
   for (int i = 0; i < n; ++i) {
-    const float gradient = local.sign * g[i] + local.decay * w[i];
+    const float gradient = local.sign * g[i] + pull(local.decay, w[i]);
     const float rolled = local.momentum * m[i] + local.dampening_complement * gradient;
     const float velocity = local.first ? gradient : rolled;
     const float direction = local.nesterov ? gradient + local.momentum * velocity : velocity;

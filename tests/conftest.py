@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -84,3 +85,39 @@ class Oracle:
 @pytest.fixture(scope="session")
 def oracle() -> type[Oracle]:
     return Oracle
+
+
+@pytest.fixture(scope="session")
+def infinite_logits() -> Callable[[torch.device | str], None]:
+    """Asserts, for whoever computes, that an infinite logit keeps or drops its weight for good and spoils nothing."""
+
+    def check(device: torch.device | str) -> None:
+        logits = torch.tensor([-math.inf, math.inf, -100.0, 100.0] * 8, device=device)
+        weights, grads = torch.linspace(1, 2, 32, device=device), torch.linspace(-2, 2, 32, device=device)
+        rng, tau, one = (
+            torch.tensor([3, 4], device=device),
+            torch.tensor(0.7, device=device),
+            torch.ones(1, device=device),
+        )
+        chosen = torch.where(logits > 0, weights, 0.0)
+        for mode in dwm_fast.ops.Mode:
+            draw = (rng, tau, [0], [0.25], int(mode), 0)
+            (masked,), _, penalty = torch.ops.dwm_fast.sample([logits], [weights], *draw, None, True)
+            expected = {"TERNARY": weights * logits.sign(), "EDIT": weights + 0.25 * logits}.get(mode.name, chosen)
+            torch.testing.assert_close(masked, expected, rtol=0, atol=1e-30)
+            assert 0 <= penalty.item() <= 1
+            moved, first, second = logits.clone(), torch.zeros_like(logits), torch.zeros_like(logits)
+            rest = (one[0], one, one[0].double(), 0.9, 0.99, 1e-8, 0.0, True)
+            torch.ops.dwm_fast.mask_adam([moved], [weights], [grads], [first], [second], *draw, *rest)
+            assert torch.equal(moved[logits.isinf()], logits[logits.isinf()])
+            (dlogits,), (dweights,) = torch.ops.dwm_fast.sample_backward(
+                [grads], one[0], [logits], [weights], *draw, True, True
+            )
+            assert all(t.isfinite().all() for t in (moved[2:4], first, second, dlogits, dweights))
+        wide = torch.full_like(grads, math.inf)
+        for mode in ("GUMBEL_HARD", "KEEP", "THRESHOLD"):
+            draw = (rng, tau, [0], [0.25], int(dwm_fast.ops.Mode[mode]), 0)
+            _, (dweights,) = torch.ops.dwm_fast.sample_backward([wide], one[0], [logits], [weights], *draw, False, True)
+            assert torch.equal(dweights, torch.where(logits > 0, wide, 0.0))
+
+    return check

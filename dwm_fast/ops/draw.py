@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+from dwm_fast.errors import InputError
 
 
 class Mode(enum.IntEnum):
@@ -33,6 +35,13 @@ PACKED = 6
 """In the place of a mode: the mask is read from packed bits, nothing is drawn."""
 
 
+def check_layers(layers: Iterable[int]) -> None:
+    """A layer's number is one word of the counter: InputError for any other."""
+    for layer in layers:
+        if not 0 <= layer < 2**32:
+            raise InputError(f"layer {layer} cannot draw noise: expected a layer number from 0 to 2^32 - 1")
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """How the masks of a list of tensors are drawn.
@@ -41,6 +50,9 @@ class Draw:
         rng_state: int64 (2,): seed and step. tau: 0-dim fp32, the temperature.
         layers: the noise contract's layer number of each tensor. thresholds: one number per tensor.
         mode: a `Mode`. step_offset: added to the step (sample j of a split batch).
+
+    Raises:
+        InputError: a layer number outside 0 .. 2^32 - 1, whoever computes.
     """
 
     rng_state: Tensor
@@ -52,6 +64,9 @@ class Draw:
 
     SCHEMA: ClassVar[str] = "Tensor rng_state, Tensor tau, int[] layers, float[] thresholds, int mode, int step_offset"
     SCHEMA_OF_ONE: ClassVar[str] = "Tensor rng_state, Tensor tau, int layer, float threshold, int mode, int step_offset"
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers)
 
     @classmethod
     def of_one(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
+from dwm_fast.ops.draw import check_layers
 from dwm_fast.ops.philox import random_words, uniform
 from dwm_fast.ops.registration import define
 from dwm_fast.ops.sample import check_noise, hard
@@ -161,7 +162,8 @@ def kernel_soft(
         Masked weights, each with its weight's strides.
 
     Raises:
-        InputError: lists of different lengths, or an r of another shape than its weight's kernels.
+        InputError: lists of different lengths, an r of another shape than its weight's kernels, or a layer number
+            outside 0 .. 2^32 - 1.
 
     Example:
         >>> import torch
@@ -172,6 +174,7 @@ def kernel_soft(
     """
     layers = range(len(weights)) if layers is None else layers
     check_noise(rng_state, torch.ones((), device=rng_state.device))
+    check_layers(layers)
     if not len(reals) == len(weights) == len(layers):
         raise InputError(
             f"kernel_soft got {len(reals)} reals, {len(weights)} weights and {len(layers)} layers; expected one of "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dwm_fast.ops.draw import check_layers
 from dwm_fast.ops.registration import define
 
 _MULTIPLIER_0 = 0xD2511F53
@@ -72,7 +73,11 @@ def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0
 
     Returns:
         int64 tensor (numel,) with values in [0, 2^32).
+
+    Raises:
+        InputError: a layer outside its range.
     """
+    check_layers((layer,))
     blocks = (numel + 3) // 4
     words = torch.empty((blocks, 4), dtype=torch.int64, device=rng_state.device)
     chunk = _CHUNK_CPU if rng_state.device.type == "cpu" else _CHUNK

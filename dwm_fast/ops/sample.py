@@ -26,9 +26,14 @@ def _noise(logits: Tensor, draw: Draw, i: int) -> Tensor:
     return uniform(random_words(logits.numel(), draw.rng_state, draw.layers[i], draw.step_offset)).view(logits.shape)
 
 
-def _soft(logits: Tensor, u: Tensor, tau: Tensor) -> Tensor:
-    """Gumbel-sigmoid: sigmoid((l + log u - log(1 - u)) / tau)."""
-    return torch.sigmoid((logits + u.log() - (1.0 - u).log()) / tau)
+def _soft_argument(logits: Tensor, u: Tensor, tau: Tensor) -> Tensor:
+    """(l + log u - log(1 - u)) / tau, whose sigmoid is the Gumbel-sigmoid."""
+    return (logits + u.log() - (1.0 - u).log()) / tau
+
+
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    """sigmoid'(x), with full relative accuracy at both ends."""
+    return torch.sigmoid(x) * torch.sigmoid(-x)
 
 
 def hard(logits: Tensor, u: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ def mask_value(logits: Tensor, draw: Draw, i: int) -> tuple[Tensor, Tensor]:
     if mode in GUMBEL_MODES:
         u = _noise(logits, draw, i)
         keep = hard(logits, u)
-        return (keep.float() if mode == Mode.GUMBEL_HARD else _soft(logits, u, draw.tau)), keep
+        return (keep.float() if mode == Mode.GUMBEL_HARD else torch.sigmoid(_soft_argument(logits, u, draw.tau))), keep
     if mode == Mode.KEEP:
         keep = logits >= 0
     elif mode == Mode.THRESHOLD:
@@ -107,8 +112,8 @@ def sample_reference(
 def _logits_gradient(grad: Tensor, logits: Tensor, weight: Tensor, draw: Draw, i: int) -> Tensor:
     """d loss / d logits of tensor i without the regulariser, fp32."""
     if draw.mode in GUMBEL_MODES:
-        soft = _soft(logits, _noise(logits, draw, i), draw.tau)
-        return grad * weight.to(logits.dtype) * (soft * (1.0 - soft) / draw.tau)
+        argument = _soft_argument(logits, _noise(logits, draw, i), draw.tau)
+        return grad * weight.to(logits.dtype) * (_sigmoid_slope(argument) / draw.tau)
     if draw.mode in (Mode.THRESHOLD, Mode.TERNARY):
         return grad * weight.to(logits.dtype)
     if draw.mode == Mode.EDIT:
@@ -118,8 +123,7 @@ def _logits_gradient(grad: Tensor, logits: Tensor, weight: Tensor, draw: Draw, i
 
 def _penalty_gradient(logits: Tensor, mode: int, total: int) -> Tensor | float:
     if mode in GUMBEL_MODES:
-        keep = torch.sigmoid(logits)
-        return keep * (1.0 - keep) / total
+        return _sigmoid_slope(logits) / total
     if mode == Mode.EDIT:
         return -torch.sign(logits) * torch.exp(-logits.abs()) / total
     return 0.0
@@ -139,8 +143,9 @@ def sample_backward_reference(
             d = d + grad_penalty * _penalty_gradient(dense, draw.mode, total)
             dlogits.append(torch.empty_like(scores).copy_(d))
         if need_weights:
-            value, _ = mask_value(scores, draw, i)
-            dweights.append(torch.empty_like(weight).copy_(g * value))
+            value, keep = mask_value(scores, draw, i)
+            chosen = draw.mode in (Mode.GUMBEL_HARD, Mode.KEEP, Mode.THRESHOLD)  # 0 where dropped, were g infinite
+            dweights.append(torch.empty_like(weight).copy_(torch.where(keep, g, 0.0) if chosen else g * value))
     return dlogits, dweights
 
 

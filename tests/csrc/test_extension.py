@@ -183,6 +183,11 @@ def test_sixteen_bit_edge_values_survive() -> None:
             assert torch.equal(got.nan_to_num(nan=3.0), values.to(dtype).nan_to_num(nan=3.0))
 
 
+def test_infinite_logits_keep_or_drop_for_good(infinite_logits: Callable[[str], None]) -> None:
+    with dwm_fast.use_backend("cpp"):
+        infinite_logits("cpu")
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_backward_matches_fp64(oracle: Any, mode: int, order: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import dwm_fast
 from dwm_fast.kernels import _pointers, _tables
 from dwm_fast.kernels._launch import Launch, override_launch
 from dwm_fast.kernels.sample import sample, sample_backward
@@ -273,6 +274,11 @@ def test_extreme_logits(device):
     dlogits, _ = net.backward(HARD)
     assert dlogits[0].isfinite().all()
     assert net.sample(SOFT)[0][0].isfinite().all()
+
+
+def test_infinite_logits_keep_or_drop_for_good(device, infinite_logits):
+    with dwm_fast.use_backend("triton"):
+        infinite_logits(device)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import dwm_fast
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
@@ -148,6 +149,26 @@ def test_straight_through_gradients_by_hand(mode, threshold, dlogits, dweights):
     out[0].backward(torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0]))
     assert logits.grad.tolist() == dlogits
     assert weight.grad.tolist() == dweights
+
+
+def test_infinite_logits_keep_or_drop_for_good(infinite_logits):
+    infinite_logits("cpu")
+
+
+@pytest.mark.parametrize("layer", [-1, 2**32, 2**63 - 1])
+def test_a_layer_that_is_no_counter_word_is_refused_whoever_computes(layer):
+    one, state, tau = torch.ones(2, 2), _state(), _tau()
+    calls = [
+        lambda: ops.random_words(4, state, layer),
+        lambda: ops.sample([one], [one], state, tau, layers=[layer]),
+        lambda: torch.ops.dwm_fast.sample([one], [one], state, tau, [layer], [0.0], 0, 0, None, False),
+        lambda: ops.linear(one, one, one, None, state, tau, layer=layer),
+        lambda: ops.kernel_soft([one], [one], state, layers=[layer]),
+    ]
+    for backend in ("reference", None):
+        for call in calls:
+            with dwm_fast.use_backend(backend), pytest.raises(InputError, match=r"from 0 to 2\^32 - 1"):
+                call()
 
 
 @pytest.mark.parametrize("hard", [True, False])
