@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dwm_fast.errors import DataError, InputError
+from dwm_fast.pacs.checkpoints import check_values, fitted, read_checkpoint
 
 SMALL = "small"
 """Name of the built-in residual network for the procedural images."""
@@ -107,40 +106,15 @@ class LoadReport:
         flags = [g for _, g in self._named()]
         return f"{sum(flags)} of {len(flags)} tensors; fresh: {', '.join(fresh) or 'nothing'}"
 
+    def left_over(self) -> str:
+        """One line on what of the checkpoint was not used; empty where all of it was."""
+        parts = list(dict.fromkeys(name.partition(".")[0] for name in self.unused))
+        return f"{len(self.unused)} of its tensors were not used: {', '.join(parts)}" if parts else ""
+
     def _named(self) -> list[tuple[str, bool]]:
         """(name, whether it was given); batch norm's step counters, which many checkpoints lack, say nothing."""
         named = [(name, True) for name in self.loaded] + [(name, False) for name in self.fresh]
         return [(name, given) for name, given in named if not name.endswith("num_batches_tracked")]
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors file or a torch file that holds tensors only; never unpickles code.
-
-    A nested "state_dict" or "model" entry and the prefix "module." are understood. Raises DataError.
-    """
-    path = Path(path)
-    found: Any
-    try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"weights: there is no file {path}; give a .safetensors or .pth file") from error
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"weights: {path} is no file of tensors alone, and nothing else is unpickled; save one with "
-            "torch.save(model.state_dict(), ...)"
-        ) from error
-    except Exception as error:  # bytes that are no pickle fail in as many ways as the unpickler has lines
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise DataError(f"weights: {path} cannot be read as a file of tensors: {reason}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not any(isinstance(v, Tensor) for v in found.values()):
-        raise DataError(f"weights: {path} holds no state dict; save one with torch.save(model.state_dict(), ...)")
-    return {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
 
 
 def torchvision_weights(name: str) -> dict[str, Tensor]:
@@ -182,27 +156,49 @@ def load_weights(model: nn.Module, weights: str | Path, backbone: str = "") -> L
         backbone: the network's name in torchvision.
 
     A checkpoint that covers only some layers is accepted and reported. Raises DataError, with `model` as it was,
-    when it is of another network: a tensor of another shape outside the last layer, or fewer than half of its
-    tensors known.
+    when it is of another network (a tensor of another shape outside the last layer, tensors inside a part of this one
+    that has no place for them, or fewer than half of its tensors known), and for tensors that `checkpoints` refuses.
     """
-    given = torchvision_weights(backbone) if weights == TORCHVISION else read_checkpoint(weights)
     own = model.state_dict()
     head = _last_layer(model)
+    read = torchvision_weights(backbone) if weights == TORCHVISION else read_checkpoint(weights)
+    given = fitted(read, own, str(weights))
     known = [name for name in given if name in own]
-    wrong = [n for n in known if given[n].shape != own[n].shape and n.rpartition(".")[0] != head]
-    if wrong or not known or 2 * len(known) < len(given):
-        first = next((n for n in given if n not in own), "")
-        reason = (
-            f"'{wrong[0]}' is {tuple(given[wrong[0]].shape)} there and {tuple(own[wrong[0]].shape)} here"
-            if wrong
-            else f"only {len(known)} of its {len(given)} tensors are known here ('{first}' is not)"
-        )
-        raise DataError(f"weights: {weights} is of another network: {reason}; choose the backbone it was saved from")
     fitting = [name for name in known if given[name].shape == own[name].shape]
+    reason = _of_another_network(given, own, known, head)
+    if reason:
+        raise DataError(f"weights: {weights} is of another network: {reason}; choose the backbone it was saved from")
+    check_values({name: given[name] for name in fitting}, own, str(weights))
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(given[name])
     return LoadReport(fitting, [n for n in own if n not in set(fitting)], [n for n in given if n not in set(fitting)])
+
+
+def _of_another_network(given: Mapping[str, Tensor], own: Mapping[str, Tensor], known: list[str], head: str) -> str:
+    """Why the tensors are not this network's; empty where they are."""
+    wrong = [n for n in known if given[n].shape != own[n].shape and n.rpartition(".")[0] != head]
+    if wrong:
+        return f"'{wrong[0]}' is {tuple(given[wrong[0]].shape)} there and {tuple(own[wrong[0]].shape)} here"
+    if not known or 2 * len(known) < len(given):
+        first = next((n for n in given if n not in own), "")
+        return f"only {len(known)} of its {len(given)} tensors are known here ('{first}' is not)"
+    inside = [name for name in given if name not in own and _inside(name, own, head)]
+    if inside:
+        return f"'{inside[0]}' and {len(inside) - 1} more of its tensors have no place here, as in a larger network"
+    return ""
+
+
+def _inside(name: str, own: Iterable[str], head: str) -> bool:
+    """Whether a tensor unknown here belongs to a part of the network that is known: 'layer1.2.conv1' beside 'layer1.1'.
+
+    Not so the parts of the head, which is another one anyway, and counters that say nothing.
+    """
+    first = name.partition(".")[0]
+    parts = {one.partition(".")[0] for one in own}
+    stem = first.rstrip("0123456789")
+    sibling = stem != first and any(part.rstrip("0123456789") == stem for part in parts)
+    return (first in parts or sibling) and first != head.partition(".")[0] and not name.endswith("num_batches_tracked")
 
 
 def _last_layer(model: nn.Module) -> str:

@@ -25,6 +25,8 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
     weights = study.weights_report()
     if weights is not None:
         _line(console, f"weights: from {config.weights}, {weights.summary()}")
+        if weights.left_over():
+            _line(console, f"weights: {weights.left_over()}")
     begun = time.perf_counter()
     columns = (
         TextColumn("{task.description}", markup=False),
