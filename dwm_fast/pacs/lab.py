@@ -25,7 +25,7 @@ from dwm_fast.pacs.backbones import build_backbone, load_weights, weights_identi
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, fingerprint
 from dwm_fast.pacs.data.augment import epoch_batches, normalise, random_resized_crop_flip
-from dwm_fast.pacs.stages import Finished, StageFolder
+from dwm_fast.pacs.stages import Finished, StageFolder, check_finite
 
 _SHARED_SETTINGS = ("backbone", "image_size", "train_size", "crop_scale", "batch_size", "amp")
 _EVALUATION_BATCH = 128
@@ -119,6 +119,12 @@ class Lab:
             right += (output.argmax(1) == labels).sum()
             loss += F.cross_entropy(output.float(), labels, reduction="sum")
         return int(right) / len(chosen), float(loss) / len(chosen)
+
+    def accuracy(self, stage: str, model: nn.Module, domain: str) -> float:
+        """Accuracy on a domain's test images, for a stage; InputError where the loss there is not finite."""
+        accuracy, loss = self.evaluate(model, domain)
+        check_finite(stage, {f"the loss on {domain}": loss}, {})
+        return accuracy
 
     def sampled_loss(self, domain: str, key: int) -> Callable[[nn.Module], float]:
         """Network -> mean cross-entropy on a sample of a domain's training images, which `key` draws."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -82,7 +85,7 @@ class StageFolder:
             return None
         try:
             with safe_open(self.path(name), framework="pt") as file:
-                header = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+                header = {key: _strict(text) for key, text in (file.metadata() or {}).items()}
         except (OSError, SafetensorError, ValueError):
             return None
         return header if all(isinstance(header.get(key), dict) for key in ("figures", "settings")) else None
@@ -90,12 +93,53 @@ class StageFolder:
     def write(
         self, name: str, tensors: Mapping[str, Tensor], figures: dict[str, Any], settings: dict[str, Any], begun: float
     ) -> Finished:
-        """Keep a stage that began at `begun` (time.perf_counter), and return it as `read` would."""
+        """Keep a stage that began at `begun` (time.perf_counter), and return it as `read` would.
+
+        Raises InputError, with nothing kept, where a figure or a tensor is not finite: nothing is found out from it.
+        """
+        check_finite(name, figures, tensors)
         figures = {**figures, "seconds": time.perf_counter() - begun}
         plain = {key: tensor.contiguous() for key, tensor in tensors.items()}
         header = {"figures": json.dumps(figures), "settings": json.dumps(settings)}
         write_atomic(self.path(name), save(plain, metadata=header))
         return plain, json.loads(json.dumps(figures))
+
+
+def check_finite(stage: str, figures: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError, naming the first, where a stage's figures (nested ones too) or tensors are not finite."""
+    diverged = next(itertools.chain(_not_finite(figures), _not_finite_tensors(tensors)), None)
+    if diverged is not None:
+        raise InputError(
+            f"stage {stage}: {diverged} is not finite, so its training diverged; lower its rate (--source-lr, "
+            "--mask-lr, --tune-lr, or lr in the file of --config) or give --amp off; finished stages are kept"
+        )
+
+
+def _strict(text: str) -> Any:
+    """What strict JSON says. A stage with NaN was kept by an earlier release, and counts as broken."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _not_finite(figures: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the numbers in nested figures that are NaN or infinite."""
+    if isinstance(figures, Mapping):
+        for key, value in figures.items():
+            yield from _not_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(figures, (list, tuple)):
+        for value in figures:
+            yield from _not_finite(value, name)
+    elif isinstance(figures, float) and not math.isfinite(figures):
+        yield name
+
+
+def _not_finite_tensors(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            yield f"tensor {name}"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

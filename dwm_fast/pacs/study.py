@@ -179,7 +179,7 @@ class Study:
 
     def write(self, results: dict[str, Any]) -> None:
         """Write results.json, and after it the other `files`, each made when it is written."""
-        write_atomic(self.folder / "results.json", json.dumps(results, indent=1))
+        write_atomic(self.folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
         for name, content in self.files(results):
             write_atomic(self.folder / name, content)
 

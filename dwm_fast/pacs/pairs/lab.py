@@ -102,7 +102,7 @@ class PairLab(Lab):
             "coefficient": found.coefficient,
             "within_budget": found.within_budget,
             "history": found.history,
-            "source_accuracy": self.evaluate(model, source)[0],
+            "source_accuracy": self.accuracy(name, model, source),
         }
         packed = {}
         if found.keep is not None:
@@ -110,7 +110,7 @@ class PairLab(Lab):
             figures["kept"] = sum(kept for kept, _ in counts.values())
             figures["total"] = sum(total for _, total in counts.values())
             figures["layers"] = [{"name": n, "kept": k, "total": t} for n, (k, t) in counts.items()]
-            figures["masked_accuracy"] = self.evaluate(masked_view(model, model, found.keep), source)[0]
+            figures["masked_accuracy"] = self.accuracy(name, masked_view(model, model, found.keep), source)
             packed = {layer: ops.pack([mask]).cpu() for layer, mask in found.keep.items()}
         return self.stages.write(name, packed, figures, settings, begun)
 
@@ -170,12 +170,12 @@ class PairLab(Lab):
             "bn_policy": options.batch_norm,
             "lr": options.lr,
             "source_before": trained.figures["accuracy"],
-            "target_after": self.evaluate(model, run.target)[0],
+            "target_after": self.accuracy(name, model, run.target),
             "fraction_kept": found.fraction_kept if found is not None else 0.0,
         }
         views = {"shared": source_view(model, original, options.batch_norm)}
         if keep is not None:
             views["masked"] = masked_view(model, original, keep)
-        rows = [{**row, "view": v, "source_after": self.evaluate(net, run.source)[0]} for v, net in views.items()]
+        rows = [{**row, "view": v, "source_after": self.accuracy(name, net, run.source)} for v, net in views.items()]
         seconds = time.perf_counter() - begun
         return self.stages.write(name, {}, {"rows": [{**r, "seconds": seconds} for r in rows]}, settings, begun)
