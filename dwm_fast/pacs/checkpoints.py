@@ -159,7 +159,8 @@ def _weight_norm(g: Tensor, v: Tensor, name: str, source: str) -> Tensor:
         )
     if g.dim() == 0:
         return v * (g / v.norm())
-    return torch._weight_norm(v, g, dims[0] if dims else 0)
+    weight: Tensor = torch._weight_norm(v, g, dims[0] if dims else 0)
+    return weight
 
 
 def check_values(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
