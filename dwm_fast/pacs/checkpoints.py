@@ -157,9 +157,8 @@ def _weight_norm(g: Tensor, v: Tensor, name: str, source: str) -> Tensor:
             f"weights: {source} computes '{name}' from tensors of {tuple(g.shape)} and {tuple(v.shape)}, which are no "
             "weight norm; save the plain weight (torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    if g.dim() == 0:
-        return v * (g / v.norm())
-    weight: Tensor = torch._weight_norm(v, g, dims[0] if dims else 0)
+    dim = dims[0] if dims else 0
+    weight: Tensor = v * (g / v.norm()) if g.dim() == 0 else torch._weight_norm(v, g, dim)
     return weight
 
 
