@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dwm_fast.ops.ways import slug as slug
+from dwm_fast.ops.measured import slug as slug
 
 from .measure import Budget, Case, Run, Way
 

@@ -28,6 +28,8 @@ import torch
 import dwm_fast
 from dwm_fast._files import cache_folder, write_atomic
 from dwm_fast.ops import ways
+from dwm_fast.ops.measured import TABLE_FORMAT, dtype_name, forget_tables, read_table, slug
+from dwm_fast.ops.problem import PACKED_ROWS, Problem
 
 from .machine import device_name, facts
 from .measure import Budget, Case, Run, Way, measure, require
@@ -78,7 +80,7 @@ def candidates(shape: Shape) -> list[Any]:
     if shape.m == 1:
         rows = [Tiles(16, 256, 1, splits=s, stages=2) for s in (1, 2, 4)]
         return [*rows, Tiles(16, 128, 1, splits=4), Tiles(64, 128, 16, splits=4)]
-    if shape.m > ways.PACKED_ROWS:
+    if shape.m > PACKED_ROWS:
         return [Tiles(128, 64, 128, num_warps=8), Tiles(64, 64, 64)]
     block_m = max(16, 1 << (shape.m - 1).bit_length())
     drawn = "packed" not in shape.op
@@ -86,10 +88,10 @@ def candidates(shape: Shape) -> list[Any]:
     return found if drawn else [*found, Tiles(64, 128, block_m, splits=4), Tiles(64, 128, block_m, splits=8)]
 
 
-def problem_of(shape: Shape, device: torch.device) -> ways.Problem:
+def problem_of(shape: Shape, device: torch.device) -> Problem:
     """The shape as the rule sees it."""
     m, k = (shape.m * shape.side**2, shape.k * shape.taps) if shape.taps > 1 else (shape.m, shape.k)
-    return ways.problem_on(shape.op, device, torch.bfloat16, torch.bfloat16, m, shape.n, k, False, shape.taps)
+    return Problem(shape.op, "cuda", torch.bfloat16, m, shape.n, k, taps=shape.taps, name=device_name(device))
 
 
 def operation(shape: Shape, device: torch.device) -> Callable[[], Any]:
@@ -168,11 +170,11 @@ def measured(shape: Shape, device: torch.device) -> dict[str, Any] | None:
     return row_of(problem_of(shape, device), seconds["staged"], seconds[str(fastest)], fastest)
 
 
-def row_of(problem: ways.Problem, staged: float, one_pass: float, tiles: Any) -> dict[str, Any]:
+def row_of(problem: Problem, staged: float, one_pass: float, tiles: Any) -> dict[str, Any]:
     """A row of the table, from seconds."""
     return {
         "op": problem.op,
-        "dtype": ways.dtype_name(problem),
+        "dtype": dtype_name(problem),
         "taps": problem.taps,
         "m": problem.m,
         "n": problem.n,
@@ -186,14 +188,14 @@ def row_of(problem: ways.Problem, staged: float, one_pass: float, tiles: Any) ->
 def save(rows: Sequence[dict[str, Any]], device: torch.device, paths: Sequence[Path], commit: str) -> None:
     """Write the table; rows of another measurement in the same file give way to those of the same problem."""
     new = {tuple(row[field] for field in _KEY) for row in rows}
-    about = {"format": ways.TABLE_FORMAT, "commit": commit, **facts(device)}
+    about = {"format": TABLE_FORMAT, "commit": commit, **facts(device)}
     for path in paths:
         kept: list[dict[str, Any]] = []
         with contextlib.suppress(OSError, ValueError):
-            kept = [row for row in ways.read_table(path) if tuple(row[field] for field in _KEY) not in new]
+            kept = [row for row in read_table(path) if tuple(row[field] for field in _KEY) not in new]
         lines = ",\n".join(json.dumps(row) for row in [*kept, *rows])
         write_atomic(path, f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
-    ways.forget_tables()
+    forget_tables()
 
 
 def tune(
@@ -222,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks: tune measures a GPU and torch sees none", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    name, cache = f"dispatch-{ways.slug(device_name(device))}.json", cache_folder()
+    name, cache = f"dispatch-{slug(device_name(device))}.json", cache_folder()
     folders = [*([cache] if cache else []), *([options.out] if options.out else [])]
     shapes = grid()
     for number, row in enumerate(tune(device, shapes, options.seconds, [f / name for f in folders], options.commit), 1):

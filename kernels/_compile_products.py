@@ -11,7 +11,7 @@ from dwm_fast.kernels import conv, linear, linear_grad
 from dwm_fast.kernels._configuration import Configuration
 from dwm_fast.kernels._product_launch import ProductTiles, convolution_tiles, gradient_tiles, precision, product_tiles
 from dwm_fast.kernels._products import PACKED
-from dwm_fast.ops.ways import Problem
+from dwm_fast.ops.problem import Problem
 
 _FP32, _BF16 = torch.float32, torch.bfloat16
 _POINTER = {_FP32: "*fp32", _BF16: "*bf16"}

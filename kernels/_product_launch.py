@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwm_fast.ops import ways
+from dwm_fast.ops.measured import nearest
+from dwm_fast.ops.problem import PACKED_ROWS, Problem
 
 _PROGRAMS = 528
 """Programs to aim at, whatever the GPU: four for each of the 132 multiprocessors of an H200."""
@@ -64,13 +65,13 @@ def override_product(tiles: ProductTiles | None = None, *, wide: bool = False) -
         _tiles, _wide = before
 
 
-def product_tiles(problem: ways.Problem, back: bool) -> ProductTiles:
+def product_tiles(problem: Problem, back: bool) -> ProductTiles:
     """Tiles of `masked_product_kernel`; `back`: the sum is over N and the outputs are K."""
     given = _tiles or _measured(problem)
     if given is not None:
         return given
     chosen = _product_by_size(problem, back)
-    if problem.m > ways.PACKED_ROWS:
+    if problem.m > PACKED_ROWS:
         return chosen
     outputs, summed = (problem.k, problem.n) if back else (problem.n, problem.k)
     block_r, block_c = (chosen.block_k, chosen.block_n) if back else (chosen.block_n, chosen.block_k)
@@ -79,7 +80,7 @@ def product_tiles(problem: ways.Problem, back: bool) -> ProductTiles:
     return dataclasses.replace(chosen, splits=max(splits, 1))
 
 
-def _product_by_size(problem: ways.Problem, back: bool) -> ProductTiles:
+def _product_by_size(problem: Problem, back: bool) -> ProductTiles:
     rows, whole = problem.m, problem.k % (32 if problem.packed else 4) == 0
     if rows == 1:
         return ProductTiles(16, 128, 1, stages=4 if problem.packed and whole else 3)
@@ -90,12 +91,12 @@ def _product_by_size(problem: ways.Problem, back: bool) -> ProductTiles:
         return ProductTiles(64, 64 if whole else 32, block_m, stages=2)
     if problem.dtype == torch.float32 or back:
         return ProductTiles(64, 64, block_m)
-    if rows > ways.PACKED_ROWS:
+    if rows > PACKED_ROWS:
         return ProductTiles(128, 64, 128, num_warps=8)
     return ProductTiles(64, 128 if whole else 64, block_m)
 
 
-def gradient_tiles(problem: ways.Problem) -> ProductTiles:
+def gradient_tiles(problem: Problem) -> ProductTiles:
     """Tiles of `mask_gradient_kernel`."""
     given = _tiles or _measured(problem)
     if given is not None:
@@ -106,13 +107,13 @@ def gradient_tiles(problem: ways.Problem) -> ProductTiles:
     return ProductTiles(64, 64, block_m)
 
 
-def convolution_tiles(problem: ways.Problem, back: bool = False) -> ProductTiles:
+def convolution_tiles(problem: Problem, back: bool = False) -> ProductTiles:
     """Tiles of the kernels of `conv`: block_n outputs, block_k inputs, block_m pixels; at most four warps."""
     given = _tiles or _measured(problem) or _convolution_by_op(problem, back)
     return dataclasses.replace(given, block_m=max(given.block_m, 16), num_warps=min(given.num_warps, 4))
 
 
-def _convolution_by_op(problem: ways.Problem, back: bool) -> ProductTiles:
+def _convolution_by_op(problem: Problem, back: bool) -> ProductTiles:
     """The largest tiles that spill nowhere: sm_80, 90 and 100 with Triton 3.6 to 3.9."""
     if problem.dtype == torch.float32 and not problem.tf32:
         return ProductTiles(32, 32, 16, stages=2)
@@ -121,9 +122,9 @@ def _convolution_by_op(problem: ways.Problem, back: bool) -> ProductTiles:
     return ProductTiles(32, 64, 32, stages=1) if back else ProductTiles(64, 32, 16, stages=2)
 
 
-def _measured(problem: ways.Problem) -> ProductTiles | None:
+def _measured(problem: Problem) -> ProductTiles | None:
     """The tiles that `benchmarks.tune` found best for the nearest shape, if it measured one."""
-    row = ways.nearest(problem)
+    row = nearest(problem)
     return ProductTiles(**row["tiles"]) if row is not None and "tiles" in row else None
 
 
@@ -144,12 +145,12 @@ def run_of(size: int) -> int:
     return _RUN if size % _RUN == 0 else 1
 
 
-def packed_words(bits: Tensor) -> Tensor:
-    """A packed buffer as int32 words, copied only where it is not whole aligned words."""
-    whole = bits.is_contiguous() and bits.storage_offset() % 4 == 0
-    return (bits if whole else bits.contiguous().clone()).view(torch.int32)
+def words_of(bits: Tensor) -> Tensor:
+    """Packed bits, one buffer or rows of them that may lie apart, as int32 words; copied only where not aligned."""
+    whole = bits.stride(-1) == 1 and all(s % 4 == 0 for s in (*bits.stride()[:-1], bits.storage_offset()))
+    return (bits if whole else bits.clone(memory_format=torch.contiguous_format)).view(torch.int32)
 
 
-def precision(problem: ways.Problem) -> str:
+def precision(problem: Problem) -> str:
     """How fp32 operands are multiplied, in Triton's words."""
     return "tf32" if problem.tf32 else "ieee"

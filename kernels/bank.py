@@ -10,7 +10,6 @@ so that the weight is read once for all of them; with many, a program has a tile
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dwm_fast.errors import Unsupported
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
+from dwm_fast.kernels._product_launch import words_of
 from dwm_fast.kernels._products import product
 from dwm_fast.kernels._tables import TL_DTYPES
-from dwm_fast.ops.bank import bank_conv2d_reference, bank_linear_reference
-from dwm_fast.ops.ways import matmul_tf32
+from dwm_fast.ops.geometry import Geometry
+from dwm_fast.ops.problem import FLOATS, matmul_tf32
 
 
 @triton.jit
@@ -190,17 +191,15 @@ def override_tiles(tiles: Tiles):
 
 
 def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:
-    """The operation of the same name; fp64 and mixed dtypes that the kernels do not know go to the reference."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype not in TL_DTYPES:
-        return bank_linear_reference(x, weight, bits, bias, offsets, samples)
+    """The operation of the same name; fp64 and very wide weights are left to the reference."""
     n, k = weight.shape
-    if k > _MAX_K:
-        return bank_linear_reference(x, weight, bits, bias, offsets, samples)
+    if x.dtype not in FLOATS or weight.dtype not in TL_DTYPES or k > _MAX_K:
+        raise Unsupported
     rows = x.reshape(-1, k).contiguous()
     y = _tables.empty((rows.shape[0], n), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y.view(*x.shape[:-1], n)
-    words = _words(bits)
+    words = words_of(bits)
     tiles = tiles_for(rows.shape[0], bits.shape[0], k, torch.promote_types(x.dtype, weight.dtype))
     constants = {
         "HAS_BIAS": bias is not None, "ALIGNED": k % 32 == 0, "PRECISION": _precision(x),
@@ -223,27 +222,17 @@ def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, of
 
 
 def bank_conv2d(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    """The operation of the same name, as a linear map of unfolded windows; grouped ones go to the reference."""
-    if groups != 1 or not x.numel():
-        return bank_conv2d_reference(x, weight, bits, bias, offsets, samples, stride, padding, dilation, groups)
-    out, _, height, width = weight.shape
-    sizes = [
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
-    ]
-    windows = F.unfold(x, (height, width), list(dilation), list(padding), list(stride)).transpose(1, 2)
-    y = bank_linear(windows, weight.reshape(out, -1), bits, bias, offsets, samples)
-    y = y.view(x.shape[0], *sizes, out).permute(0, 3, 1, 2)
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int, geometry: Geometry
+) -> Tensor:
+    """The operation of the same name, as a linear map of unfolded windows; grouped ones are left to the reference."""
+    if geometry.groups != 1 or not x.numel():
+        raise Unsupported
+    stride, padding, dilation, _ = geometry.flat()
+    windows = F.unfold(x, tuple(weight.shape[2:]), dilation, padding, stride).transpose(1, 2)
+    y = bank_linear(windows, weight.reshape(weight.shape[0], -1), bits, bias, offsets, samples)
+    y = y.view(x.shape[0], *geometry.output(x.shape, weight.shape), weight.shape[0]).permute(0, 3, 1, 2)
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y if last else y.contiguous()
-
-
-def _words(bits: Tensor) -> Tensor:
-    """Bits (D, nbytes) as int32 (D, nbytes / 4), copied only where rows are not whole aligned words."""
-    whole = bits.stride(1) == 1 and bits.stride(0) % 4 == 0 and bits.storage_offset() % 4 == 0
-    return (bits if whole else bits.contiguous()).view(torch.int32)
 
 
 def _precision(x: Tensor) -> str:

@@ -19,21 +19,15 @@ from dwm_fast.kernels._math import narrow
 from dwm_fast.kernels._product_launch import (
     ProductTiles,
     index_dtype,
-    packed_words,
     precision,
     product_tiles,
     run_of,
+    words_of,
 )
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, activated, load_tile, masked_tile, product
 from dwm_fast.kernels.philox import seed_and_step
-from dwm_fast.ops.linear import (
-    ACTIVATIONS,
-    linear_input_grad_reference,
-    linear_packed_input_grad_reference,
-    linear_packed_reference,
-    linear_reference,
-)
-from dwm_fast.ops.ways import Problem, matmul_tf32, one_pass, problem_on
+from dwm_fast.ops.draw import Draw
+from dwm_fast.ops.problem import ACTIVATIONS, Problem
 
 
 @triton.jit(do_not_specialize=["layer", "step_offset"])
@@ -156,16 +150,15 @@ def product_constants(
 
 
 def multiply(
-    problem: Problem, x: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None, noise: tuple[Tensor, Tensor],
-    rule: tuple[int, float, int, int], back: bool, activation: int = 0,
+    problem: Problem, x: Tensor, weight: Tensor, source: Tensor, bias: Tensor | None, draw: Draw, back: bool,
+    activation: int = 0,
 ) -> Tensor:  # fmt: skip
-    """x (M, C) times the masked weight -> (M, R); rule: layer, threshold, mode, step offset."""
+    """x (M, C) times the masked weight -> (M, R); `source` is the logits, or the words of packed bits."""
     (n, k), m = weight.shape, problem.m
     outputs = k if back else n
     y = _tables.empty((m, outputs), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    layer, threshold, mode, step_offset = rule
     tiles = product_tiles(problem, back)
     block_r, block_c = (tiles.block_k, tiles.block_n) if back else (tiles.block_n, tiles.block_k)
     strides = (*weight.stride(), *(source.stride() if source.dim() == 2 else (0, 0)))
@@ -173,16 +166,17 @@ def multiply(
         (block_c, tiles.block_m, x.stride(1), x.stride(0)), (tiles.block_n, tiles.block_k, *strides[:2]),
         (tiles.block_n, tiles.block_k, *strides[2:]), (tiles.block_n, tiles.block_k, k, 1),
     )  # fmt: skip
-    words = source.numel() if mode == PACKED.value else 0
+    words = source.numel() if draw.mode == PACKED.value else 0
     parts, start = y, y if bias is None else bias.contiguous()
     if tiles.splits > 1:
         parts = _tables.empty((tiles.splits, m, outputs), dtype=torch.float32, device=x.device)
-    constants = product_constants(problem, tiles, mode, back, bias is not None, activation, index)
+    constants = product_constants(problem, tiles, draw.mode, back, bias is not None, activation, index)
     grid = (triton.cdiv(outputs, block_r) * triton.cdiv(m, tiles.block_m), tiles.splits)
     with _tables.device_guard(x.device):
         masked_product_kernel[grid](
-            x, weight, source, start, parts, *noise, m, n, k, words, *x.stride(), *strides, m * outputs,
-            *parts.stride()[-2:], layer, threshold, step_offset, **constants, num_warps=tiles.num_warps, **OPTIONS,
+            x, weight, source, start, parts, draw.rng_state, draw.tau, m, n, k, words, *x.stride(), *strides,
+            m * outputs, *parts.stride()[-2:], draw.layers[0], draw.thresholds[0], draw.step_offset, **constants,
+            num_warps=tiles.num_warps, **OPTIONS,
         )  # fmt: skip
         if tiles.splits > 1:
             parts_kernel[(triton.cdiv(y.numel(), PARTS_BLOCK),)](
@@ -197,57 +191,28 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def linear_problem(op: str, x: Tensor, weight: Tensor) -> Problem:
-    """What the rule of ways decides about."""
-    m, (n, k) = math.prod(x.shape[:-1]), weight.shape
-    return problem_on(op, x.device, x.dtype, weight.dtype, m, n, k, matmul_tf32())
-
-
-def from_bits(x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, float, int, int]]:
-    """Noise, never read, and rule of a product from packed bits."""
-    return (x, x), (0, 0.0, PACKED.value, 0)
-
-
-def linear(
-    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor, layer: int,
-    threshold: float, mode: int, step_offset: int,
-) -> Tensor:  # fmt: skip
-    """The operation of the same name, in the way that the rule chooses."""
-    problem = linear_problem("linear", x, weight)
-    if logits.dtype != torch.float32 or not one_pass(problem):
-        return linear_reference(x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset)
-    rule = (layer, threshold, mode, step_offset)
-    y = multiply(problem, rows_of(x), weight, logits, bias, (rng_state, tau), rule, False)
+def linear(problem: Problem, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, draw: Draw) -> Tensor:
+    """The operation of the same name."""
+    y = multiply(problem, rows_of(x), weight, logits, bias, draw, False)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The operation of the same name, in the way that the rule chooses."""
-    problem = linear_problem("linear_packed", x, weight)
-    if not one_pass(problem):
-        return linear_packed_reference(x, weight, bits, bias, activation)
-    which = list(ACTIVATIONS).index(activation)
-    y = multiply(problem, rows_of(x), weight, packed_words(bits), bias, *from_bits(x), False, which)
+def linear_packed(
+    problem: Problem, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """The operation of the same name."""
+    which, words = ACTIVATIONS.index(activation), words_of(bits)
+    y = multiply(problem, rows_of(x), weight, words, bias, Draw.from_bits(x), False, which)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def linear_input_grad(
-    grad: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
-    mode: int, step_offset: int,
-) -> Tensor:  # fmt: skip
-    """The operation of the same name, in the way that the rule chooses."""
-    problem = linear_problem("linear_input_grad", grad, weight)
-    if logits.dtype != torch.float32 or not one_pass(problem):
-        return linear_input_grad_reference(grad, weight, logits, rng_state, tau, layer, threshold, mode, step_offset)
-    rule = (layer, threshold, mode, step_offset)
-    dx = multiply(problem, rows_of(grad), weight, logits, None, (rng_state, tau), rule, True)
+def linear_input_grad(problem: Problem, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+    """The operation of the same name."""
+    dx = multiply(problem, rows_of(grad), weight, logits, None, draw, True)
     return dx.view(*grad.shape[:-1], weight.shape[1])
 
 
-def linear_packed_input_grad(grad: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
-    """The operation of the same name, in the way that the rule chooses."""
-    problem = linear_problem("linear_packed_input_grad", grad, weight)
-    if not one_pass(problem):
-        return linear_packed_input_grad_reference(grad, weight, bits)
-    dx = multiply(problem, rows_of(grad), weight, packed_words(bits), None, *from_bits(grad), True)
+def linear_packed_input_grad(problem: Problem, grad: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    """The operation of the same name."""
+    dx = multiply(problem, rows_of(grad), weight, words_of(bits), None, Draw.from_bits(grad), True)
     return dx.view(*grad.shape[:-1], weight.shape[1])

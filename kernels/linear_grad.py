@@ -14,12 +14,12 @@ from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
 from dwm_fast.kernels._masks import logit_gradient, weight_gradient
 from dwm_fast.kernels._math import narrow
-from dwm_fast.kernels._product_launch import ProductTiles, gradient_tiles, index_dtype, packed_words, precision, run_of
+from dwm_fast.kernels._product_launch import ProductTiles, gradient_tiles, index_dtype, precision, run_of, words_of
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, kept_tile, load_tile, noise_tile, product
-from dwm_fast.kernels.linear import linear_problem, rows_of
+from dwm_fast.kernels.linear import rows_of
 from dwm_fast.kernels.philox import seed_and_step
-from dwm_fast.ops.linear import linear_mask_grad_reference, linear_packed_weight_grad_reference
-from dwm_fast.ops.ways import Problem, one_pass
+from dwm_fast.ops.draw import Draw
+from dwm_fast.ops.problem import Problem
 
 
 @triton.jit(do_not_specialize=["layer", "step_offset"])
@@ -93,12 +93,11 @@ def gradient_constants(
 
 
 def gradients(
-    problem: Problem, grad: Tensor, x: Tensor, weight: Tensor, source: Tensor, noise: tuple[Tensor, Tensor],
-    rule: tuple[int, float, int, int], need_logits: bool, need_weight: bool,
+    problem: Problem, grad: Tensor, x: Tensor, weight: Tensor, source: Tensor, draw: Draw, need_logits: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of logits and weight; rule: layer, threshold, mode, step offset."""
+    """Gradients of logits and weight; `source` is the logits, or the words of packed bits."""
     (n, k), m = weight.shape, problem.m
-    layer, threshold, mode, step_offset = rule
     dsource, dweight = empty_like(source, need_logits), empty_like(weight, need_weight)
     if not weight.numel() or not (need_logits or need_weight):
         return dsource, dweight
@@ -111,34 +110,24 @@ def gradients(
     )  # fmt: skip
     with _tables.device_guard(x.device):
         mask_gradient_kernel[(triton.cdiv(n, block_n) * triton.cdiv(k, block_k),)](
-            grad, x, weight, source, dsource, dweight, *noise, m, n, k, source.numel() if mode == PACKED.value else 0,
-            *grad.stride(), *x.stride(), *(s for pair in strides for s in pair), layer, threshold, step_offset,
-            **gradient_constants(problem, tiles, mode, need_logits, need_weight, index), num_warps=tiles.num_warps,
-            **OPTIONS,
+            grad, x, weight, source, dsource, dweight, draw.rng_state, draw.tau, m, n, k,
+            source.numel() if draw.mode == PACKED.value else 0, *grad.stride(), *x.stride(),
+            *(s for pair in strides for s in pair), draw.layers[0], draw.thresholds[0], draw.step_offset,
+            **gradient_constants(problem, tiles, draw.mode, need_logits, need_weight, index),
+            num_warps=tiles.num_warps, **OPTIONS,
         )  # fmt: skip
     return dsource, dweight
 
 
 def linear_mask_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
-    threshold: float, mode: int, step_offset: int, need_logits: bool, need_weight: bool,
+    problem: Problem, grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, need_logits: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The operation of the same name, in the way that the rule chooses."""
-    problem = linear_problem("linear_mask_grad", x, weight)
-    if logits.dtype != torch.float32 or not one_pass(problem):
-        return linear_mask_grad_reference(
-            grad, x, weight, logits, rng_state, tau, layer, threshold, mode, step_offset, need_logits, need_weight
-        )
-    rule = (layer, threshold, mode, step_offset)
-    return gradients(
-        problem, rows_of(grad), rows_of(x), weight, logits, (rng_state, tau), rule, need_logits, need_weight
-    )
+    """The operation of the same name."""
+    return gradients(problem, rows_of(grad), rows_of(x), weight, logits, draw, need_logits, need_weight)
 
 
-def linear_packed_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
-    """The operation of the same name, in the way that the rule chooses."""
-    problem = linear_problem("linear_packed_weight_grad", x, weight)
-    if not one_pass(problem):
-        return linear_packed_weight_grad_reference(grad, x, weight, bits)
-    rule, words = (0, 0.0, PACKED.value, 0), packed_words(bits)
-    return gradients(problem, rows_of(grad), rows_of(x), weight, words, (grad, grad), rule, False, True)[1]
+def linear_packed_weight_grad(problem: Problem, grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    """The operation of the same name."""
+    words, draw = words_of(bits), Draw.from_bits(grad)
+    return gradients(problem, rows_of(grad), rows_of(x), weight, words, draw, False, True)[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -12,17 +11,10 @@ from torch import nn
 from dwm_fast.errors import BackendUnavailable, InputError
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.packed import PackedConv2d, PackedLayer, PackedLinear
-from dwm_fast.ops import backends
+from dwm_fast.ops import backends, padded
 from dwm_fast.ops.autocast import autocast_dtype
-from dwm_fast.ops.ways import (
-    STAGED,
-    Choice,
-    Problem,
-    choose,
-    convolution_tf32,
-    matmul_tf32,
-    problem_on,
-)
+from dwm_fast.ops.geometry import Geometry
+from dwm_fast.ops.ways import STAGED, Choice, choose_for
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,6 @@ class Explanation:
 
 _STAGED_ALONE = Choice(STAGED, "the layer makes its masked weight first and keeps it for the backward")
 _STAGED_TOGETHER = Choice(STAGED, "its masked model makes the masked weights of all layers at once")
-_ONE_WAY = Choice(STAGED, "the backend 'reference' computes it and has one way")
 
 
 def explain(layer: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype | None = None) -> Explanation:
@@ -97,39 +88,8 @@ def _choice(op: str, layer: MaskedLayer | PackedLayer, shape: Sequence[int], dty
         backend = backends.chosen(op, weight.device.type)
     except BackendUnavailable as error:
         return Choice(STAGED, str(error))
-    if backend == "reference":
-        return _ONE_WAY
-    compute = dtype or autocast_dtype(weight)
-    if backend == "cpp":
-        rows = math.prod(shape[:-1])
-        return choose(Problem(op, "cpu", weight.dtype if compute == torch.float32 else compute, rows, *weight.shape))
-    if weight.dim() == 2:
-        m, (n, k) = math.prod(shape[:-1]), weight.shape
-        return choose(problem_on(op, weight.device, compute, weight.dtype, m, n, k, matmul_tf32()))
-    assert isinstance(layer, (MaskedConv2d, PackedConv2d))
-    return choose(_convolution(op, layer, weight, shape, compute))
-
-
-def _convolution(
-    op: str, layer: MaskedConv2d | PackedConv2d, weight: torch.Tensor, shape: Sequence[int], dtype: torch.dtype
-) -> Problem:
-    left, right, top, bottom = layer._reversed_padding_repeated_twice
-    pixels = shape[0]
-    for size, window, padding, stride, dilation in zip(
-        shape[2:], weight.shape[2:], (top + bottom, left + right), layer.stride, layer.dilation, strict=True
-    ):
-        pixels *= max(0, (size + padding - dilation * (window - 1) - 1) // stride + 1)
-    out, inner, taps = weight.shape[0] // layer.groups, weight.shape[1], weight.shape[2] * weight.shape[3]
-    linear = taps == layer.groups == 1 and layer.stride == (1, 1) and not any((left, right, top, bottom))
-    return problem_on(
-        op.replace("conv2d", "linear") if linear else op,
-        weight.device,
-        dtype,
-        weight.dtype,
-        pixels,
-        out,
-        inner * taps,
-        convolution_tf32(),
-        taps,
-        layer.groups,
-    )
+    x = torch.empty(tuple(shape), dtype=dtype or autocast_dtype(weight), device="meta")
+    if not isinstance(layer, (MaskedConv2d, PackedConv2d)):
+        return choose_for(op, backend, x, weight)
+    x, padding = padded(x.contiguous(memory_format=torch.channels_last), layer)
+    return choose_for(op, backend, x, weight, None, Geometry(layer.stride, padding, layer.dilation, layer.groups))

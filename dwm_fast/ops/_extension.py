@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.errors import Unsupported
@@ -22,12 +20,14 @@ from dwm_fast.ops import _build
 
 _build.load("cpu")
 
-from dwm_fast.ops.bank import multiply_by_blocks, product_by_blocks, segments  # noqa: E402
+from dwm_fast.ops.bank import segments  # noqa: E402
 from dwm_fast.ops.bits import packed_nbytes  # noqa: E402 - only where the extension loads
+from dwm_fast.ops.blocks import multiply_by_blocks  # noqa: E402
 from dwm_fast.ops.draw import Draw  # noqa: E402
 from dwm_fast.ops.layout import COMBINATIONS, FLOATS, PACKABLE, in_order, known, order_of, restored  # noqa: E402
-from dwm_fast.ops.linear import ACTIVATIONS  # noqa: E402
-from dwm_fast.ops.ways import Problem, one_pass  # noqa: E402
+from dwm_fast.ops.linear import activated, rows_of  # noqa: E402
+from dwm_fast.ops.problem import Problem, cpu_problem  # noqa: E402
+from dwm_fast.ops.ways import one_pass  # noqa: E402
 
 TensorList = Sequence[Tensor]
 
@@ -188,37 +188,27 @@ def mask_adam(
     )  # fmt: skip
 
 
-def _reads_bits(x: Tensor, weight: Tensor, rows: int) -> bool:
-    """Whether `rows` rows of x of one domain are multiplied straight from bits."""
-    dtype = weight.dtype if x.dtype == torch.float32 else x.dtype
-    return rows > 0 and one_pass(Problem("linear_packed", "cpu", dtype, rows, *weight.shape))
-
-
 def _straight(rows: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, parts: Sequence[int], y: Tensor) -> None:
     """y[begin:end] = rows[begin:end] (W * bits[domain])^T + bias for every (domain, begin, end) of the flat `parts`."""
     shift = None if bias is None else bias.float().contiguous()
     _OPS.linear_packed.default(rows.contiguous(), weight.contiguous(), bits, shift, parts, y)
 
 
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def linear_packed(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    rows, network = _matrix(x), bits.contiguous().unsqueeze(0)
-    if not _reads_bits(x, weight, rows.shape[0]):
-        return ACTIVATIONS[activation](product_by_blocks(x, weight, network, bias))
-    y = torch.empty((rows.shape[0], weight.shape[0]), dtype=torch.float32)
-    _straight(rows, weight, network, bias, [0, 0, rows.shape[0]], y)
-    return ACTIVATIONS[activation](y.view(*x.shape[:-1], weight.shape[0]))
+def linear_packed(
+    problem: Problem, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    y = torch.empty((problem.m, weight.shape[0]), dtype=torch.float32)
+    if problem.m:
+        _straight(rows_of(x), weight, bits.contiguous().unsqueeze(0), bias, [0, 0, problem.m], y)
+    return activated(y.view(*x.shape[:-1], weight.shape[0]), activation)
 
 
 def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:
-    rows = _matrix(x)
+    rows = rows_of(x)
     y = x.new_empty((rows.shape[0], weight.shape[0]))
     few: list[int] = []
     many = []
-    reads = functools.cache(lambda count: _reads_bits(x, weight, count))
+    reads = functools.cache(lambda count: one_pass(cpu_problem("linear_packed", x, weight, count)))
     for domain, part in segments(offsets, rows.shape[0], samples):
         if reads(part.stop - part.start):
             few += [domain, part.start, part.stop]
@@ -229,14 +219,6 @@ def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, of
     if many:
         multiply_by_blocks(y, rows, weight, bits, bias, many)
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def conv2d_packed(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    masked = apply(bits, [weight])[0].to(x.dtype)
-    return F.conv2d(x, masked, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0, first: int = 0) -> Tensor:

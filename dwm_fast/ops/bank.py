@@ -18,11 +18,11 @@ from dwm_fast.ops import backends
 from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import packed_nbytes
+from dwm_fast.ops.blocks import bias_of, multiply_by_blocks
+from dwm_fast.ops.geometry import Geometry
+from dwm_fast.ops.problem import cpu_problem
 from dwm_fast.ops.registration import define
-from dwm_fast.ops.ways import LARGE_WEIGHT, Problem, one_pass
-
-_BLOCK_BYTES = 2 << 20
-_BLOCK_ROWS = 128
+from dwm_fast.ops.ways import LARGE_WEIGHT, one_pass
 
 
 def segments(offsets: Tensor, rows: int, samples: int) -> Iterator[tuple[int, slice]]:
@@ -34,10 +34,6 @@ def segments(offsets: Tensor, rows: int, samples: int) -> Iterator[tuple[int, sl
             yield domain, slice(bounds[domain] * scale, bounds[domain + 1] * scale)
 
 
-def _bias_of(bias: Tensor | None, domain: int) -> Tensor | None:
-    return bias[domain] if bias is not None and bias.dim() == 2 else bias
-
-
 def bank_linear_reference(
     x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int
 ) -> Tensor:
@@ -45,17 +41,6 @@ def bank_linear_reference(
     y = x.new_zeros((rows.shape[0], weight.shape[0]))
     multiply_by_blocks(y, rows, weight, bits, bias, list(segments(offsets, rows.shape[0], samples)))
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def multiply_by_blocks(
-    y: Tensor, rows: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, parts: list[tuple[int, slice]]
-) -> None:
-    """y[part] = rows[part] (W * bits[domain])^T + the domain's bias for each (domain, part), by torch's own product."""
-    for block, where in _row_blocks(weight):
-        for domain, part in parts:
-            masked = apply_bits(bits[domain, where], [weight[block]])[0].to(rows.dtype)
-            shift = _bias_of(bias, domain)
-            y[part, block] = F.linear(rows[part], masked, None if shift is None else shift[block])
 
 
 def is_large(weight: Tensor) -> bool:
@@ -78,51 +63,22 @@ def reads_bits(x: Tensor, weight: Tensor) -> bool:
     if not multiplies_bits(weight) or autocast_dtype(x) != torch.float32:
         return False
     rows = x.numel() // max(x.shape[-1], 1)
-    return rows > 0 and one_pass(Problem("linear_packed", "cpu", torch.float32, rows, *weight.shape))
-
-
-def product_by_blocks(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
-    """x (W * bits[0])^T + bias for one domain by torch's product, the masked weight never there as a whole if large."""
-    if len(_row_blocks(weight)) == 1:
-        return F.linear(x, apply_bits(bits[0], [weight])[0].to(x.dtype), bias)
-    rows = x.reshape(-1, x.shape[-1])
-    y = x.new_empty((rows.shape[0], weight.shape[0]))
-    multiply_by_blocks(y, rows, weight, bits, bias, [(0, slice(0, rows.shape[0]))])
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _row_blocks(weight: Tensor) -> list[tuple[slice, slice]]:
-    """Blocks of the weight's rows that stay in a CPU's cache while all domains use them, and their packed bytes.
-
-    A domain's part of a block is masked and multiplied before the next is touched. 2 MB was fastest of 0.5 to 8 MB
-    at 4096 x 4096, 16 domains of 4 rows, on an AMD EPYC with 32 MB of third-level cache. Blocks hold multiples of
-    128 rows, so that their bits begin at a 16-byte boundary and a product does not depend on the blocking.
-    """
-    n, k = weight.shape
-    nbytes = packed_nbytes(weight.numel())
-    per_row = k * weight.element_size()
-    rows = max(_BLOCK_BYTES // max(per_row, 1) // _BLOCK_ROWS, 1) * _BLOCK_ROWS
-    if weight.device.type != "cpu" or not weight.is_contiguous() or n * per_row <= 2 * _BLOCK_BYTES:
-        rows = max(n, 1)
-    starts = list(range(0, max(n - _BLOCK_ROWS, 0) + 1, rows))
-    bounds = zip(starts, [*starts[1:], n], strict=True)
-    return [(slice(i, j), slice(i * k // 8, j * k // 8 if j < n else nbytes)) for i, j in bounds]
+    return rows > 0 and one_pass(cpu_problem("linear_packed", weight, weight, rows))
 
 
 def bank_conv2d_reference(
     x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    geometry: Geometry,
 ) -> Tensor:  # fmt: skip
-    geometry = (list(stride), list(padding), list(dilation), groups)
     y: Tensor | None = None
     for domain, part in segments(offsets, x.shape[0], samples):
         masked = apply_bits(bits[domain], [weight])[0].to(x.dtype)
-        result = F.conv2d(x[part], masked, _bias_of(bias, domain), *geometry)
+        result = F.conv2d(x[part], masked, bias_of(bias, domain), *geometry.flat())
         if y is None:
             empty = result.new_zeros((x.shape[0], *result.shape[1:]))
             y = empty.contiguous(memory_format=_memory_format(result))
         y[part] = result
-    return F.conv2d(x, weight.to(x.dtype), _bias_of(bias, 0), *geometry) if y is None else y
+    return F.conv2d(x, weight.to(x.dtype), bias_of(bias, 0), *geometry.flat()) if y is None else y
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -134,9 +90,10 @@ def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _conv2d_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    *_, stride, padding, dilation, groups = rest
-    return F.conv2d(x, weight.to(x.dtype), None, list(stride), list(padding), list(dilation), groups)
+def _conv2d_fake(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int, geometry: Geometry
+) -> Tensor:
+    return F.conv2d(x, weight.to(x.dtype), None, *geometry.flat())
 
 
 define(
@@ -146,7 +103,7 @@ define(
 )
 define(
     "bank_conv2d(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor offsets, SymInt samples, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    f"{Geometry.SCHEMA}) -> Tensor",
     reference=bank_conv2d_reference,
     fake=_conv2d_fake,
 )
@@ -180,11 +137,11 @@ def bank_linear_backward_reference(
 
 def bank_conv2d_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor, samples: int,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     def of_part(g: Tensor, part: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            g, part, masked, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
+            g, part, masked, None, *geometry.flat()[:3], False, [0, 0], geometry.groups, [True, True, False]
         )
         return dx, dw
 
@@ -203,7 +160,7 @@ define(
 )
 define(
     "bank_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor offsets, SymInt samples, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> (Tensor, Tensor, Tensor)",
+    f"{Geometry.SCHEMA}) -> (Tensor, Tensor, Tensor)",
     reference=bank_conv2d_backward_reference,
     fake=_backward_fake,
 )
@@ -280,7 +237,6 @@ def bank_conv2d(
     `bank_linear` and torch's conv2d. Returns (B, O, H', W') in x's dtype and memory format.
     """
     _check(x.shape[0], weight, bits, bias, offsets, samples)
-    result: Tensor = torch.ops.dwm_fast.bank_conv2d(
-        x, weight, bits, bias, offsets, samples, list(stride), list(padding), list(dilation), groups
-    )
+    geometry = Geometry(stride, padding, dilation, groups)
+    result: Tensor = torch.ops.dwm_fast.bank_conv2d(x, weight, bits, bias, offsets, samples, *geometry.flat())
     return result

@@ -1,6 +1,7 @@
 """conv2d: convolution under a mask that is sampled (`conv2d`) or read from packed bits (`conv2d_packed`).
 
-As in `linear`, the backward passes are operations of their own and differentiable no further.
+As in `linear`: the references are the staged way, backends compute in one pass, and the backward passes are operations
+of their own, differentiable no further.
 """
 
 from __future__ import annotations
@@ -12,83 +13,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwm_fast.errors import InputError
 from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import check_length
-from dwm_fast.ops.linear import chain_rule, mask_grad_fake, masked_weight
+from dwm_fast.ops.draw import Draw
+from dwm_fast.ops.geometry import Geometry
+from dwm_fast.ops.linear import chain_rule, kept_weight, mask_grad_fake, masked_weight
 from dwm_fast.ops.registration import define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
 
 
 def conv2d_reference(
-    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor,
-    layer: int, threshold: float, mode: int, step_offset: int, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    masked = masked_weight(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, x.dtype)
-    return F.conv2d(x, masked, bias, list(stride), list(padding), list(dilation), groups)
+    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, draw: Draw, geometry: Geometry
+) -> Tensor:
+    return F.conv2d(x, masked_weight(weight, logits, draw, x.dtype), bias, *geometry.flat())
 
 
-def conv2d_packed_reference(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    masked = apply_bits(bits, [weight])[0].to(x.dtype)
-    return F.conv2d(x, masked, bias, list(stride), list(padding), list(dilation), groups)
+def conv2d_packed_reference(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    return F.conv2d(x, kept_weight(weight, bits, x.dtype), bias, *geometry.flat())
 
 
 def conv2d_input_grad_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
-    threshold: float, mode: int, step_offset: int, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    masked = masked_weight(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, x.dtype)
-    return _input_gradient(grad, x, masked, stride, padding, dilation, groups)
+    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, geometry: Geometry
+) -> Tensor:
+    return _input_gradient(grad, x, masked_weight(weight, logits, draw, x.dtype), geometry)
 
 
 def conv2d_mask_grad_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
-    threshold: float, mode: int, step_offset: int, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, need_logits: bool, need_weight: bool,
+    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, geometry: Geometry, need_logits: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dense = _weight_gradient(grad, x, weight, stride, padding, dilation, groups)
-    rule = (rng_state, tau, layer, threshold, mode, step_offset)
-    return chain_rule(dense, weight, logits, *rule, need_logits, need_weight)
+    return chain_rule(_weight_gradient(grad, x, weight, geometry), weight, logits, draw, need_logits, need_weight)
 
 
 def conv2d_packed_input_grad_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    masked = apply_bits(bits, [weight])[0].to(x.dtype)
-    return _input_gradient(grad, x, masked, stride, padding, dilation, groups)
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, geometry: Geometry
+) -> Tensor:
+    return _input_gradient(grad, x, kept_weight(weight, bits, x.dtype), geometry)
 
 
 def conv2d_packed_weight_grad_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    dense = _weight_gradient(grad, x, weight, stride, padding, dilation, groups)
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, geometry: Geometry
+) -> Tensor:
+    dense = _weight_gradient(grad, x, weight, geometry)
     return apply_bits(bits, [torch.empty_like(weight).copy_(dense)])[0]
 
 
-def _input_gradient(grad: Tensor, x: Tensor, masked: Tensor, *geometry: Any) -> Tensor:
+def _input_gradient(grad: Tensor, x: Tensor, masked: Tensor, geometry: Geometry) -> Tensor:
     """With the strides of torch.empty_like(x)."""
-    stride, padding, dilation, groups = geometry
+    *pairs, groups = geometry.flat()
     dx, _, _ = torch.ops.aten.convolution_backward(
-        grad, x, masked, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        grad, x, masked, None, *pairs, False, [0, 0], groups, [True, False, False]
     )
     like = torch.empty_like(x)
     result: Tensor = dx if dx.stride() == like.stride() else like.copy_(dx)
     return result
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Gradient of the masked weight; `weight` gives its shape and memory format."""
-    stride, padding, dilation, groups = geometry
+    *pairs, groups = geometry.flat()
     _, dense, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight.to(x.dtype), None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+        grad, x, weight.to(x.dtype), None, *pairs, False, [0, 0], groups, [False, True, False]
     )
     result: Tensor = dense
     return result
@@ -98,60 +84,60 @@ _NAMES = ("conv2d", "conv2d_input_grad", "conv2d_mask_grad")
 _PACKED_NAMES = ("conv2d_packed", "conv2d_packed_input_grad", "conv2d_packed_weight_grad")
 
 
-def _shape_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    return F.conv2d(x, weight.to(x.dtype), bias, list(stride), list(padding), list(dilation), groups)
+def _shape_fake(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    return F.conv2d(x, weight.to(x.dtype), bias, *how[-1].flat())
 
 
-_RULE = "Tensor rng_state, Tensor tau, int layer, float threshold, int mode, int step_offset"
-_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_HOW = f"{Draw.SCHEMA_OF_ONE}, {Geometry.SCHEMA}"
 
 define(
-    f"conv2d(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_RULE}, {_GEOMETRY}) -> Tensor",
+    f"conv2d(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_HOW}) -> Tensor",
     reference=conv2d_reference,
-    fake=lambda x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *geometry: _shape_fake(
-        x, weight, bias, *geometry
-    ),
+    operands=lambda x, weight, logits, bias, draw, geometry: (x, weight, logits, geometry),
+    fake=_shape_fake,
 )
 define(
-    f"conv2d_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, {_GEOMETRY}) -> Tensor",
+    f"conv2d_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_HOW}) -> Tensor",
     reference=conv2d_input_grad_reference,
+    operands=lambda grad, x, weight, logits, draw, geometry: (x, weight, logits, geometry),
     fake=lambda grad, x, *_: torch.empty_like(x),
 )
 define(
-    f"conv2d_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, {_GEOMETRY}, bool need_logits, "
+    f"conv2d_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_HOW}, bool need_logits, "
     "bool need_weight) -> (Tensor, Tensor)",
     reference=conv2d_mask_grad_reference,
+    operands=lambda grad, x, weight, logits, draw, geometry, *_: (x, weight, logits, geometry),
     fake=mask_grad_fake,
 )
 define(
-    f"conv2d_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    f"conv2d_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, {Geometry.SCHEMA}) -> Tensor",
     reference=conv2d_packed_reference,
-    fake=lambda x, weight, bits, bias, *geometry: _shape_fake(x, weight, bias, *geometry),
+    operands=lambda x, weight, bits, bias, geometry: (x, weight, None, geometry),
+    fake=_shape_fake,
 )
 define(
-    f"conv2d_packed_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {_GEOMETRY}) -> Tensor",
+    f"conv2d_packed_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {Geometry.SCHEMA}) -> Tensor",
     reference=conv2d_packed_input_grad_reference,
+    operands=lambda grad, x, weight, bits, geometry: (x, weight, None, geometry),
     fake=lambda grad, x, *_: torch.empty_like(x),
 )
 define(
-    f"conv2d_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {_GEOMETRY}) -> Tensor",
+    f"conv2d_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, {Geometry.SCHEMA}) -> Tensor",
     reference=conv2d_packed_weight_grad_reference,
+    operands=lambda grad, x, weight, bits, geometry: (x, weight, None, geometry),
     fake=lambda grad, x, weight, *_: torch.empty_like(weight),
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, logits, bias, rng_state, tau, layer, threshold, mode, step_offset, *ctx.geometry = inputs
-    ctx.arguments = (layer, threshold, mode, step_offset)
+    x, weight, logits, bias, rng_state, tau, *ctx.numbers = inputs
     ctx.save_for_backward(x, weight, logits, rng_state, tau)
     ctx.has_bias = bias is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, logits, rng_state, tau = ctx.saved_tensors
     need_x, need_weight, need_logits, need_bias, *_ = ctx.needs_input_grad
-    arguments = (grad, x, weight, logits, rng_state, tau, *ctx.arguments, *ctx.geometry)
+    arguments = (grad, *ctx.saved_tensors, *ctx.numbers)
     dx = torch.ops.dwm_fast.conv2d_input_grad(*arguments) if need_x else None
     dw = dl = None
     if need_weight or need_logits:
@@ -201,14 +187,6 @@ def padded(x: Tensor, layer: Padding) -> tuple[Tensor, tuple[int, int]]:
     return F.pad(x, [left, right, top, bottom], mode=mode), (0, 0)
 
 
-def _check(x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
-    if x.dim() != 4:
-        raise InputError(f"x has shape {tuple(x.shape)}; expected (batch, channels, rows, columns)")
-    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if len(values) != 2 or min(values) < least:
-            raise InputError(f"{name} is {tuple(values)}; expected two numbers (rows, columns) of at least {least}")
-
-
 def conv2d(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor, *,
     layer: int = 0, threshold: float = 0.0, mode: int = 0, step_offset: int = 0,
@@ -227,12 +205,12 @@ def conv2d(
         (B, O, H', W') in the compute dtype; differentiable once in x, weight, logits and bias.
     """
     check_noise(rng_state, tau)
-    _check(x, stride, padding, dilation)
+    geometry = Geometry(stride, padding, dilation, groups)
+    geometry.check(x)
     x, bias = autocast_operands(x, bias)
     result: Tensor = torch.ops.dwm_fast.conv2d(
-        x, weight, logits, bias, rng_state, tau, layer, threshold, int(mode), step_offset,
-        list(stride), list(padding), list(dilation), groups,
-    )  # fmt: skip
+        x, weight, logits, bias, rng_state, tau, layer, threshold, int(mode), step_offset, *geometry.flat()
+    )
     return result
 
 
@@ -242,9 +220,8 @@ def conv2d_packed(
 ) -> Tensor:  # fmt: skip
     """Convolution under a packed mask: bits (packed_nbytes(weight.numel()),); the rest as in `conv2d`."""
     check_length(bits, [weight.numel()])
-    _check(x, stride, padding, dilation)
+    geometry = Geometry(stride, padding, dilation, groups)
+    geometry.check(x)
     x, bias = autocast_operands(x, bias)
-    result: Tensor = torch.ops.dwm_fast.conv2d_packed(
-        x, weight, bits, bias, list(stride), list(padding), list(dilation), groups
-    )
+    result: Tensor = torch.ops.dwm_fast.conv2d_packed(x, weight, bits, bias, *geometry.flat())
     return result

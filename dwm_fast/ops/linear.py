@@ -1,7 +1,8 @@
 """linear: y = x (W * m)^T + b with the mask sampled (`linear`) or read from packed bits (`linear_packed`).
 
-The backward passes are operations of their own, so that each direction may be computed in one pass or staged
-(`ways`). They are differentiable no further.
+The references are the staged way: the masked weight by `sample` or `apply`, the product by torch. Backends compute in
+one pass; `ways` says which. The backward passes are operations of their own, so that each direction has its own way;
+they are differentiable no further.
 """
 
 from __future__ import annotations
@@ -18,70 +19,64 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.bits import check_length
+from dwm_fast.ops.blocks import product_by_blocks
+from dwm_fast.ops.draw import Draw
+from dwm_fast.ops.problem import ACTIVATIONS
 from dwm_fast.ops.registration import define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
 }
-"""What `linear_packed` may apply to its result, by name."""
 
 
-def masked_weight(
-    weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float, mode: int,
-    step_offset: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def activated(y: Tensor, activation: str) -> Tensor:
+    """An activation by its name in ACTIVATIONS."""
+    return _ACTIVATIONS[activation](y)
+
+
+def masked_weight(weight: Tensor, logits: Tensor, draw: Draw, dtype: torch.dtype) -> Tensor:
     """The masked weight of one layer in `dtype`, by `sample`."""
-    masked, _, _ = torch.ops.dwm_fast.sample(
-        [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, dtype, False
-    )
+    masked, _, _ = torch.ops.dwm_fast.sample([logits], [weight], *draw.flat(), dtype, False)
     result: Tensor = masked[0]
     return result
 
 
-def _rows(x: Tensor) -> Tensor:
+def kept_weight(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight under packed bits in `dtype`, by `apply`."""
+    return apply_bits(bits, [weight])[0].to(dtype)
+
+
+def rows_of(x: Tensor) -> Tensor:
     """x (..., K) as a matrix (rows, K), whatever is empty."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def linear_reference(
-    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, rng_state: Tensor, tau: Tensor,
-    layer: int, threshold: float, mode: int, step_offset: int,
-) -> Tensor:  # fmt: skip
-    masked = masked_weight(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, x.dtype)
-    return F.linear(x, masked, bias)
+def linear_reference(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, draw: Draw) -> Tensor:
+    return F.linear(x, masked_weight(weight, logits, draw, x.dtype), bias)
 
 
-def linear_input_grad_reference(
-    grad: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
-    mode: int, step_offset: int,
-) -> Tensor:  # fmt: skip
-    return grad @ masked_weight(weight, logits, rng_state, tau, layer, threshold, mode, step_offset, grad.dtype)
+def linear_input_grad_reference(grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+    return grad @ masked_weight(weight, logits, draw, grad.dtype)
 
 
 def linear_mask_grad_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int,
-    threshold: float, mode: int, step_offset: int, need_logits: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dense = _rows(grad).t() @ _rows(x)
-    return chain_rule(
-        dense, weight, logits, rng_state, tau, layer, threshold, mode, step_offset, need_logits, need_weight
-    )
+    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, need_logits: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return chain_rule(rows_of(grad).t() @ rows_of(x), weight, logits, draw, need_logits, need_weight)
 
 
 def chain_rule(
-    dense: Tensor, weight: Tensor, logits: Tensor, rng_state: Tensor, tau: Tensor, layer: int, threshold: float,
-    mode: int, step_offset: int, need_logits: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dense: Tensor, weight: Tensor, logits: Tensor, draw: Draw, need_logits: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of one layer's logits and weight from that of its masked weight; empty where not needed."""
     zero = torch.zeros((), device=dense.device)
     dlogits, dweights = torch.ops.dwm_fast.sample_backward(
-        [dense], zero, [logits], [weight], rng_state, tau, [layer], [threshold], mode, step_offset, need_logits,
-        need_weight,
-    )  # fmt: skip
+        [dense], zero, [logits], [weight], *draw.flat(), need_logits, need_weight
+    )
     return (
         dlogits[0] if need_logits else logits.new_empty(0),
         dweights[0] if need_weight else weight.new_empty(0),
@@ -89,15 +84,15 @@ def chain_rule(
 
 
 def linear_packed_reference(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.linear(x, apply_bits(bits, [weight])[0].to(x.dtype), bias))
+    return activated(product_by_blocks(x, weight, bits.contiguous().unsqueeze(0), bias), activation)
 
 
 def linear_packed_input_grad_reference(grad: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
-    return grad @ apply_bits(bits, [weight])[0].to(grad.dtype)
+    return grad @ kept_weight(weight, bits, grad.dtype)
 
 
 def linear_packed_weight_grad_reference(grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
-    dense = torch.empty_like(weight).copy_(_rows(grad).t() @ _rows(x))
+    dense = torch.empty_like(weight).copy_(rows_of(grad).t() @ rows_of(x))
     return apply_bits(bits, [dense])[0]
 
 
@@ -122,37 +117,41 @@ def mask_grad_fake(grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, *res
     )
 
 
-_RULE = "Tensor rng_state, Tensor tau, int layer, float threshold, int mode, int step_offset"
-
 define(
-    f"linear(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {_RULE}) -> Tensor",
+    f"linear(Tensor x, Tensor weight, Tensor logits, Tensor? bias, {Draw.SCHEMA_OF_ONE}) -> Tensor",
     reference=linear_reference,
+    operands=lambda x, weight, logits, *_: (x, weight, logits),
     fake=_linear_fake,
 )
 define(
-    f"linear_input_grad(Tensor grad, Tensor weight, Tensor logits, {_RULE}) -> Tensor",
+    f"linear_input_grad(Tensor grad, Tensor weight, Tensor logits, {Draw.SCHEMA_OF_ONE}) -> Tensor",
     reference=linear_input_grad_reference,
+    operands=lambda grad, weight, logits, *_: (grad, weight, logits),
     fake=_input_grad_fake,
 )
 define(
-    f"linear_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {_RULE}, bool need_logits, "
+    f"linear_mask_grad(Tensor grad, Tensor x, Tensor weight, Tensor logits, {Draw.SCHEMA_OF_ONE}, bool need_logits, "
     "bool need_weight) -> (Tensor, Tensor)",
     reference=linear_mask_grad_reference,
+    operands=lambda grad, x, weight, logits, *_: (x, weight, logits),
     fake=mask_grad_fake,
 )
 define(
     "linear_packed(Tensor x, Tensor weight, Tensor bits, Tensor? bias, str activation) -> Tensor",
     reference=linear_packed_reference,
+    operands=lambda x, weight, *_: (x, weight),
     fake=_linear_fake,
 )
 define(
     "linear_packed_input_grad(Tensor grad, Tensor weight, Tensor bits) -> Tensor",
     reference=linear_packed_input_grad_reference,
+    operands=lambda grad, weight, *_: (grad, weight),
     fake=_input_grad_fake,
 )
 define(
     "linear_packed_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits) -> Tensor",
     reference=linear_packed_weight_grad_reference,
+    operands=lambda grad, x, weight, *_: (x, weight),
     fake=lambda grad, x, weight, bits: torch.empty_like(weight),
 )
 
@@ -172,7 +171,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dx = torch.ops.dwm_fast.linear_input_grad(grad, weight, logits, *rule)
     if need_weight or need_logits:
         dl, dw = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, *rule, need_logits, need_weight)
-    db = _rows(grad).sum(0) if ctx.has_bias and need_bias else None
+    db = rows_of(grad).sum(0) if ctx.has_bias and need_bias else None
     return dx, dw if need_weight else None, dl if need_logits else None, db, *([None] * 6)
 
 
@@ -192,7 +191,7 @@ def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_x, need_weight, _, need_bias, _ = ctx.needs_input_grad
     dx = torch.ops.dwm_fast.linear_packed_input_grad(grad, weight, bits) if need_x else None
     dw = torch.ops.dwm_fast.linear_packed_weight_grad(grad, saved[0], weight, bits) if need_weight else None
-    return dx, dw, None, _rows(grad).sum(0) if ctx.has_bias and need_bias else None, None
+    return dx, dw, None, rows_of(grad).sum(0) if ctx.has_bias and need_bias else None, None
 
 
 torch.library.register_autograd("dwm_fast::linear", _backward, setup_context=_setup_context)
@@ -246,6 +245,6 @@ def linear_packed(
     x, bias = autocast_operands(x, bias)
     needed = (x, weight) if bias is None else (x, weight, bias)
     if activation != "none" and torch.is_grad_enabled() and any(t.requires_grad for t in needed):
-        return ACTIVATIONS[activation](torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, "none"))
+        return activated(torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, "none"), activation)
     result: Tensor = torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, activation)
     return result

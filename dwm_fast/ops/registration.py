@@ -1,7 +1,7 @@
 """How an operation is registered with torch: schema, fake, and one kernel that asks the table of backends.
 
-Schemas are flat, as torch wants them. Behind them a draw travels as one value: `define`
-regroups, once, for fakes and every backend.
+Schemas are flat, as torch wants them. Behind them a draw and a convolution's geometry travel as one value each:
+`define` regroups, once, for fakes and every backend.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError, Unsupported
-from dwm_fast.ops import backends
+from dwm_fast.ops import backends, ways
 from dwm_fast.ops.autocast import without_autocast
 from dwm_fast.ops.devices import check_all_devices, check_devices
 from dwm_fast.ops.draw import Draw
+from dwm_fast.ops.geometry import Geometry
 
 _LIBRARY = torch.library.Library("dwm_fast", "DEF")  # type: ignore[no-untyped-call]
 
-_VALUES: tuple[tuple[str, Callable[..., Any]], ...] = ((Draw.SCHEMA, Draw),)
+_VALUES: tuple[tuple[str, Callable[..., Any]], ...] = (
+    (Draw.SCHEMA, Draw),
+    (Draw.SCHEMA_OF_ONE, Draw.of_one),
+    (Geometry.SCHEMA, Geometry),
+)
 
 
 def _regroup(schema: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -46,20 +51,35 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     device_at: int = 0,
+    operands: Callable[..., tuple[Any, ...]] | None = None,
     tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
 ) -> None:
     """Register `schema` under the namespace dwm_fast.
 
     `reference` is the specification in plain PyTorch, the backend that runs anywhere; it, `fake` and every backend
-    take the schema's arguments with a `Draw` in the place of its parts, and a backend that raises `Unsupported` leaves
-    these tensors to it. The device of argument number `device_at` (of its first tensor, where it is a list) decides
-    between backends. Autocast is off inside: an operation computes in the dtypes it was given, and whoever calls it
-    reads autocast's.
+    take the schema's arguments with a `Draw` and a `Geometry` in the place of their parts. A backend that raises
+    `Unsupported` leaves these tensors to it. The device of argument number `device_at` (of its first tensor, where it
+    is a list) decides between backends. Autocast is off inside: an operation computes in the dtypes it was given, and
+    whoever calls it reads autocast's.
+
+    A masked product gives `operands`: from its arguments to those of `ways.choose_for` behind the backend. Its
+    reference is the staged way, and a backend computes it in one pass, with the problem as its first argument.
     """
     name = schema.partition("(")[0]
     grouped = _regroup(schema)
     backends.REFERENCES[name] = reference
     _LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
+
+    def computed(backend: str, given: tuple[Any, ...]) -> Any:
+        if operands is not None:
+            choice = ways.choose_for(name, backend, *operands(*given))
+            if choice.way == ways.STAGED:
+                return reference(*given)
+            return backends.get(name, backend)(choice.problem, *given)
+        try:
+            return backends.get(name, backend)(*given)
+        except Unsupported:
+            return reference(*given)
 
     def kernel(*args: Any) -> Any:
         device = _device(args[device_at])
@@ -69,11 +89,7 @@ def define(
         else:
             check_all_devices(name, args, device)
         with without_autocast(device.type):
-            given = grouped(args)
-            try:
-                return backends.get(name, backend)(*given)
-            except Unsupported:
-                return reference(*given)
+            return computed(backend, grouped(args))
 
     def shapes(*args: Any) -> Any:
         with without_autocast(_device(args[device_at]).type):

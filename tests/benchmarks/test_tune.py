@@ -11,7 +11,8 @@ import torch
 
 from dwm_fast._bench import tune
 from dwm_fast._bench.measure import Measured, Timing
-from dwm_fast.ops import ways
+from dwm_fast.ops import measured, ways
+from dwm_fast.ops.problem import Problem
 
 CPU = torch.device("cpu")
 NAME = "NVIDIA Test 2"
@@ -23,14 +24,14 @@ def _device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tune, "operation", lambda shape, device: lambda: torch.ones(3))
 
-    def problem_of(shape: tune.Shape, device: torch.device) -> ways.Problem:
+    def problem_of(shape: tune.Shape, device: torch.device) -> Problem:
         sizes = (shape.m, shape.n, shape.k)
-        return ways.Problem(shape.op, "cuda", torch.bfloat16, *sizes, taps=shape.taps, name=NAME)
+        return Problem(shape.op, "cuda", torch.bfloat16, *sizes, taps=shape.taps, name=NAME)
 
     monkeypatch.setattr(tune, "problem_of", problem_of)
-    ways.forget_tables()
+    measured.forget_tables()
     yield
-    ways.forget_tables()
+    measured.forget_tables()
 
 
 def _measure_as(monkeypatch: pytest.MonkeyPatch, best: int, seconds: float) -> None:
@@ -53,7 +54,7 @@ def test_the_rule_follows_what_was_measured_and_launches_use_the_best_tiles(
 
     _measure_as(monkeypatch, best=2, seconds=seconds)
     shape = tune.Shape("linear_packed", 16, 4096, 4096)
-    paths = [ways.table_paths(NAME)[0], tmp_path / "out" / "table.json"]
+    paths = [measured.table_paths(NAME)[0], tmp_path / "out" / "table.json"]
     assert len(list(tune.tune(CPU, [shape], 1e9, paths))) == 1
     problem = tune.problem_of(shape, CPU)
     assert ways.choose(problem).way == way
@@ -70,8 +71,8 @@ def test_a_new_measurement_replaces_the_row_of_its_problem_alone(
     list(tune.tune(CPU, shapes, 1e9, [path]))
     _measure_as(monkeypatch, best=0, seconds=0.25)
     list(tune.tune(CPU, shapes[:1], 1e9, [path]))
-    assert {row["m"]: row["one_pass_us"] for row in ways.read_table(path)} == {1: 0.25e6, 16: 0.5e6}
-    assert json.loads(path.read_text())["format"] == ways.TABLE_FORMAT
+    assert {row["m"]: row["one_pass_us"] for row in measured.read_table(path)} == {1: 0.25e6, 16: 0.5e6}
+    assert json.loads(path.read_text())["format"] == measured.TABLE_FORMAT
 
 
 def test_time_that_is_over_starts_no_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

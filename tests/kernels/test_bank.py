@@ -12,6 +12,8 @@ import dwm_fast
 from dwm_fast import ops
 from dwm_fast.kernels import bank as kernels
 from dwm_fast.kernels.bank import FEW, FEW_WIDE, MANY, Tiles, override_tiles
+from dwm_fast.ops import backends
+from dwm_fast.ops.geometry import Geometry
 
 COUNTS = [[3, 0, 1, 4], [0, 9, 0], [17, 2, 1]]
 SMALL = [Tiles(2, 16, 32, 16, 4), Tiles(0, 16, 32, 16, 4), Tiles(4, 32, 64, 16, 4)]
@@ -62,9 +64,9 @@ def test_the_operations_are_computed_here_where_triton_computes(device, tiles, m
     counts = [2, 0, 3]
     weight, bits, offsets, _ = make_case(device, counts, (6, 4, 3, 3))
     x = randn(5, 4, 7, 7, seed=1).to(device)
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
-    expected = kernels.bank_conv2d(x, weight, bits, None, offsets, 5, *geometry)
-    monkeypatch.setattr(kernels, "bank_linear_reference", None)
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    expected = kernels.bank_conv2d(x, weight, bits, None, offsets, 5, geometry)
+    monkeypatch.setitem(backends.REFERENCES, "bank_linear", None)
     with dwm_fast.use_backend("triton"):
         assert torch.equal(ops.bank_conv2d(x, weight, bits, None, offsets, 5, padding=(1, 1)), expected)
         flat = (x.flatten(1)[:, :36], weight.flatten(1), bits, None, offsets, 5)
@@ -106,7 +108,8 @@ def test_conv2d_is_the_loop_over_domains(device, tiles, memory_format, groups):
     weight, bits, offsets, masked = make_case(device, counts, (6, 4 // groups, 3, 3))
     x, bias = randn(3, 4, 8, 7, seed=1).contiguous(memory_format=memory_format), randn(6, seed=2)
     geometry = ([2, 1], [1, 0], [1, 2], groups)
-    y = kernels.bank_conv2d(x.to(device), weight, bits, bias.to(device), offsets, 3, *geometry)
+    with dwm_fast.use_backend("triton"):
+        y = torch.ops.dwm_fast.bank_conv2d(x.to(device), weight, bits, bias.to(device), offsets, 3, *geometry)
     assert y.is_contiguous(memory_format=memory_format)
 
     def loop(x, w, b):

@@ -10,8 +10,9 @@ import torch
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.errors import BackendUnavailable, InputError
-from dwm_fast.ops import ways
-from dwm_fast.ops.ways import CPU_ROWS, ONE_PASS, PACKED_ROWS, STAGED, Problem, choose, one_pass, use_way
+from dwm_fast.ops import measured
+from dwm_fast.ops.problem import PACKED_ROWS, Problem
+from dwm_fast.ops.ways import CPU_ROWS, ONE_PASS, STAGED, choose, one_pass, use_way
 
 NAME = "NVIDIA Test 1"
 
@@ -29,13 +30,13 @@ def record(tmp_path, monkeypatch):
     def write(rows, **fields):
         path = tmp_path / "dwm_fast" / "dispatch-nvidia-test-1.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"format": ways.TABLE_FORMAT, "rows": rows, **fields}))
-        ways.forget_tables()
+        path.write_text(json.dumps({"format": measured.TABLE_FORMAT, "rows": rows, **fields}))
+        measured.forget_tables()
         return path
 
-    ways.forget_tables()
+    measured.forget_tables()
     yield write
-    ways.forget_tables()
+    measured.forget_tables()
 
 
 def row(one_pass_us: float, staged_us: float, m: int = 16, n: int = 4096, k: int = 4096, **fields):
