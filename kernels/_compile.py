@@ -27,12 +27,14 @@ from dwm_fast.kernels._configuration import Configuration
 from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
 from dwm_fast.kernels._math import INTERPRETED
 from dwm_fast.kernels._tables import TL_DTYPES
+from dwm_fast.ops.draw import Mode
+from dwm_fast.ops.packing import COMBINATIONS
 
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block may have, by target."""
 
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
-_MODES = {0: "hard", 1: "soft", 2: "keep", 3: "threshold", 4: "ternary", 5: "edit"}
+_MODES = {mode.value: mode.name.lower().removeprefix("gumbel_") for mode in Mode}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,7 @@ def _sample_backward() -> Iterator[Configuration]:
 def _bits() -> Iterator[Configuration]:
     launch = launch_parameters("bits")
     warps = launch.num_warps
+    types: tuple[str, ...]
     for layout, taps, rank in _LAYOUTS:
         walk = _walk(launch, taps, rank)
         for mask in (torch.bool, torch.float32) if taps else (torch.bool,):
@@ -118,7 +121,7 @@ def _bits() -> Iterator[Configuration]:
             "overlap" if pair else "count", bits.count_kernel, ("*i64", "*i32", "*i32", "*i32", "*i64"),
             {"PAIR": pair, "BLOCK": launch.block}, warps,
         )  # fmt: skip
-    for name, op in bits.COMBINATIONS.items():
+    for name, op in COMBINATIONS.items():
         types = ("*u8", "*u8", "*u8", "i32")
         yield Configuration(f"combine {name}", bits.combine_kernel, types, {"OP": op, "BLOCK": launch.block}, warps)
 

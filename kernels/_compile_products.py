@@ -93,6 +93,7 @@ def _gradient(mode: int, m: int) -> Configuration:
 def _convolutions() -> Iterator[Configuration]:
     problem = _problem("conv2d", _BF16, 8 * 56 * 56, 9 * 64, taps=9)
     pair, four = ("i32", "i32"), ("i32",) * 4
+    types: tuple[Any, ...]
     for mode, back in ((_BITS, False), (_HARD, True)):
         types = ("*bf16", "*fp32", _source(mode), "*bf16", "*bf16", "*i64", "*fp32", "i32", pair, pair, *four, four,
                  four, four, four, pair, pair, pair, "i32", "fp32", "i32")  # fmt: skip

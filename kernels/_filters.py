@@ -85,7 +85,8 @@ def filter_plan(roles: Sequence[Sequence[Tensor]], layers: Sequence[int], launch
 def _build(
     roles: Sequence[Sequence[Tensor]], layers: Sequence[int], launch: Launch, device: torch.device
 ) -> FilterPlan:
-    rows, blocks, places, starts = [], [], [], []
+    rows, places, starts = [], [], []
+    blocks: list[tuple[int, int]] = []
     weights = kernels = 0
     for i, weight in enumerate(roles[0]):
         count, taps = math.prod(weight.shape[:2]), math.prod(weight.shape[2:])

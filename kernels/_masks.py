@@ -6,13 +6,14 @@ import triton.language as tl
 from dwm_fast.kernels._math import exp, sigmoid, sigmoid_slope
 from dwm_fast.kernels._tiles import rows_of_four
 from dwm_fast.kernels.philox import block_words4, drop_probability, hard_keep, soft_argument, uniform, words4
+from dwm_fast.ops.draw import Mode
 
-GUMBEL_HARD: tl.constexpr = tl.constexpr(0)
-GUMBEL_SOFT: tl.constexpr = tl.constexpr(1)
-KEEP: tl.constexpr = tl.constexpr(2)
-THRESHOLD_MODE: tl.constexpr = tl.constexpr(3)
-TERNARY: tl.constexpr = tl.constexpr(4)
-EDIT: tl.constexpr = tl.constexpr(5)
+GUMBEL_HARD: tl.constexpr = tl.constexpr(Mode.GUMBEL_HARD.value)
+GUMBEL_SOFT: tl.constexpr = tl.constexpr(Mode.GUMBEL_SOFT.value)
+KEEP: tl.constexpr = tl.constexpr(Mode.KEEP.value)
+THRESHOLD_MODE: tl.constexpr = tl.constexpr(Mode.THRESHOLD.value)
+TERNARY: tl.constexpr = tl.constexpr(Mode.TERNARY.value)
+EDIT: tl.constexpr = tl.constexpr(Mode.EDIT.value)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ _CACHED = 256
 @dataclasses.dataclass
 class _Entry:
     table: Tensor
-    event: torch.cuda.Event | None
+    event: torch.cuda.Event
     streams: set[int]
 
 

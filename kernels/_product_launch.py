@@ -128,7 +128,7 @@ def _measured(problem: Problem) -> ProductTiles | None:
     return ProductTiles(**row["tiles"]) if row is not None and "tiles" in row else None
 
 
-def index_dtype(*tiles: tuple[int, int, int, int]) -> tl.dtype:
+def index_dtype(*tiles: tuple[int, ...]) -> tl.dtype:
     """int32 where offsets inside every tile (rows, columns, row stride, column stride) fit it, else int64."""
     most = max(abs(r * rs) + abs(c * cs) for r, c, rs, cs in tiles)
     return tl.int64 if _wide or most >= 2**31 else tl.int32

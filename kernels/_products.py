@@ -14,16 +14,18 @@ import triton.language as tl
 from dwm_fast.kernels._masks import GUMBEL_SOFT, masked_value
 from dwm_fast.kernels._math import INTERPRETED, narrow, sigmoid
 from dwm_fast.kernels.philox import block_words4, uniform
+from dwm_fast.ops import draw
+from dwm_fast.ops.problem import ACTIVATIONS
 
 FULL: tl.constexpr = tl.constexpr(0)
 CLAMP: tl.constexpr = tl.constexpr(1)
 ZERO: tl.constexpr = tl.constexpr(2)
 
-PACKED: tl.constexpr = tl.constexpr(6)
+PACKED: tl.constexpr = tl.constexpr(draw.PACKED)
 """The mask is read from packed bits; numbers below are the rules of dwm_fast.ops.Mode."""
 
-_RELU: tl.constexpr = tl.constexpr(1)
-_GELU: tl.constexpr = tl.constexpr(2)
+_RELU: tl.constexpr = tl.constexpr(ACTIVATIONS.index("relu"))
+_GELU: tl.constexpr = tl.constexpr(ACTIVATIONS.index("gelu"))
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def activated(value, ACTIVATION: tl.constexpr):
-    """Activation of fp32 values by its number in dwm_fast.ops.linear.ACTIVATIONS; NaN stays NaN."""
+    """Activation of fp32 values by its number in ACTIVATIONS; NaN stays NaN."""
     if ACTIVATION == _RELU:
         return tl.where(value < 0, 0.0, value)
     elif ACTIVATION == _GELU:

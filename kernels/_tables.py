@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.kernels._launch import Launch
+from dwm_fast.ops.packing import packed_offsets
 
 FLAT: tl.constexpr = tl.constexpr(0)
 TAPS: tl.constexpr = tl.constexpr(1)
@@ -96,14 +97,9 @@ class Plan:
         return flat, [flat.as_strided(*place) for place in places]
 
 
-def packed_words(numel: int) -> int:
-    """32-bit words of `numel` bits, padded to 16 bytes."""
-    return (numel + 127) // 128 * 4
-
-
 def first_words(numels: Sequence[int]) -> list[int]:
     """First word of each tensor in a network's bits, and the length of the whole as the last entry."""
-    return [0, *itertools.accumulate(map(packed_words, numels))]
+    return [first // 4 for first in packed_offsets(numels)]
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -145,7 +141,7 @@ _kept: dict[int, Any] = {}  # what captured graphs read: never freed
 _lock = threading.Lock()
 
 
-def forget(cache: collections.OrderedDict[tuple[object, ...], object], size: int) -> None:
+def forget(cache: collections.OrderedDict[tuple[object, ...], Any], size: int) -> None:
     """Drop the entries used longest ago."""
     while len(cache) > size:
         cache.popitem(last=False)
@@ -211,7 +207,8 @@ def _build(
     shapes = tuple(tuple(t.shape) for t in roles[0])
     output_strides = tuple(tuple(torch.empty_like(t, device="meta").stride() for t in roles[r]) for r in outputs)
     unaligned = {i % count for i in loose}
-    rows, collapsed, blocks = [], [], []
+    rows, collapsed = [], []
+    blocks: list[tuple[int, int]] = []
     output_offsets: list[list[int]] = [[] for _ in outputs]
     totals = [0] * len(outputs)
     for i, shape in enumerate(shapes):
@@ -243,11 +240,11 @@ def _build(
 def _kind(shape: tuple[int, ...], strides: list[tuple[int, ...]], allow_taps: bool) -> int:
     """FLAT: logical order is memory order. TAPS: 3x3 channels_last. STRIDED: anything else."""
     if all(_follows(shape, s, range(len(shape))) for s in strides):
-        return FLAT.value
+        return int(FLAT.value)
     taps = len(shape) == 4 and shape[2] * shape[3] == 9 and shape[1] % 4 == 0
     if allow_taps and taps and all(_follows(shape, s, (0, 2, 3, 1)) for s in strides):
-        return TAPS.value
-    return STRIDED.value
+        return int(TAPS.value)
+    return int(STRIDED.value)
 
 
 def _follows(shape: tuple[int, ...], strides: tuple[int, ...], order: Sequence[int]) -> bool:
@@ -316,5 +313,5 @@ def to_device(
         torch.cuda.current_stream(device).synchronize()
     else:
         flat = host
-    first, second, third = flat.split([part.numel() for part in parts])
+    first, second, third = torch.split(flat, [part.numel() for part in parts])
     return first.view(parts[0].shape), second.view(parts[1].shape), third.view(torch.int32).view(-1, 2)

@@ -90,7 +90,7 @@ def strided_coordinates(geometry, tensor, numel, chunk, BLOCK: tl.constexpr, RAN
         rest = rest // size
         carry = total // size.to(tl.int32)
         digit = (total - carry * size.to(tl.int32),)
-        coordinates = coordinates + digit
+        coordinates = coordinates + digit  # type: ignore[assignment]  # a tuple that grows
     digit = (rest + carry,)
     return coordinates + digit, mask
 

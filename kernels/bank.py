@@ -10,6 +10,7 @@ so that the weight is read once for all of them; with many, a program has a tile
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +181,7 @@ def tiles_for(rows: int, domains: int, k: int, dtype: torch.dtype) -> Tiles:
 
 
 @contextlib.contextmanager
-def override_tiles(tiles: Tiles):
+def override_tiles(tiles: Tiles) -> Iterator[None]:
     """Inside the block every launch uses `tiles`; results may differ by rounding only."""
     global _tiles
     before, _tiles = _tiles, tiles
@@ -227,7 +228,7 @@ def bank_conv2d(
     """The operation of the same name, as a linear map of unfolded windows; grouped ones are left to the reference."""
     if geometry.groups != 1 or not x.numel():
         raise Unsupported
-    stride, padding, dilation, _ = geometry.flat()
+    stride, padding, dilation = (tuple(pair) for pair in geometry.flat()[:3])
     windows = F.unfold(x, tuple(weight.shape[2:]), dilation, padding, stride).transpose(1, 2)
     y = bank_linear(windows, weight.reshape(weight.shape[0], -1), bits, bias, offsets, samples)
     y = y.view(x.shape[0], *geometry.output(x.shape, weight.shape), weight.shape[0]).permute(0, 3, 1, 2)

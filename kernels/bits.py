@@ -31,11 +31,11 @@ from dwm_fast.kernels._tiles import (
     strided_offsets,
     taps_offsets,
 )
+from dwm_fast.ops.packing import COMBINATIONS, packed_nbytes
 
-AND: tl.constexpr = tl.constexpr(0)
-OR: tl.constexpr = tl.constexpr(1)
-XOR: tl.constexpr = tl.constexpr(2)
-COMBINATIONS = {"and": 0, "or": 1, "xor": 2, "andnot": 3}
+AND: tl.constexpr = tl.constexpr(COMBINATIONS["and"])
+OR: tl.constexpr = tl.constexpr(COMBINATIONS["or"])
+XOR: tl.constexpr = tl.constexpr(COMBINATIONS["xor"])
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def _count(a: Tensor, b: Tensor, numels: Sequence[int], pair: bool) -> Tensor:
         return out
     launch = launch_parameters("bits")
     with _tables.device_guard(a.device):
-        sizes = [_tables.packed_words(n) for n in numels]
+        sizes = [packed_nbytes(n) // 4 for n in numels]
         plan = _tables.plan(_flat_roles(sizes), launch, words=words[:-1], device=a.device)
         count_kernel[(plan.num_blocks,)](
             plan.rows, plan.blocks, a.contiguous().view(torch.int32), b.contiguous().view(torch.int32), out,

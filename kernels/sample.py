@@ -181,7 +181,7 @@ def sample_bwd_kernel(
 
 
 def has_penalty(mode: int) -> bool:
-    return mode <= GUMBEL_SOFT.value or mode == EDIT.value
+    return bool(mode <= GUMBEL_SOFT.value or mode == EDIT.value)
 
 
 def sample(

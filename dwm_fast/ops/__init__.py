@@ -9,14 +9,13 @@ from dwm_fast.ops.bits import (
     jaccard,
     overlap,
     pack,
-    packed_nbytes,
-    packed_offsets,
     unpack,
 )
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed, padded
 from dwm_fast.ops.draw import Mode
 from dwm_fast.ops.kernel_soft import kernel_soft
 from dwm_fast.ops.linear import linear, linear_packed
+from dwm_fast.ops.packing import packed_nbytes, packed_offsets
 from dwm_fast.ops.philox import advance, random_words, uniform
 from dwm_fast.ops.sample import penalty, sample
 from dwm_fast.ops.soft_mask import raise_importance, soft_masked_sgd

@@ -21,12 +21,12 @@ from dwm_fast.ops import _build
 _build.load("cpu")
 
 from dwm_fast.ops.bank import segments  # noqa: E402
-from dwm_fast.ops.bits import packed_nbytes  # noqa: E402 - only where the extension loads
 from dwm_fast.ops.blocks import multiply_by_blocks  # noqa: E402
 from dwm_fast.ops.draw import Draw  # noqa: E402
-from dwm_fast.ops.layout import COMBINATIONS, FLOATS, PACKABLE, in_order, known, order_of, restored  # noqa: E402
+from dwm_fast.ops.layout import PACKABLE, in_order, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.linear import activated, rows_of  # noqa: E402
-from dwm_fast.ops.problem import Problem, cpu_problem  # noqa: E402
+from dwm_fast.ops.packing import COMBINATIONS, packed_nbytes  # noqa: E402 - only where the extension loads
+from dwm_fast.ops.problem import FLOATS, Problem, cpu_problem  # noqa: E402
 from dwm_fast.ops.ways import one_pass  # noqa: E402
 
 TensorList = Sequence[Tensor]

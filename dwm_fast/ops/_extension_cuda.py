@@ -16,8 +16,8 @@ from dwm_fast.ops import _build
 
 _build.load("cuda")
 
-from dwm_fast.ops.bits import packed_nbytes  # noqa: E402
-from dwm_fast.ops.layout import COMBINATIONS, PACKABLE, known, restored  # noqa: E402 - only where the library loads
+from dwm_fast.ops.layout import PACKABLE, known, restored  # noqa: E402 - only where the library loads
+from dwm_fast.ops.packing import COMBINATIONS, packed_nbytes  # noqa: E402
 
 TensorList = Sequence[Tensor]
 

@@ -16,7 +16,8 @@ from dwm_fast.ops import _build
 
 _build.load("cpu")
 
-from dwm_fast.ops.layout import FLOATS, in_order, known, order_of, restored  # noqa: E402
+from dwm_fast.ops.layout import in_order, known, order_of, restored  # noqa: E402
+from dwm_fast.ops.problem import FLOATS  # noqa: E402
 from dwm_fast.ops.soft_mask import raise_importance_reference  # noqa: E402
 
 TensorList = Sequence[Tensor]

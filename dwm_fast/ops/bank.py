@@ -17,9 +17,9 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops import backends
 from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.bits import apply as apply_bits
-from dwm_fast.ops.bits import packed_nbytes
 from dwm_fast.ops.blocks import bias_of, multiply_by_blocks
 from dwm_fast.ops.geometry import Geometry
+from dwm_fast.ops.packing import packed_nbytes
 from dwm_fast.ops.problem import cpu_problem
 from dwm_fast.ops.registration import define
 from dwm_fast.ops.ways import LARGE_WEIGHT, one_pass

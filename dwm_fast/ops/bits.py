@@ -14,36 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.errors import InputError
+from dwm_fast.ops.packing import COMBINATIONS, check_length, packed_nbytes, packed_offsets
 from dwm_fast.ops.registration import define
-
-ALIGNMENT = 16
-"""Bytes: every tensor's bits start at a multiple of this in a network buffer."""
-
-COMBINATIONS = ("and", "or", "xor", "andnot")
-
-
-def packed_nbytes(numel: int) -> int:
-    """Bytes that `numel` bits take in a network buffer: ceil(numel / 128) * 16."""
-    return (numel + 8 * ALIGNMENT - 1) // (8 * ALIGNMENT) * ALIGNMENT
-
-
-def packed_offsets(numels: Sequence[int]) -> list[int]:
-    """First byte of each tensor in a network buffer, and the buffer's length as the last entry."""
-    offsets = [0]
-    for numel in numels:
-        offsets.append(offsets[-1] + packed_nbytes(numel))
-    return offsets
-
-
-def check_length(bits: Tensor, numels: Sequence[int]) -> None:
-    """InputError unless `bits` is a network buffer for tensors of `numels` elements."""
-    expected = packed_offsets(numels)[-1]
-    if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != expected:
-        raise InputError(
-            f"packed bits: given {bits.dtype} of shape {tuple(bits.shape)}, expected uint8 of shape "
-            f"({expected},) for {len(numels)} tensors of {sum(numels)} weights; pack the masks with "
-            "dwm_fast.ops.pack"
-        )
 
 
 def _powers(device: torch.device) -> Tensor:

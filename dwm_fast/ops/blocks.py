@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.ops.bits import apply as apply_bits
-from dwm_fast.ops.bits import packed_nbytes
+from dwm_fast.ops.packing import packed_nbytes
 
 _BLOCK_BYTES = 2 << 20
 _BLOCK_ROWS = 128

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.bits import apply as apply_bits
-from dwm_fast.ops.bits import check_length
 from dwm_fast.ops.draw import Draw
 from dwm_fast.ops.geometry import Geometry
 from dwm_fast.ops.linear import chain_rule, kept_weight, mask_grad_fake, masked_weight
+from dwm_fast.ops.packing import check_length
 from dwm_fast.ops.registration import define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
 

@@ -7,14 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that the kernels compute with."""
+from dwm_fast.ops.problem import FLOATS
 
 PACKABLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS, torch.float64)
 """Dtypes that pack reads as they are."""
-
-COMBINATIONS = {"and": 0, "or": 1, "xor": 2, "andnot": 3}
-"""Set operations by number, as in csrc/core.h."""
 
 MAX_SPATIAL = 64
 """Elements of a kernel window up to which the kernels walk channels_last themselves (kMaxSpatial in csrc/core.h)."""

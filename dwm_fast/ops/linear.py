@@ -18,9 +18,9 @@ from torch import Tensor
 from dwm_fast.errors import InputError
 from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.bits import apply as apply_bits
-from dwm_fast.ops.bits import check_length
 from dwm_fast.ops.blocks import product_by_blocks
 from dwm_fast.ops.draw import Draw
+from dwm_fast.ops.packing import check_length
 from dwm_fast.ops.problem import ACTIVATIONS
 from dwm_fast.ops.registration import define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise

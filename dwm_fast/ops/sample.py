@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops.bits import pack_reference, packed_nbytes
+from dwm_fast.ops.bits import pack_reference
 from dwm_fast.ops.draw import GUMBEL_MODES, Draw, Mode
+from dwm_fast.ops.packing import packed_nbytes
 from dwm_fast.ops.philox import random_words, uniform
 from dwm_fast.ops.registration import define
 

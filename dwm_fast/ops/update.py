@@ -25,8 +25,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dwm_fast.ops.bits import packed_offsets, unpack_reference
+from dwm_fast.ops.bits import unpack_reference
 from dwm_fast.ops.draw import Draw
+from dwm_fast.ops.packing import packed_offsets
 from dwm_fast.ops.registration import define
 from dwm_fast.ops.sample import sample_backward_reference
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.ops.bits import packed_offsets, unpack
+from dwm_fast.ops.bits import unpack
+from dwm_fast.ops.packing import packed_offsets
 from dwm_fast.ops.update import BLOCK, free_ranks
 
 _BLOCK_BYTES = BLOCK // 8

@@ -1,0 +1,69 @@
+"""The walls of the house: who imports whom between operations and kernels, types of launchers, long signatures."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPS, KERNELS = sorted((ROOT / "dwm_fast/ops").glob("*.py")), sorted((ROOT / "kernels").glob("*.py"))
+VALUES = {"_toolchain", "devices", "draw", "geometry", "measured", "packing", "problem"}
+"""Files of ops that hold values, tables and checks, no operation: what a kernel may know of the floor above."""
+MOST_PARAMETERS = 8
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def host_functions(path: Path) -> Iterator[Function]:
+    """Every function but those that Triton compiles."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, Function) and not any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            yield node
+
+
+def parameters(function: Function) -> list[ast.arg]:
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, *(a for a in (given.vararg, given.kwarg) if a)]
+    return [a for a in named if a.arg not in ("self", "cls")]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_a_kernel_file_calls_no_operation_and_chooses_no_way(path: Path) -> None:
+    above = {name.split(".")[2] for name in imports(path) if name.startswith("dwm_fast.ops.")}
+    assert above <= VALUES
+    others = {name.split(".")[1] for name in imports(path) if name.startswith("dwm_fast.")}
+    assert others <= {"errors", "kernels", "ops"}
+
+
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_values_know_no_operation(name: str) -> None:
+    above = {i.split(".")[2] for i in imports(ROOT / f"dwm_fast/ops/{name}.py") if i.startswith("dwm_fast.ops.")}
+    assert above <= VALUES
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_every_function_of_a_kernel_file_has_types_unless_triton_compiles_it(path: Path) -> None:
+    bare = [f.name for f in host_functions(path) if f.returns is None or any(not a.annotation for a in parameters(f))]
+    assert not bare
+
+
+def test_at_most_one_function_in_ten_takes_more_than_eight_parameters() -> None:
+    functions = [(path.stem, f.name, len(parameters(f))) for path in (*OPS, *KERNELS) for f in host_functions(path)]
+    long = [f"{stem}.{name}: {count}" for stem, name, count in functions if count > MOST_PARAMETERS]
+    assert len(functions) > 200
+    assert len(long) <= len(functions) / 10, long
