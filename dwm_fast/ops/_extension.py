@@ -7,7 +7,6 @@ order of float32, bfloat16 or float16; anything else takes a copy in such an ord
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,7 @@ _build.load("cpu")
 from dwm_fast.ops.bank import segments  # noqa: E402
 from dwm_fast.ops.blocks import multiply_by_blocks  # noqa: E402
 from dwm_fast.ops.draw import Draw  # noqa: E402
-from dwm_fast.ops.layout import PACKABLE, in_order, known, order_of, restored  # noqa: E402
+from dwm_fast.ops.layout import PACKABLE, in_orders, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.linear import activated, rows_of  # noqa: E402
 from dwm_fast.ops.packing import COMBINATIONS, packed_nbytes  # noqa: E402 - only where the extension loads
 from dwm_fast.ops.problem import FLOATS, Problem, cpu_problem  # noqa: E402
@@ -44,13 +43,12 @@ def sample(
     simple = (dtype is None or dtype in FLOATS) and _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,))
     if not (simple and weights):
         raise Unsupported
-    dense, orders = zip(*map(known, weights), strict=True)
-    scores = [in_order(x, order) for x, order in zip(logits, orders, strict=True)]
+    dense, orders = known(weights)
     masked = [torch.empty_like(w, dtype=dtype) for w in dense]
     bits = torch.zeros(sum(packed_nbytes(w.numel()) for w in weights) if pack else 0, dtype=torch.uint8)
     penalty = torch.empty((), dtype=torch.float32)
-    _OPS.sample.default(masked, bits, penalty, scores, dense, *_fp32(draw))
-    return [restored(m, w) for m, w in zip(masked, weights, strict=True)], bits, penalty
+    _OPS.sample.default(masked, bits, penalty, in_orders(logits, orders), dense, *_fp32(draw))
+    return restored(masked, weights), bits, penalty
 
 
 def sample_backward(
@@ -60,25 +58,21 @@ def sample_backward(
     simple = _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,)) and _uniform(grads, FLOATS)
     if not (simple and weights):
         raise Unsupported
-    scores, orders = zip(*map(known, logits), strict=True)
-    dense = [in_order(w, order) for w, order in zip(weights, orders, strict=True)]
-    incoming = [in_order(g, order) for g, order in zip(grads, orders, strict=True)]
+    scores, orders = known(logits)
+    dense, incoming = in_orders(weights, orders), in_orders(grads, orders)
     dlogits = [torch.empty_like(x) for x in scores] if need_logits else []
     dweights = [torch.empty_like(w) for w in dense] if need_weights else []
     _OPS.sample_backward.default(dlogits, dweights, incoming, grad_penalty.float(), scores, dense, *_fp32(draw))
-    return (
-        [restored(d, x) for d, x in zip(dlogits, logits, strict=False)],
-        [restored(d, w) for d, w in zip(dweights, weights, strict=False)],
-    )
+    return restored(dlogits, logits if need_logits else []), restored(dweights, weights if need_weights else [])
 
 
 def _fp32(draw: Draw) -> tuple[Any, ...]:
     """The draw as the C++ operations take it."""
-    return dataclasses.replace(draw, tau=draw.tau.float()).flat()
+    return draw.rng_state, draw.tau.float(), draw.layers, draw.thresholds, draw.mode, draw.step_offset
 
 
 def pack(masks: TensorList) -> Tensor:
-    dense = [known(m if m.dtype in PACKABLE else m != 0)[0] for m in masks]
+    dense, _ = known(m if m.dtype in PACKABLE else m != 0 for m in masks)
     bits = torch.zeros(sum(packed_nbytes(m.numel()) for m in masks), dtype=torch.uint8)
     _OPS.pack.default(dense, bits)
     return bits
@@ -94,10 +88,10 @@ def apply(bits: Tensor, weights: TensorList) -> list[Tensor]:
     if any(w.is_complex() for w in weights):
         raise Unsupported
     contiguous = all(w.is_contiguous() for w in weights)
-    dense = weights if contiguous else [known(w)[0] for w in weights]
+    dense = weights if contiguous else known(weights)[0]
     masked = [torch.empty_like(w) for w in dense]
     _OPS.apply.default(bits.contiguous(), dense, masked)
-    return masked if contiguous else [restored(m, w) for m, w in zip(masked, weights, strict=True)]
+    return masked if contiguous else restored(masked, weights)
 
 
 def count(bits: Tensor, numels: Sequence[int]) -> Tensor:
@@ -128,12 +122,8 @@ def _alike(weights: TensorList, grads: TensorList, *states: TensorList, compact:
             return None
         if not compact and any(order_of(s) is not order for s, order in zip(state, orders, strict=True)):
             return None
-    aligned = []
-    for grad, order in zip(grads, orders, strict=True):
-        if order is None:
-            return None
-        aligned.append(in_order(grad, order))
-    return aligned
+    known_orders = [order for order in orders if order is not None]
+    return in_orders(grads, known_orders) if len(known_orders) == len(orders) else None
 
 
 def _lane_bits(bits: Tensor, weights: TensorList) -> Tensor:
@@ -180,8 +170,7 @@ def mask_adam(
     aligned = _alike(logits, grads, logits, exp_avg, exp_avg_sq)
     if aligned is None or not _uniform(weights, FLOATS):
         raise Unsupported
-    orders = [order_of(x) or torch.contiguous_format for x in logits]
-    dense = [in_order(w, order) for w, order in zip(weights, orders, strict=True)]
+    dense = in_orders(weights, known(logits)[1])
     _OPS.mask_adam.default(
         logits, dense, aligned, exp_avg, exp_avg_sq, *_fp32(draw), penalty_scale.float(), steps.contiguous(), lr,
         beta1, beta2, eps, weight_decay, decoupled,

@@ -40,10 +40,10 @@ def unpack(bits: Tensor, numels: Sequence[int]) -> list[Tensor]:
 def apply(bits: Tensor, weights: TensorList) -> list[Tensor]:
     if any(w.is_complex() for w in weights):
         raise Unsupported
-    dense = [known(w)[0] for w in weights]
+    dense, _ = known(weights)
     masked = [torch.empty_like(w) for w in dense]
     _OPS.apply.default(aligned(bits), dense, masked)
-    return [restored(m, w) for m, w in zip(masked, weights, strict=True)]
+    return restored(masked, weights)
 
 
 def count(bits: Tensor, numels: Sequence[int]) -> Tensor:

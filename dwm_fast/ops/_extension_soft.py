@@ -16,7 +16,7 @@ from dwm_fast.ops import _build
 
 _build.load("cpu")
 
-from dwm_fast.ops.layout import in_order, known, order_of, restored  # noqa: E402
+from dwm_fast.ops.layout import in_orders, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.problem import FLOATS  # noqa: E402
 from dwm_fast.ops.soft_mask import raise_importance_reference  # noqa: E402
 
@@ -37,10 +37,10 @@ def kernel_soft(
 ) -> list[Tensor]:  # fmt: skip
     if noisy or dtype not in (None, torch.float32) or not _fp32(reals, weights):
         raise Unsupported
-    dense = [known(w)[0] for w in weights]
+    dense, _ = known(weights)
     masked = [torch.empty_like(w) for w in dense]
     _OPS.kernel_soft.default(masked, [r.contiguous() for r in reals], dense, threshold)
-    return [restored(m, w) for m, w in zip(masked, weights, strict=True)]
+    return restored(masked, weights)
 
 
 def kernel_soft_backward(
@@ -49,12 +49,12 @@ def kernel_soft_backward(
 ) -> list[Tensor]:  # fmt: skip
     if noisy or not _fp32(reals, weights, grads):
         raise Unsupported
-    dense, orders = zip(*map(known, weights), strict=True) if weights else ((), ())
-    incoming = [in_order(g, order) for g, order in zip(grads, orders, strict=True)]
+    dense, orders = known(weights)
+    incoming = in_orders(grads, orders)
     scores = [r.contiguous() for r in reals]
     found = [torch.empty_like(r) for r in scores]
     _OPS.kernel_soft_backward.default(found, incoming, scores, dense, threshold)
-    return [restored(d, r) for d, r in zip(found, reals, strict=True)]
+    return restored(found, reals)
 
 
 def soft_masked_sgd(weights: TensorList, gradients: TensorList, gammas: TensorList, lr: Tensor) -> None:
@@ -63,6 +63,7 @@ def soft_masked_sgd(weights: TensorList, gradients: TensorList, gammas: TensorLi
     simple = simple and weights[0].dtype in FLOATS and gradients[0].dtype in FLOATS
     if not simple or len(orders) < len(weights):
         raise Unsupported
-    incoming = [in_order(g, order) for g, order in zip(gradients, orders, strict=True)]
-    free = [g if g.dim() == 0 else in_order(g, order) for g, order in zip(gammas, orders, strict=True)]
+    incoming = in_orders(gradients, orders)
+    whole = [torch.contiguous_format if g.dim() == 0 else order for g, order in zip(gammas, orders, strict=True)]
+    free = in_orders(gammas, whole)
     _OPS.soft_masked_sgd.default(list(weights), incoming, free, lr)

@@ -25,7 +25,6 @@ BIT_OPS = ("pack", "unpack", "apply", "count", "combine", "overlap")
 
 _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ORDER_OF_BITS = ("cuda", "triton", "reference")
-_REFERENCE_ONLY = frozenset({"advance"})
 
 # Of the process, not of the thread: autograd runs the backward of CUDA tensors on threads of its own.
 _forced: str | None = None
@@ -161,10 +160,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 def chosen(op: str, device_type: str) -> str:
     """Name of the backend that computes `op` for tensors on `device_type` ("cpu", "cuda", ...)."""
     name = forced_backend()
-    if name is not None and op not in _REFERENCE_ONLY:
+    if name is not None:
         return _checked(op, name, device_type)
-    if op in _REFERENCE_ONLY:
-        return "reference"
     bits_on_gpu = device_type == "cuda" and op in BIT_OPS
     for name in _ORDER_OF_BITS if bits_on_gpu else _ORDER.get(device_type, ("reference",)):
         found = _loaded(name)
@@ -175,11 +172,12 @@ def chosen(op: str, device_type: str) -> str:
     raise BackendUnavailable(f"no backend can run '{op}' here; 'reference' does not have it")
 
 
-def get(op: str, backend: str) -> Implementation:
-    """The function by which `backend`, a name that `chosen` gave, computes `op`."""
-    found = _loaded(backend)
+def chosen_for(op: str, device_type: str) -> tuple[str, Implementation]:
+    """The chosen backend's name, and the function by which it computes `op`."""
+    name = chosen(op, device_type)
+    found = _loaded(name)
     assert not isinstance(found, str), found
-    return found[op]
+    return name, found[op]
 
 
 def _devices(name: str) -> tuple[str, ...]:

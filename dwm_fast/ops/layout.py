@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,19 +27,22 @@ def order_of(t: Tensor) -> torch.memory_format | None:
     return channels_last if math.prod(t.shape[2:]) <= MAX_SPATIAL else None
 
 
-def in_order(t: Tensor, order: torch.memory_format) -> Tensor:
-    """`t` itself where it is in `order`, else a copy that is."""
-    return t if order_of(t) is order else t.contiguous(memory_format=order)
+def in_orders(tensors: Iterable[Tensor], orders: Iterable[torch.memory_format]) -> list[Tensor]:
+    """Each tensor itself where it is in its order, else a copy that is."""
+    pairs = zip(tensors, orders, strict=True)
+    return [t if order_of(t) is order else t.contiguous(memory_format=order) for t, order in pairs]
 
 
-def known(t: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """`t` in an order that the kernels know, copied if need be, and that order."""
-    order = order_of(t)
-    return (t, order) if order is not None else (t.contiguous(), torch.contiguous_format)
+def known(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[torch.memory_format]]:
+    """Tensors in orders that the kernels know, copied if need be, and those orders."""
+    given = list(tensors)
+    orders = [order_of(t) or torch.contiguous_format for t in given]
+    return in_orders(given, orders), orders
 
 
-def restored(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the strides of torch.empty_like(like), whatever order it was computed in."""
-    if order_of(result) is order_of(like):
-        return result
-    return torch.empty_like(like, dtype=result.dtype).copy_(result)
+def restored(results: Iterable[Tensor], likes: Iterable[Tensor]) -> list[Tensor]:
+    """Each result in the strides of torch.empty_like of its like, whatever order it was computed in."""
+    return [
+        result if order_of(result) is order_of(like) else torch.empty_like(like, dtype=result.dtype).copy_(result)
+        for result, like in zip(results, likes, strict=True)
+    ]

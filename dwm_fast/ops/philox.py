@@ -102,6 +102,7 @@ define(
     "advance(Tensor(a!) rng_state, int steps) -> Tensor",
     reference=advance_reference,
     fake=lambda rng_state, steps: torch.empty_like(rng_state),
+    one_backend=True,
 )
 
 

@@ -32,7 +32,8 @@ class Problem:
         name: of the GPU, "" where there is none.
         dtype: compute dtype; tf32: whether fp32 products may use TF32.
         taps: elements of a convolution's window, 1 for a linear map; groups: of a convolution.
-        obstacle: why one pass cannot compute these tensors, whatever the sizes; "" where it can.
+        obstacle: why these tensors are never computed in one pass, not even where that is forced (the staged way
+            answers for them, with torch's own words where they do not fit); "" where they may be.
     """
 
     op: str

@@ -15,7 +15,7 @@ from torch import Tensor
 from dwm_fast.errors import InputError, Unsupported
 from dwm_fast.ops import backends, ways
 from dwm_fast.ops.autocast import without_autocast
-from dwm_fast.ops.devices import check_all_devices, check_devices
+from dwm_fast.ops.devices import check_all_devices
 from dwm_fast.ops.draw import Draw
 from dwm_fast.ops.geometry import Geometry
 
@@ -52,6 +52,7 @@ def define(
     fake: Callable[..., Any],
     device_at: int = 0,
     operands: Callable[..., tuple[Any, ...]] | None = None,
+    one_backend: bool = False,
     tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
 ) -> None:
     """Register `schema` under the namespace dwm_fast.
@@ -64,39 +65,53 @@ def define(
 
     A masked product gives `operands`: from its arguments to those of `ways.choose_for` behind the backend. Its
     reference is the staged way, and a backend computes it in one pass, with the problem as its first argument.
+
+    With `one_backend` the reference is the only one, whatever is forced.
     """
     name = schema.partition("(")[0]
     grouped = _regroup(schema)
     backends.REFERENCES[name] = reference
     _LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
 
-    def computed(backend: str, given: tuple[Any, ...]) -> Any:
+    def computed(backend: str, implementation: Callable[..., Any], given: tuple[Any, ...]) -> Any:
         if operands is not None:
             choice = ways.choose_for(name, backend, *operands(*given))
-            if choice.way == ways.STAGED:
-                return reference(*given)
-            return backends.get(name, backend)(choice.problem, *given)
+            return reference(*given) if choice.way == ways.STAGED else implementation(choice.problem, *given)
         try:
-            return backends.get(name, backend)(*given)
+            return implementation(*given)
         except Unsupported:
             return reference(*given)
 
     def kernel(*args: Any) -> Any:
         device = _device(args[device_at])
-        backend = backends.chosen(name, device.type)
-        if backend == "triton" and device.type == "cuda":
-            check_devices(name, args, device)  # lists: where a new table of their addresses is made
-        else:
+        backend, implementation = backends.chosen_for(name, device.type)
+        # A list of the Triton backend is looked through where a new table of its addresses is made.
+        if not _together(args, device, lists=backend != "triton" or device.type != "cuda"):
             check_all_devices(name, args, device)
-        with without_autocast(device.type):
-            return computed(backend, grouped(args))
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return computed(backend, implementation, grouped(args))
+        return computed(backend, implementation, grouped(args))
 
     def shapes(*args: Any) -> Any:
         with without_autocast(_device(args[device_at]).type):
             return fake(*grouped(args))
 
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, reference if one_backend else kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dwm_fast::{name}", shapes, lib=_LIBRARY)
+
+
+def _together(args: tuple[Any, ...], device: torch.device, lists: bool) -> bool:
+    """Whether all tensors among the arguments, and in their lists, are on `device`."""
+    for given in args:
+        if isinstance(given, Tensor):
+            if given.device != device:
+                return False
+        elif lists and isinstance(given, list | tuple):
+            for t in given:
+                if isinstance(t, Tensor) and t.device != device:
+                    return False
+    return True
 
 
 def _device(given: Tensor | Sequence[Tensor]) -> torch.device:

@@ -281,13 +281,11 @@ def sample(
         >>> masked[0].tolist(), int(bits[0])
         ([1.0, 0.0, 4.0], 5)
     """
-    count = len(weights)
-    draw = Draw(
-        rng_state, tau, range(count) if layers is None else layers,
-        [0.0] * count if thresholds is None else thresholds, Mode(mode), step_offset,
-    )  # fmt: skip
-    _check_sample(logits, weights, draw)
+    layers = range(len(weights)) if layers is None else layers
+    thresholds = [0.0] * len(weights) if thresholds is None else thresholds
+    flat = (rng_state, tau, list(layers), list(thresholds), int(Mode(mode)), step_offset)
+    _check_sample(logits, weights, Draw(*flat))
     result: tuple[list[Tensor], Tensor, Tensor] = torch.ops.dwm_fast.sample(
-        list(logits), list(weights), *draw.flat(), dtype, pack
+        list(logits), list(weights), *flat, dtype, pack
     )
     return result

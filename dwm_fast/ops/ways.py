@@ -82,7 +82,7 @@ def choose_for(
     if backend == "reference":
         return Choice(STAGED, "the backend 'reference' computes it and has one way")
     problem = problem_of(op, backend, x, weight, logits, geometry)
-    choice = choose(problem)
+    choice = Choice(STAGED, problem.obstacle) if problem.obstacle else choose(problem)
     return Choice(choice.way, choice.why, problem)
 
 
@@ -110,8 +110,6 @@ def one_pass(problem: Problem) -> bool:
 
 def _obstacle(problem: Problem) -> str:
     """Why one pass cannot compute this, or ""."""
-    if problem.obstacle:
-        return problem.obstacle
     if problem.device == "cpu":
         if problem.op != "linear_packed":
             return "on a CPU only linear_packed has a one-pass kernel"
