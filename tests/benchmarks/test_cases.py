@@ -89,11 +89,10 @@ def test_without_optional_packages_all_cases_but_those_of_coding_are_there() -> 
         "import sys\n"
         "sys.modules |= dict.fromkeys(('constriction', 'zstandard', 'hypothesis', 'huggingface_hub'))\n"
         "import torch\n"
+        "from dwm_fast._bench import bench_files\n"
         "from dwm_fast._bench.cases import ENTRIES\n"
         "from dwm_fast._bench.context import Context\n"
-        "for entry in ENTRIES:\n"
-        "    if entry.name in ('bank-switch', 'conv2d'):\n"
-        "        entry.build(Context(torch.device('cpu'), quick=True))\n"
+        "bench_files.switching(Context(torch.device('cpu'), quick=True), domains=1)\n"
         "print([entry.name for entry in ENTRIES if entry.needs])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
