@@ -46,7 +46,7 @@ PY
 
 if begin tests 60 $((limit * 45 / 100)) 0; then
     rm -rf "$gate"
-    timeout -k 5 $((given + 10)) "$python" -m benchmarks.dev.gate --seconds "$given" --out "$gate"
+    timeout -k 5 "$given" "$python" -m benchmarks.dev.gate --seconds $((given - 25)) --out "$gate"
     echo "exit status $? (0 green, 1 red, 3 no pytest here)"
     cp "$gate"/gate.* "$out"/ 2>/dev/null
 fi

@@ -19,7 +19,6 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -196,20 +195,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="files at a time")
     parser.add_argument("--out", type=Path, required=True, help="folder of gate.json and gate.log")
     given = parser.parse_args(argv)
-    with suppress(FileNotFoundError):
-        (given.out / "gate.json").unlink()
     if importlib.util.find_spec("pytest") is None:
         print("gate: pytest is not installed, so no test was run; each case still checks itself before it is timed")
         return 3
-    commit = find_source(TREE).commit
-    files: dict[str, Verdict] = {}
+    commit, plan = find_source(TREE).commit, planned(TREE / "tests")
+    files = {name: Verdict(reason="the gate was stopped before it was done") for name, _ in plan}
     logs: list[str] = []
-    for name, verdict, text in run(planned(TREE / "tests"), TREE / "tests", given.jobs, given.seconds):
+    _save(given.out, commit, files, logs)
+    for name, verdict, text in run(plan, TREE / "tests", given.jobs, given.seconds):
         files[name] = verdict
         print(_line(name, verdict), flush=True)
         if verdict.red:
             logs.append(f"=== {name}\n{text[-20000:]}")
-    _save(given.out, commit, files, logs)
+        _save(given.out, commit, files, logs)
     red = red_areas(given.out / "gate.json", commit)
     for area in sorted(areas() & red.keys()):
         print(f"red: {area}: {red[area]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from dwm_fast._bench.dev import gate
 from dwm_fast._bench.dev.checkout import TREE
 from dwm_fast._bench.dev.gate import Verdict, areas, belongs, planned, red_areas, verdict_of
+from dwm_fast._bench.dev.source import find_source
 
 GREEN = Verdict(passed=3, red=False)
 
@@ -125,6 +127,25 @@ def test_what_is_not_done_in_time_is_stopped_and_red(tmp_path: Path) -> None:
     assert found["kernels/test_a_slow.py"].reason == "it was not done in time"
     assert found["kernels/test_b_next.py"].reason == "there was no time to run it"
     assert all(verdict.red for verdict in found.values())
+
+
+def test_a_gate_that_is_stopped_leaves_a_report_in_which_what_is_not_done_is_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = [("ops/test_bits.py", []), ("kernels/test_bits.py", []), ("ops/test_sample.py", [])]
+
+    def stopped(*_: object) -> Iterator[tuple[str, Verdict, str]]:
+        yield "ops/test_bits.py", GREEN, ""
+        yield "ops/test_sample.py", GREEN, ""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gate, "planned", lambda tests: plan)
+    monkeypatch.setattr(gate, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        gate.main(["--out", str(tmp_path)])
+    red = red_areas(tmp_path / "gate.json", find_source(TREE).commit)
+    assert red["bits"] == "kernels/test_bits.py: the gate was stopped before it was done"
+    assert "sample" not in red
 
 
 def test_a_report_that_breaks_off_is_red(tmp_path: Path) -> None:
