@@ -19,7 +19,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
     """The entries of a .toml, .yaml or .json file."""
     readers = {".toml": tomllib.loads, ".json": json.loads}
     try:
-        data = readers.get(path.suffix, yaml.safe_load)(path.read_text())
+        data = readers.get(path.suffix, yaml.safe_load)(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"config: cannot read {path}: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:

@@ -22,6 +22,9 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
     images = f"real PACS from {config.data}" if config.data else "procedural stand-in (not PACS)"
     _line(console, f"images: {images}")
     study = Study(config, folder)
+    if study.data.left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(study.data.left_out.items()))
+        _line(console, f"images: left out: {reasons}")
     weights = study.weights_report()
     if weights is not None:
         _line(console, f"weights: from {config.weights}, {weights.summary()}")

@@ -190,3 +190,14 @@ def test_two_ways_of_a_method_are_told_apart_by_policy_or_rate() -> None:
     config = from_dict({"tune": {"none": ways}}, builtin_defaults())
     assert len(config.tune["none"]) == 3
     assert all(isinstance(way, TrainOptions) for way in config.tune["none"])
+
+
+@pytest.mark.parametrize("name", ["a.toml", "a.yaml", "a.json"])
+def test_a_byte_order_mark_and_names_with_spaces_are_read_in_every_format(name: str, tmp_path: Path) -> None:
+    given = {"data": "my images/PACS – copy", "sources": "photo ,  art_painting", "seeds": [3]}
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+    text = "\n".join(lines) if name == "a.toml" else json.dumps(given, ensure_ascii=False)  # JSON is YAML too
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        read = load_config(tmp_path / name)
+        assert (read.data, read.sources, read.seeds) == (given["data"], ("photo", "art"), (3,))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "sketch": ("sketch", "s"),
 }
 FOLDER_NAMES: Mapping[str, str] = {d: "art_painting" if d == "art" else d for d in DOMAINS}
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"})
 LAYOUTS = (
     "<domain>/<class>/*.jpg, kfold/<domain>/<class>/*.jpg (DomainBed), "
     "images/<domain>/<class>/*.jpg with splits/ (Dassl), or *.parquet (Hugging Face)"
@@ -46,12 +47,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Layout:
-    """What was recognised: the records of all wanted domains, and the folder of official lists if any."""
+    """What was recognised: the records of all wanted domains, and the folder of official lists if any.
+
+    `left_out` counts what lies in the folders and was not taken, by reason.
+    """
 
     kind: str
     root: Path
     records: list[Record]
     splits: Path | None
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def find_domain(name: str) -> str | None:
@@ -110,7 +115,8 @@ def _recognise(path: Path, domains: Sequence[str]) -> Layout:
         for kind, base in (("folder", root), ("kfold", root / "kfold"), ("dassl", root / "images")):
             folders = _domain_folders(base)
             if folders:
-                return Layout(kind, root, _read_folders(base, folders, domains), lists)
+                left_out: Counter[str] = Counter()
+                return Layout(kind, root, _read_folders(base, folders, domains, left_out), lists, left_out)
         files = _parquet_files(root)
         if files:
             return Layout("parquet", root, _read_parquet(files, domains), lists)
@@ -136,27 +142,38 @@ def _domain_folders(base: Path) -> dict[str, Path]:
     return found
 
 
-def _read_folders(base: Path, folders: Mapping[str, Path], domains: Sequence[str]) -> list[Record]:
+def _read_folders(
+    base: Path, folders: Mapping[str, Path], domains: Sequence[str], left_out: Counter[str]
+) -> list[Record]:
     records: list[Record] = []
     for domain in domains:
         if domain not in folders:
             have = ", ".join(f.name for f in folders.values())
             raise DataError(f"{base}: no folder of domain {domain!r} (found {have}); add {FOLDER_NAMES[domain]}/")
-        found = list(_read_domain_folder(domain, folders[domain]))
+        found = list(_read_domain_folder(domain, folders[domain], left_out))
         check_complete(domain, found, folders[domain])
         records += found
     return records
 
 
-def _read_domain_folder(domain: str, folder: Path) -> Iterator[Record]:
+def _read_domain_folder(domain: str, folder: Path, left_out: Counter[str]) -> Iterator[Record]:
+    classes: dict[str, Path] = {}
     for class_folder in _visible(folder):
         name = class_folder.name.lower()
         if name not in CLASSES or not class_folder.is_dir():
+            left_out[f"beside the classes of {domain}"] += 1
             continue
+        if name in classes:
+            raise DataError(f"{class_folder}: a second folder of class {name!r} beside {classes[name].name}; keep one")
+        classes[name] = class_folder
         for file in _visible(class_folder):
+            if file.is_symlink() and not file.exists():
+                raise DataError(f"{file}: a link to a file that is not there; mend the link or remove it")
             if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
                 full = f"{FOLDER_NAMES[domain]}/{name}/{file.name}"
                 yield Record(domain, CLASSES.index(name), full, file, str(file))
+            else:
+                left_out["folders inside a class" if file.is_dir() else f"'{file.suffix.lower()}' files"] += 1
 
 
 def _parquet_files(root: Path) -> list[Path]:
@@ -214,6 +231,7 @@ def _class_label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list
 def _parquet_record(file: Path, row: int, item: Mapping[str, Any], names: Mapping[str, list[str]]) -> Record:
     image = item["image"] or {}
     stored = image.get("path")
+    stored = stored if isinstance(stored, str) else None
     parts = stored.replace("\\", "/").split("/") if stored else []
     origin = f"{file}, row {row}" + (f" ({stored})" if stored else "")
     data = image.get("bytes")

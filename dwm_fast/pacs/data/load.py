@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from dwm_fast.errors import DataError, InputError
-from dwm_fast.pacs.data.layouts import CLASSES, DOMAINS, Record, canonical_domain, read_layout
+from dwm_fast.pacs.data.layouts import CLASSES, DOMAINS, canonical_domain, read_layout
+from dwm_fast.pacs.data.pixels import Progress, decode_all
 from dwm_fast.pacs.data.splits import holdout_split, official_split
 
 HUB_DATASET = "flwrlabs/pacs"
-POOL_FROM = 2000  # images; below, starting threads costs more than it saves
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class PacsData:
     """All domains of a study, in the order photo, art, cartoon, sketch.
 
     `real` is False for procedural images. `fingerprint` is the SHA-256 of pixels, labels and splits: two data
-    sets with the same fingerprint give the same study.
+    sets with the same fingerprint give the same study. `left_out` counts the files that were not taken, by reason.
     """
 
     name: str
@@ -60,6 +54,7 @@ class PacsData:
     classes: tuple[str, ...]
     image_size: int
     fingerprint: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> PacsData:
         """The same data with all tensors on `device`."""
@@ -125,43 +120,7 @@ def load_pacs(
             test=torch.tensor(test),
             names=[r.name for r in records],
         )
-    return PacsData("PACS", True, sets, CLASSES, image_size, fingerprint(sets))
-
-
-def decode_all(records: Sequence[Record], image_size: int, progress: Progress | None = None) -> Tensor:
-    """Decode records to (N, 3, image_size, image_size) uint8; DataError names an unreadable image."""
-    pixels = torch.empty((len(records), 3, image_size, image_size), dtype=torch.uint8)
-    view = pixels.numpy()
-
-    def decode_chunk(start: int) -> int:
-        for i in range(start, min(start + 100, len(records))):
-            view[i] = _decode(records[i], image_size).transpose(2, 0, 1)
-        return min(start + 100, len(records))
-
-    starts = range(0, len(records), 100)
-    workers = min(8, os.cpu_count() or 1) if len(records) > POOL_FROM else 1
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for done in pool.map(decode_chunk, starts):
-                if progress is not None:
-                    progress(done, len(records))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return pixels
-
-
-def _decode(record: Record, image_size: int) -> NDArray[np.uint8]:
-    """RGB pixels (image_size, image_size, 3) of one record."""
-    try:
-        with Image.open(record.source if isinstance(record.source, Path) else io.BytesIO(record.source)) as opened:
-            image = opened.convert("RGB")
-            if image.size != (image_size, image_size):
-                image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-            return np.asarray(image)
-    except Exception as error:  # Pillow's plugins raise many kinds on damaged files
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{record.origin}: unreadable image ({reason}); replace the file or remove it") from error
+    return PacsData("PACS", True, sets, CLASSES, image_size, fingerprint(sets), layout.left_out)
 
 
 def fingerprint(domains: Mapping[str, DomainSet]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dwm_fast.errors import DataError, InputError
 from dwm_fast.pacs.data.layouts import CLASSES, Record, find_domain
 
 _SUFFIX = "_kfold.txt"
+_NUMBER = re.compile("[0-9]{1,3}")
 
 
 def holdout_split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -66,6 +68,10 @@ def _find_lists(folder: Path, domain: str) -> dict[str, Path]:
     for file in sorted(folder.glob(f"*{_SUFFIX}")):
         owner, _, kind = file.name[: -len(_SUFFIX)].rpartition("_")
         if find_domain(owner) == domain:
+            if kind in found:
+                raise DataError(
+                    f"{file}: a second {kind} list of domain {domain!r} beside {found[kind].name}; keep one"
+                )
             found[kind] = file
     missing = [kind for kind in ("train", "crossval") if kind not in found]
     if missing:
@@ -83,7 +89,7 @@ def _read_list(
 ) -> list[int]:
     chosen: list[int] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a readable list ({error}); fetch it again") from error
     for number, line in enumerate(lines, start=1):
@@ -93,7 +99,7 @@ def _read_list(
         index = position.get(_line_name(where, line, domain))
         if index is None:
             raise DataError(
-                f"{where}: names {line.split()[0]}, which is not among the images of domain {domain!r}; "
+                f"{where}: names {_parts(line)[0]}, which is not among the images of domain {domain!r}; "
                 "give the lists of this copy, or drop --splits and use the own hold-out"
             )
         if index in seen:
@@ -106,11 +112,22 @@ def _read_list(
     return chosen
 
 
+def _parts(line: str) -> tuple[str, str]:
+    """Path and label of a line: what stands before and after its last white space."""
+    path, *label = line.strip().rsplit(None, 1)
+    return path, label[0] if label else ""
+
+
 def _line_name(where: str, line: str, domain: str) -> str:
     """Record name that a list line speaks of, after checking its form, class and label."""
-    path, _, label = line.strip().rpartition(" ")
+    path, label = _parts(line)
     parts = path.replace("\\", "/").split("/")
-    if len(parts) < 3 or parts[-2].lower() not in CLASSES or find_domain(parts[-3]) is None or not label.isdigit():
+    if (
+        len(parts) < 3
+        or parts[-2].lower() not in CLASSES
+        or find_domain(parts[-3]) is None
+        or not _NUMBER.fullmatch(label)
+    ):
         raise DataError(f"{where}: {line.strip()!r}; expected '<domain>/<class>/<file> <label 1 to 7>'")
     if find_domain(parts[-3]) != domain:
         raise DataError(f"{where}: names an image of {parts[-3]} in a list of domain {domain!r}")

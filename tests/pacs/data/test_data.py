@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dwm_fast.errors import DataError, InputError
-from dwm_fast.pacs.data import CLASSES, DOMAINS, PacsData, canonical_domain, download_pacs, load_pacs
+from dwm_fast.pacs.data import CLASSES, DOMAINS, PacsData, canonical_domain, download_pacs, load_pacs, pixels
 from dwm_fast.pacs.data import load as data
 
 from ..pacs_for_tests import FOLDERS, LAYOUTS, PER_CLASS, build, colour, name, write_lists, write_parquet, write_tree
@@ -76,7 +78,7 @@ def test_only_the_wanted_domains_load_under_any_alias_in_fixed_order(tmp_path: P
 
 def test_images_are_resized_and_counted_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serial = load_pacs(write_tree(tmp_path), image_size=12)
-    monkeypatch.setattr(data, "POOL_FROM", 10)
+    monkeypatch.setattr(pixels, "POOL_FROM", 10)
     seen: list[tuple[int, int]] = []
     pooled = load_pacs(tmp_path, image_size=12, progress=lambda done, total: seen.append((done, total)))
     assert pooled.domains["art"].images.shape == (28, 3, 12, 12)
@@ -124,8 +126,8 @@ def test_fingerprint_sees_pixels_labels_and_splits(tmp_path: Path) -> None:
 
 
 def test_domain_aliases() -> None:
-    for given, short in {"P": "photo", "art_painting": "art", "ArtPainting": "art", "c": "cartoon"}.items():
-        assert canonical_domain(given) == short
+    for alias, short in {"P": "photo", "art_painting": "art", "ArtPainting": "art", "c": "cartoon"}.items():
+        assert canonical_domain(alias) == short
     with pytest.raises(InputError, match=r"'quickdraw'.*photo \(p\).*art_painting.*sketch \(s\)"):
         canonical_domain("quickdraw")
 
@@ -155,3 +157,62 @@ def test_download_asks_the_hub_and_wraps_its_failures(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DataError, match=r"pip install 'dwm-fast\[hub\]'"):
         download_pacs(tmp_path / "again")
+
+
+def test_what_was_left_out_is_counted_by_reason(tmp_path: Path) -> None:
+    root = build("folder", tmp_path / "data")
+    extra = root / "photo" / "dog"
+    picture = (extra / "pic_0.png").read_bytes()
+    for file in ("a.gif", "b.tif", "c.TIF", "README"):
+        (extra / file).write_bytes(picture)
+    (extra / "more").mkdir()
+    (root / "photo" / "cats").mkdir()
+    (extra / "d.jfif").write_bytes(picture)
+    (extra / "e.JPE").write_bytes(picture)
+    data = load_pacs(root, image_size=8, domains=["photo"])
+    assert data.left_out == {
+        "'.gif' files": 1,
+        "'.tif' files": 2,
+        "'.txt' files": 1,
+        "'' files": 1,
+        "folders inside a class": 1,
+        "beside the classes of photo": 1,
+    }
+    assert len(data.domains["photo"].names) == 7 * PER_CLASS + 2
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["utf-8", "utf-8-sig"]),
+    st.sampled_from([" ", "  ", "\t", " \t "]),
+    st.sampled_from(["\n", "\r\n", " \n", "\n\n"]),
+    st.sampled_from(["/", "\\"]),
+    st.sampled_from(["", "  ", "\t"]),
+)
+def test_lists_are_read_as_people_have_them(
+    tmp_path: Path, encoding: str, gap: str, end: str, slash: str, before: str
+) -> None:
+    lists = tmp_path / "lists"
+    write_lists(lists)
+    plain = load_pacs(tree(tmp_path), splits=lists, image_size=8, domains=["photo"])
+    for file in lists.glob("photo_*"):
+        lines = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
+        text = "".join(f"{before}{path.replace('/', slash)}{gap}{label}{end}" for path, label in lines)
+        file.write_bytes(text.encode(encoding))
+    assert load_pacs(tree(tmp_path), splits=lists, image_size=8, domains=["photo"]).fingerprint == plain.fingerprint
+
+
+def tree(folder: Path) -> Path:
+    """The images, written once."""
+    return folder / "data" if (folder / "data").exists() else build("folder", folder / "data")
+
+
+def test_names_with_spaces_are_read_from_lists(tmp_path: Path) -> None:
+    root, lists = build("folder", tmp_path / "data"), tmp_path / "lists"
+    write_lists(lists)
+    plain = load_pacs(root, splits=lists, image_size=8, domains=["photo"])
+    for file in (root / "photo").rglob("pic_*.png"):
+        file.rename(file.with_name(file.name.replace("pic_", "my  holiday pic ")))
+    for file in lists.glob("photo_*"):
+        file.write_text(file.read_text().replace("pic_", "my  holiday pic "))
+    assert load_pacs(root, splits=lists, image_size=8, domains=["photo"]).fingerprint == plain.fingerprint

@@ -129,3 +129,37 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
     for arguments in ({"holdout": 0.0}, {"holdout": 1.5}, {"image_size": 0}, {"domains": []}, {"domains": ["x"]}):
         with pytest.raises(InputError):
             load_pacs(root, **{"image_size": 8, **arguments})
+
+
+def test_two_lists_of_one_domain_are_refused_and_not_chosen_from(tmp_path: Path) -> None:
+    root, lists = write_tree(tmp_path / "a"), write_lists(tmp_path / "lists")
+    (lists / "art_train_kfold.txt").write_bytes((lists / "art_painting_train_kfold.txt").read_bytes())
+    with pytest.raises(DataError, match=r"art_train_kfold.txt: a second train list of domain 'art' beside art_paint"):
+        load_pacs(root, splits=lists, image_size=8)
+    with pytest.raises(DataError, match="a second train list"):
+        load_pacs(root, splits=lists, image_size=8, domains=["art"])
+    assert load_pacs(root, splits=lists, image_size=8, domains=["photo"]).domains["photo"].names
+
+
+def test_two_folders_of_a_class_that_differ_in_case_are_refused(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    (root / "photo" / "Dog").mkdir()
+    with pytest.raises(DataError, match=r"photo/dog: a second folder of class 'dog' beside Dog; keep one"):
+        load_pacs(root, image_size=8)
+
+
+def test_a_link_to_nowhere_is_named_and_not_left_out(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    (root / "photo" / "dog" / "moved.png").symlink_to(root / "gone.png")
+    with pytest.raises(DataError, match=r"moved\.png: a link to a file that is not there"):
+        load_pacs(root, image_size=8)
+
+
+@pytest.mark.parametrize("label", ["²", "1²", "٣", "1.0", "-1", "+1", "one", "1" * 400, ""])
+def test_a_label_that_is_no_number_is_one_line(label: str, tmp_path: Path) -> None:
+    root, lists = write_tree(tmp_path / "a"), write_lists(tmp_path / "lists")
+    photo = lists / "photo_train_kfold.txt"
+    photo.write_text(f"photo/dog/pic_0.png {label}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1: .*expected '<domain>/<class>/<file> <label 1 to 7>'") as caught:
+        load_pacs(root, splits=lists, image_size=8)
+    assert "\n" not in str(caught.value)
