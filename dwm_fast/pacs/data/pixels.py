@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dwm_fast.errors import DataError
@@ -61,7 +61,7 @@ def _decode(record: Record, image_size: int) -> NDArray[np.uint8]:
             if image.size != (image_size, image_size):
                 image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise DataError(
             f"{record.origin}: unreadable image (none of {', '.join(FORMATS)}); replace the file or remove it"
         ) from error
