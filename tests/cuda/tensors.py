@@ -54,6 +54,14 @@ class DeviceTensor(Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:
+        if id(self) not in memo:
+            made = self.detach().clone()
+            learned = isinstance(self, Parameter)
+            memo[id(self)] = Parameter(made, self.requires_grad) if learned else made.requires_grad_(self.requires_grad)
+        found: DeviceTensor = memo[id(self)]
+        return found
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 

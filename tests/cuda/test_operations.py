@@ -206,3 +206,33 @@ def test_a_product_is_the_reference_in_either_way(gpu, name, way):
     for a, b in zip(found, expected(CASES[name]), strict=True):
         assert_near(a.cpu(), b)
     assert any("product" in x.kernel for x in gpu.launches) == (way == "one-pass")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_product_in_another_precision_is_the_reference(gpu, packed, dtype):
+    """bfloat16 has rows enough for a tile in one pass; fp64 is beyond the kernels and staged."""
+
+    def product(d: Draws) -> Tensor:
+        x, weight = d.randn(6, 20).to(dtype), d.randn(9, 20).to(dtype)
+        if packed:
+            return ops.linear_packed(x, weight, d.bits(shapes=((9, 20),)))
+        return ops.linear(x, weight, d.randn(9, 20), None, *d.noise())
+
+    found = product(Draws(lambda t: t.to("cuda:1")))
+    with dwm_fast.use_backend("reference"):
+        wanted = product(Draws(lambda t: t.clone()))
+    assert found.dtype == dtype
+    largest = float(wanted.abs().max())
+    torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=64 * torch.finfo(dtype).eps * largest)
+    assert any("product" in x.kernel for x in gpu.launches) == (dtype == torch.bfloat16)
+
+
+def test_a_depthwise_convolution_is_staged(gpu):
+    def depthwise(d: Draws) -> Tensor:
+        return ops.conv2d(d.randn(2, 4, 5, 5), d.randn(4, 1, 3, 3), d.randn(4, 1, 3, 3), None, *d.noise(), groups=4)
+
+    found = depthwise(Draws(lambda t: t.to("cuda:1")))
+    with dwm_fast.use_backend("reference"):
+        assert_near(found.cpu(), depthwise(Draws(lambda t: t.clone())))
+    assert not any("product" in x.kernel for x in gpu.launches)
