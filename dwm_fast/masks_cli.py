@@ -16,7 +16,16 @@ from rich.text import Text
 from torch import Tensor
 
 from dwm_fast import ops
-from dwm_fast.bank import DomainMasks, MaskFile, make_domain, read_foreign, read_rows, write_foreign, write_mask_file
+from dwm_fast.bank import (
+    DomainMasks,
+    MaskFile,
+    make_domain,
+    read_foreign,
+    read_rows,
+    read_ternary,
+    write_foreign,
+    write_mask_file,
+)
 from dwm_fast.bank.folder import check_folder, load_domain, read_domain
 from dwm_fast.bank.header import is_mask_file
 from dwm_fast.bank.sets import overlap as count_overlap
@@ -53,10 +62,30 @@ class Measure(StrEnum):
     differ = "xor"
 
 
-def _print(*things: Any) -> None:
+class BitOrder(StrEnum):
+    """Which bit of a byte of packbits comes first."""
+
+    big = "big"
+    little = "little"
+
+
+def _print(*things: Table | str) -> None:
     console = Console()
     for thing in things:
-        console.print(thing, soft_wrap=isinstance(thing, Text))
+        console.print(_text(thing) if isinstance(thing, str) else thing, soft_wrap=isinstance(thing, str))
+
+
+def _text(given: object) -> Text:
+    """Text as it is, never markup: names and paths come from outside. What cannot be printed is escaped."""
+    line = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(given))
+    return Text(line)
+
+
+def _table(*columns: str, title: str | None = None, header: bool = True) -> Table:
+    table = Table(title=None if title is None else _text(title), show_header=header)
+    for column in columns:
+        table.add_column(_text(column))
+    return table
 
 
 def _percent(part: int, whole: int) -> str:
@@ -83,7 +112,7 @@ def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(about, indent=1))
         return
     kept, weights = sum(info.ones), sum(info.layout.numels)
-    facts = Table(title=str(file), show_header=False)
+    facts = _table("", "", title=str(file), header=False)
     for label, value in {
         "domain": info.domain,
         "method": f"{info.method or '-'} ({info.form})",
@@ -96,11 +125,13 @@ def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
         "options": json.dumps(dict(info.options)),
         "own tensors": str(len(opened.extra_names)),
     }.items():
-        facts.add_row(label, Text(value))
-    table = Table("mask", "shape", "weights", "kept", "stored")
+        facts.add_row(label, _text(value))
+    table = _table("mask", "shape", "weights", "kept", "stored")
     for row in tensors:
         shape = " x ".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, f"{row['weights']:,}", _percent(row["kept"], row["weights"]), row["coding"])
+        table.add_row(
+            _text(row["name"]), shape, f"{row['weights']:,}", _percent(row["kept"], row["weights"]), row["coding"]
+        )
     _print(facts, table)
 
 
@@ -127,16 +158,16 @@ def diff(a: FileArgument, b: FileArgument, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps({"equal": equal, "total": total, "tensors": rows, "description": about}, indent=1))
         raise typer.Exit(0 if equal else 1)
-    table = Table("mask", "both keep", "only A", "only B", "Jaccard", title=f"A = {a}\nB = {b}")
+    table = _table("mask", "both keep", "only A", "only B", "Jaccard", title=f"A = {a}\nB = {b}")
     for row in [*rows, {"name": "total", **total}]:
         if "note" in row:
-            table.add_row(row["name"], row["note"])
+            table.add_row(_text(row["name"]), row["note"])
         else:
             counts = [f"{row[key]:,}" for key in ("both", "only_a", "only_b")]
-            table.add_row(row["name"], *counts, f"{_jaccard(row):.4f}")
+            table.add_row(_text(row["name"]), *counts, f"{_jaccard(row):.4f}")
     _print(table)
     for key, (one, other) in about.items():
-        _print(Text(f"{key}: A {one!r}, B {other!r}"))
+        _print(f"{key}: A {one!r}, B {other!r}")
     raise typer.Exit(0 if equal else 1)
 
 
@@ -170,11 +201,11 @@ def overlap(
     if as_json:
         typer.echo(json.dumps({"domains": names, "measure": measure.value, "matrix": matrix.tolist()}, indent=1))
         return
-    table = Table("", *names, title=f"{folder}: {measure.value}")
+    table = _table("", *names, title=f"{folder}: {measure.value}")
     top = max(float(matrix.max()), 1e-12)
     for name, row in zip(names, matrix.tolist(), strict=True):
         cells = [Text(f"{v:.4f}" if isinstance(v, float) else f"{v:,}", style=_heat(v / top)) for v in row]
-        table.add_row(name, *cells)
+        table.add_row(_text(name), *cells)
     _print(table)
 
 
@@ -217,18 +248,25 @@ def convert(
     coding: Annotated[Coding, typer.Option(help="One bit per weight, or entropy-coded.")] = Coding.raw,
     domain: Annotated[str | None, typer.Option(help="Name of the domain (default: the file's).")] = None,
     reference: Annotated[Path | None, typer.Option(help="Store against this domain's masks (coded only).")] = None,
+    bit_order: Annotated[BitOrder, typer.Option(help="Of np.packbits in an .npz.")] = BitOrder.big,
+    ternary: Annotated[bool, typer.Option("--ternary", help="Masks of -1, 0 and 1, as Piggyback's code has.")] = False,
 ) -> None:
     """Write masks as a mask file: change the coding, or bring in another program's masks."""
     if is_mask_file(source):
         record = read_domain(source)
         if domain is not None and domain != record.info.domain:
             record = _renamed(record, domain)
+    elif ternary:
+        keep, signs = read_ternary(source)
+        record = make_domain(domain or source.stem, keep, form="ternary", values=signs, method="imported")
     else:
-        record = make_domain(domain or source.stem, read_foreign(source), method="imported")
+        record = make_domain(domain or source.stem, read_foreign(source, bit_order.value), method="imported")
+    if not record.info.ones:
+        raise MaskFileError(f"{source}: holds no masks")
     base = None if reference is None else read_domain(reference)
     write_mask_file(target, record, coding.value, base)
     written = MaskFile(target)
-    _print(Text(f"{target}: {written.coding}, {written.nbytes:,} bytes, {record.info.fraction_kept:.2%} kept"))
+    _print(f"{target}: {written.coding}, {written.nbytes:,} bytes, {record.info.fraction_kept:.2%} kept")
 
 
 def _renamed(record: DomainMasks, domain: str) -> DomainMasks:
@@ -255,7 +293,7 @@ def export(
     """Write a domain's masks for other programs."""
     masks = read_domain(source).masks()
     write_foreign(target, masks, form.value)
-    _print(Text(f"{target}: {len(masks)} masks, {form.value}, {target.stat().st_size:,} bytes"))
+    _print(f"{target}: {len(masks)} masks, {form.value}, {target.stat().st_size:,} bytes")
 
 
 @masks_app.command()
@@ -268,15 +306,15 @@ def verify(
         if path.is_dir():
             wrong = check_folder(path)
             for name, reason in wrong.items():
-                _print(Text(f"WRONG {path / name}: {reason}"))
+                _print(f"WRONG {path / name}: {reason}")
             if not wrong:
-                _print(Text(f"ok    {path}: {len(read_rows(path))} domains"))
+                _print(f"ok    {path}: {len(read_rows(path))} domains")
             failed |= bool(wrong)
             continue
         try:
             record = read_domain(path)
-            _print(Text(f"ok    {path}: '{record.info.domain}', {len(record.info.ones)} masks"))
+            _print(f"ok    {path}: '{record.info.domain}', {len(record.info.ones)} masks")
         except MaskFileError as error:
-            _print(Text(f"WRONG {error}"))
+            _print(f"WRONG {error}")
             failed = True
     raise typer.Exit(1 if failed else 0)

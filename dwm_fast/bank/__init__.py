@@ -7,9 +7,11 @@ from dwm_fast.bank.fingerprint import fingerprint
 from dwm_fast.bank.folder import open_domain, read_rows
 from dwm_fast.bank.foreign import (
     as_masks,
+    as_ternary,
     from_packbits,
     from_pruned,
     read_foreign,
+    read_ternary,
     to_packbits,
     to_pruned,
     write_foreign,
@@ -27,6 +29,7 @@ __all__ = [
     "MaskInfo",
     "Served",
     "as_masks",
+    "as_ternary",
     "encode_domain",
     "fingerprint",
     "from_packbits",
@@ -36,6 +39,7 @@ __all__ = [
     "pack_signs",
     "read_foreign",
     "read_rows",
+    "read_ternary",
     "to_packbits",
     "to_pruned",
     "write_foreign",

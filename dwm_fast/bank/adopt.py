@@ -69,8 +69,26 @@ def adopt(masked: Any, tensors: Mapping[str, Tensor]) -> Adopted:
             _read_kind(masked, result)
     model = getattr(masked, "model", None)
     if model is not None:
-        result.state = _own_state(model.state_dict(), result.masks, tensors)
+        state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+        _refuse_other_weights(state, result.masks, tensors)
+        result.state = _own_state(state, result.masks, tensors)
     return result
+
+
+def _refuse_other_weights(
+    state: Mapping[str, Tensor], masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """InputError where a masked weight is not the backbone's: its mask would be served over other weights."""
+    for name in masks:
+        mine, theirs = state.get(name), tensors[name]
+        if mine is None or mine.is_meta or theirs.is_meta:
+            continue
+        same = mine.shape == theirs.shape and torch.equal(mine.detach().cpu(), theirs.detach().to("cpu", mine.dtype))
+        if not same:
+            raise InputError(
+                f"'{name}' of the masked model is not the backbone's: the mask was learned over other weights, or they "
+                "were trained since; make the bank over the network that was masked"
+            )
 
 
 def _read_kind(masked: Any, result: Adopted) -> None:

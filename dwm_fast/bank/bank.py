@@ -24,6 +24,7 @@ from dwm_fast.bank.runner import Patch, domain_patch
 from dwm_fast.bank.save import Origin, save_entries
 from dwm_fast.bank.serve import Served
 from dwm_fast.errors import InputError
+from dwm_fast.nn.shell import unwrapped
 
 _MODULE_NBYTES = 1 << 16
 """What a network without its tensors is counted as, in the memory budget."""
@@ -63,7 +64,7 @@ class MaskBank:
     """
 
     def __init__(self, backbone: nn.Module, *, memory_budget: int = 1 << 30) -> None:
-        self.backbone = backbone
+        self.backbone = backbone = unwrapped(backbone)
         self._entries: dict[str, _Entry] = {}
         self._removed: set[tuple[Path, str]] = set()
         self._active: str | None = None
@@ -122,8 +123,10 @@ class MaskBank:
                 it.
 
         Raises:
-            InputError: the name is taken or not usable, or a tensor does not fit the backbone.
+            InputError: the name is taken or not usable, or a tensor does not fit the backbone, or a masked
+                model's own weights are not the backbone's.
         """
+        masks = unwrapped(masks)
         if hasattr(masks, "keep_masks"):
             given = adopt(masks, self._net.tensors)
         elif isinstance(masks, Mapping):

@@ -128,7 +128,7 @@ def make_domain(
     if form not in FORMS:
         raise InputError(f"form '{form}' is unknown; expected one of {', '.join(FORMS)}")
     for name, mask in [*masks.items(), *(state or {}).items(), *(values or {}).items()]:
-        _check_tensor(name, mask)
+        check_tensor(name, mask)
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
             raise InputError(f"mask '{name}' is {mask.dtype}; expected torch.bool (see dwm_fast.bank.as_masks)")
@@ -143,7 +143,7 @@ def make_domain(
     return record
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
     """InputError unless a file can hold a tensor of that name."""
     if not is_name(f"values.{name}"):
         raise InputError(

@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dwm_fast._files import write_atomic
+from dwm_fast._files import reason, write_atomic
 from dwm_fast.errors import InputError, MaskFileError
 from dwm_fast.nn.kinds import kind_from_dict
-from dwm_fast.nn.model import MaskedModel, mask_model
+from dwm_fast.nn.model import MaskedModel, as_masked_model, mask_model
 from dwm_fast.nn.select import literal
+from dwm_fast.nn.shell import unwrapped
 
 _FORMAT = "dwm-fast masked model 1"
 
@@ -30,23 +31,44 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
     Args:
         masked: the masked model.
         path: where to; missing folders are made, an old file is replaced. Unwritable: DataError.
+
+    The file has the names of the model itself: torch.compile and data-parallel wrappers around it or in it leave no
+    trace.
+
+    Raises:
+        InputError: no masked model, or its state holds what is no plain tensor (extra state of a module, sparse or
+            quantized tensors): named, and nothing is written.
     """
+    masked = as_masked_model(masked, "save_masked")
     header = {
         "format": _FORMAT,
         "masked": json.dumps(
             {
                 "kind": masked.kind.to_dict(),
-                "layers": list(masked.mask_layers()),
+                "layers": [_plain_name(name) for name in masked.mask_layers()],
                 "mask_samples": masked.mask_samples,
                 "batch_norm": masked.batch_norm,
             }
         ),
     }
+    state = {_plain_name(name): value for name, value in masked.state_dict().items()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            what = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"'{name}' of the model's state is {what}; save_masked writes plain tensors alone: make it a buffer, "
+                "or save the masks with dwm_fast.MaskBank"
+            )
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in masked.state_dict().items()
+        for name, tensor in state.items()
     }
     write_atomic(path, save(tensors, metadata=header))
+
+
+def _plain_name(name: str) -> str:
+    """A name without torch.compile's part in it."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def load_masked(model: nn.Module, path: str | os.PathLike[str]) -> MaskedModel:
@@ -67,11 +89,11 @@ def load_masked(model: nn.Module, path: str | os.PathLike[str]) -> MaskedModel:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise MaskFileError(f"{path}: cannot be read as safetensors: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MaskFileError(f"{path}: cannot be read as safetensors: {reason(error)}") from error
     if header.get("format") != _FORMAT:
         raise MaskFileError(f"{path}: format is {header.get('format')!r}; expected '{_FORMAT}' (from save_masked)")
-    masked = _rebuild(copy.deepcopy(model), header.get("masked", ""), path)
+    masked = _rebuild(copy.deepcopy(unwrapped(model)), header.get("masked", ""), path)
     _compare(masked.state_dict(), tensors, path)
     masked.load_state_dict(tensors)
     return masked
@@ -83,7 +105,7 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
         header = json.loads(about)
         kind, layers = kind_from_dict(header["kind"]), [str(name) for name in header["layers"]]
         samples, batch_norm = int(header["mask_samples"]), str(header["batch_norm"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise MaskFileError(f"{path}: the field 'masked' of the header is broken: {error!r}; save it again") from error
     missing = [n for n in layers if not isinstance(_submodule(model, n), (nn.Linear, nn.Conv2d))]
     if missing or not layers:

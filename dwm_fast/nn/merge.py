@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dwm_fast.errors import InputError
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw, drop_mask, recast
-from dwm_fast.nn.model import MaskedModel
+from dwm_fast.nn.model import MaskedModel, as_masked_model
 from dwm_fast.nn.shell import Shell
 
 
@@ -22,6 +22,9 @@ def merge(masked: MaskedModel) -> nn.Module:
         storage with it and in eval() gives the output that `masked.eval()` gives. All its parameters are
         trainable.
 
+    Raises:
+        InputError: it is no masked model.
+
     Example:
         >>> import torch, dwm_fast as dwm
         >>> masked = dwm.mask_model(torch.nn.Linear(3, 2), dwm.Threshold()).eval()
@@ -29,6 +32,7 @@ def merge(masked: MaskedModel) -> nn.Module:
         >>> type(plain).__name__, torch.equal(plain(x), masked(x))
         ('Linear', True)
     """
+    masked = as_masked_model(masked, "merge")
     layers = list(masked.mask_layers().values())
     with torch.no_grad():
         baked, _, _ = draw(layers, masked.rng_state, masked.tau, training=False)

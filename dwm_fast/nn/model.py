@@ -23,7 +23,7 @@ from dwm_fast.nn.layers import (
     new_tau,
 )
 from dwm_fast.nn.select import maskable_layers, refuse_shared
-from dwm_fast.nn.shell import Shell
+from dwm_fast.nn.shell import Shell, unwrapped
 from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.sample import penalty
 
@@ -207,6 +207,14 @@ def _one_dtype(layers: Sequence[MaskedLayer]) -> bool:
     return all(layer.frozen_weight.dtype == layers[0].frozen_weight.dtype for layer in layers)
 
 
+def as_masked_model(given: Any, what: str) -> MaskedModel:
+    """The masked model that was given, out of its torch.compile and data-parallel wrappers; InputError for none."""
+    masked = unwrapped(given)
+    if not isinstance(masked, MaskedModel):
+        raise InputError(f"{what} got {type(masked).__name__}; expected a MaskedModel, from dwm_fast.mask_model")
+    return masked
+
+
 def mask_model(
     model: nn.Module,
     kind: MaskKind,
@@ -216,6 +224,7 @@ def mask_model(
     mask_samples: int = 1,
     batch_norm: str = "frozen",
     seed: int | None = None,
+    skip_unmaskable: bool = False,
 ) -> MaskedModel:
     """Wrap a network so that its Linear and Conv2d weights are seen through learned masks.
 
@@ -228,6 +237,7 @@ def mask_model(
         kind: GumbelSigmoid(...), Threshold(...), Edit(...) or KernelSoft(...).
         include, exclude: shell patterns of layer names, e.g. include=["layer*"], exclude=["fc"].
         mask_samples, batch_norm, seed: see `MaskedModel`.
+        skip_unmaskable: leave out the layers that cannot be masked (see Raises), not refuse them.
 
     Returns:
         A MaskedModel.
@@ -244,7 +254,7 @@ def mask_model(
         >>> [tuple(p.shape) for p in masked.mask_parameters()]
         [(8, 4)]
     """
-    chosen = maskable_layers(model, include, exclude)
+    chosen = maskable_layers(model, include, exclude, skip_unmaskable=skip_unmaskable)
     refuse_shared(model, chosen)
     shell = Shell(model, [m.weight for m in chosen.values()])
     weights = {id(m.weight) for m in chosen.values()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear, drop_mask, recast
-from dwm_fast.nn.model import MaskedModel
+from dwm_fast.nn.model import MaskedModel, as_masked_model
 from dwm_fast.nn.shell import Shell
 
 
@@ -131,8 +131,7 @@ def pack(masked: MaskedModel) -> nn.Module:
         >>> sorted(packed.state_dict())
         ['backbone_weight', 'bias', 'bits']
     """
-    if not isinstance(masked, MaskedModel):
-        raise InputError(f"pack got {type(masked).__name__}; expected a MaskedModel, from dwm_fast.mask_model")
+    masked = as_masked_model(masked, "pack")
     layers = masked.mask_layers()
     shared = [t for layer in layers.values() for t in (layer.frozen_weight, layer.mask_logits)]
     shell = Shell(masked.model, shared)

@@ -79,8 +79,13 @@ def tensors_of(network: nn.Module) -> Iterator[Tensor]:
 
 
 def copy_sharing(network: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
-    """A deep copy of `network` in which the tensors of `shared` are the same objects, not copies."""
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+    """A deep copy of `network` in which the tensors of `shared` are the same objects, not copies.
+
+    Weights that a module computes before each call (weight_norm, prune) are cut off from what they were computed of.
+    """
+    computed = [t for m in network.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    memo = {id(tensor): tensor for tensor in shared} | {id(tensor): tensor.detach() for tensor in computed}
+    return copy.deepcopy(network, memo)
 
 
 def aliases(network: nn.Module) -> dict[str, list[str]]:
@@ -90,3 +95,17 @@ def aliases(network: nn.Module) -> dict[str, list[str]]:
         if isinstance(tensor, Tensor):
             groups.setdefault(id(tensor), []).append(name)
     return {name: group for group in groups.values() for name in group}
+
+
+def unwrapped(network: Any) -> Any:
+    """The module inside torch.compile, DataParallel, DistributedDataParallel and the like, however many of them."""
+    while True:
+        inner = getattr(network, "_orig_mod", None)
+        if inner is None and type(network).__name__ in _WRAPPERS:
+            inner = network.module
+        if inner is None:
+            return network
+        network = inner
+
+
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import dwm_fast
 from dwm_fast.bank import MaskBank
 from dwm_fast.errors import InputError, MaskFileError
 
@@ -166,3 +167,28 @@ def test_weights_that_are_no_numbers_do_not_count_as_changed() -> None:
     bank = MaskBank(net)
     bank.add("photo", _keep_all(net))
     assert bank.serve(["photo"]) is bank.serve(["photo"])
+
+
+def test_a_mask_learned_over_other_weights_is_refused() -> None:
+    net = nets.small_net()
+    tuned = copy.deepcopy(net)
+    with torch.no_grad():
+        tuned.conv1.weight.mul_(1.5)
+    bank = MaskBank(net)
+    bank.add("own", dwm_fast.mask_model(net, dwm_fast.GumbelSigmoid()))
+    for other in (tuned, nets.small_net(seed=1)):
+        with pytest.raises(InputError, match=r"'conv1.weight' of the masked model is not the backbone's"):
+            bank.add("sketch", dwm_fast.mask_model(other, dwm_fast.GumbelSigmoid()))
+    masked = dwm_fast.mask_model(net, dwm_fast.GumbelSigmoid())
+    masked.mask_layers()["hidden"].frozen_weight.data[0, 0] += 1e-6
+    with pytest.raises(InputError, match=r"is not the backbone's"):
+        MaskBank(nets.small_net()).add("sketch", masked)
+    assert bank.domains == ["own"]
+
+
+def test_a_compiled_network_and_a_compiled_masked_model_have_the_names_inside() -> None:
+    net = nets.small_net()
+    bank = MaskBank(torch.compile(net, backend="eager"))
+    masked = dwm_fast.mask_model(net, dwm_fast.GumbelSigmoid())
+    bank.add("photo", torch.nn.DataParallel(torch.compile(masked, backend="eager")))
+    assert set(bank.masks("photo")) == {"conv1.weight", "conv2.weight", "hidden.weight", "fc.weight"}

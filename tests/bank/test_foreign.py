@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +18,17 @@ from torch.nn.utils import prune
 from dwm_fast.bank import (
     MaskBank,
     as_masks,
+    as_ternary,
     from_packbits,
     from_pruned,
+    make_domain,
     read_foreign,
+    read_ternary,
     to_packbits,
     to_pruned,
     write_foreign,
 )
+from dwm_fast.bank.record import effective_weight
 from dwm_fast.errors import InputError, MaskFileError
 
 from . import nets
@@ -124,3 +131,67 @@ def test_files_that_hold_no_masks_are_refused(tmp_path: Path) -> None:
         read_foreign(tmp_path / "scores.safetensors")
     with pytest.raises(InputError, match=r"cannot export 'bool' to masks.pt"):
         write_foreign(tmp_path / "masks.pt", _masks(), "bool")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.float32])
+def test_ternary_masks_of_bytes_come_in_with_their_signs(dtype: type, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-1, 2, (20, 7))
+    np.savez(tmp_path / "bird.npz", **{"conv1.weight": values.astype(np.int8).astype(dtype)})
+    keep, signs = read_ternary(tmp_path / "bird.npz")
+    record = make_domain("bird", keep, form="ternary", values=signs)
+    found = effective_weight(record, "conv1.weight", keep["conv1.weight"], torch.ones(20, 7))
+    assert np.array_equal(found.numpy(), values)
+    with pytest.raises(InputError, match="values other than 0 and 1"):
+        as_ternary({"w": np.array([2.0])})
+
+
+def test_packbits_of_the_other_order_are_told_by_their_padding(tmp_path: Path) -> None:
+    keep = np.ones((3, 7), bool)
+    for order, other in (("big", "little"), ("little", "big")):
+        packed = np.packbits(keep, bitorder=order)
+        assert from_packbits({"w": packed}, {"w": (3, 7)}, order)["w"].all()
+        with pytest.raises(InputError, match=rf"bit order '{other}'.*bit_order='{order}'"):
+            from_packbits({"w": packed}, {"w": (3, 7)}, other)
+    np.savez(tmp_path / "m.npz", **{"w": np.packbits(keep, bitorder="little"), "w.shape": np.array([3, 7])})
+    assert read_foreign(tmp_path / "m.npz", bit_order="little")["w"].all()
+
+
+def test_only_buffers_beside_an_original_are_pruning_masks() -> None:
+    net = nets.small_net()
+    net.register_buffer("attn_mask", torch.tril(torch.ones(4, 4)))
+    net.register_buffer("window_mask", torch.tensor([[0.0, -100.0]]))
+    prune.l1_unstructured(net.hidden, "weight", 0.5)
+    assert list(from_pruned(net)) == ["hidden.weight"]
+    state = {name: t for name, t in net.state_dict().items() if t.dtype == torch.float32}
+    assert list(as_masks(state)) == ["hidden.weight"]
+
+
+@pytest.mark.parametrize("shape", [[-8, -8], [-1], [2**40, 2**40], [1.5], [[2]], [1] * 20], ids=str)
+def test_shapes_that_no_mask_has_are_refused(shape: list[Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "m.npz", **{"w": np.zeros(8, np.uint8), "w.shape": np.array(shape)})
+    with pytest.raises(MaskFileError, match=r"m.npz: cannot be read as masks"):
+        read_foreign(tmp_path / "m.npz")
+
+
+def test_files_without_masks_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "m.npz")
+    save_file({}, tmp_path / "m.safetensors")
+    for name in ("m.npz", "m.safetensors"):
+        with pytest.raises(MaskFileError, match="holds no masks"):
+            read_foreign(tmp_path / name)
+
+
+def test_an_npz_is_as_large_as_it_says(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "liar.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        header = "{'descr': '|u1', 'fortran_order': False, 'shape': (1099511627776,), }".ljust(117) + "\n"
+        archive.writestr(
+            "w.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 9
+        )
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w.npy", bytes(200 << 20))
+    for name, message in (("liar", "as long as its header says"), ("bomb", "more than masks are")):
+        with pytest.raises(MaskFileError, match=message):
+            read_foreign(tmp_path / f"{name}.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(MaskFileError, match="no ordinary file"):
+        read_foreign(tmp_path / "pipe.npz")

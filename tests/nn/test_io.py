@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dwm_fast as dwm
-from dwm_fast.errors import DataError, MaskFileError
+from dwm_fast.errors import DataError, InputError, MaskFileError
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -174,3 +175,39 @@ def test_what_is_no_safetensors_file_is_one_clear_line(tmp_path, saved, content)
         dwm.load_masked(_net(), tmp_path / "missing.safetensors")
     with pytest.raises(MaskFileError, match="cannot be read as safetensors"):
         dwm.load_masked(_net(), tmp_path)
+
+
+def test_a_wrapped_model_is_saved_under_its_own_names(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    masked = dwm.mask_model(net, dwm.GumbelSigmoid(), seed=0)
+    inner = copy.deepcopy(masked)
+    inner.model[0] = torch.compile(inner.model[0], backend="eager")
+    for number, given in enumerate([torch.compile(masked, backend="eager"), torch.nn.DataParallel(masked), inner]):
+        path = tmp_path / f"{number}.safetensors"
+        dwm.save_masked(given, path)
+        found = dwm.load_masked(torch.compile(net, backend="eager"), path)
+        for name, tensor in masked.state_dict().items():
+            assert torch.equal(found.state_dict()[name], tensor)
+
+
+class Scaled(torch.nn.ReLU):
+    def get_extra_state(self):
+        return {"scale": 1.0}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_is_no_plain_tensor_is_named_and_nothing_is_written(tmp_path):
+    sparse = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    sparse.register_buffer("adjacency", torch.eye(4).to_sparse())
+    cases = [
+        (torch.nn.Sequential(torch.nn.Linear(4, 4), Scaled()), r"1._extra_state' .* is dict"),
+        (sparse, "adjacency"),
+    ]
+    for net, message in cases:
+        with pytest.raises(InputError, match=message):
+            dwm.save_masked(dwm.mask_model(net, dwm.GumbelSigmoid()), tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="save_masked got Linear; expected a MaskedModel"):
+        dwm.save_masked(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []

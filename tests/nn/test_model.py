@@ -573,3 +573,33 @@ def test_the_loop_of_the_readme_learns_a_sparse_mask_that_merges():
     assert masked.fraction_kept() < before == 1.0
     plain = dwm.merge(masked.eval())
     assert torch.equal(plain(x), masked(x))
+
+
+def test_all_layers_that_cannot_be_masked_are_named_at_once_or_skipped():
+    net = nn.Sequential(nn.Linear(2, 2), OwnForward(2, 2), OwnConvolution(2, 2, 1))
+    with pytest.raises(InputError, match=r"'1' is a OwnForward.*'2' is a OwnConvolution.*exclude=\['1', '2'\]"):
+        dwm.mask_model(net, dwm.Threshold())
+    assert list(dwm.mask_model(net, dwm.Threshold(), skip_unmaskable=True).mask_layers()) == ["0"]
+
+
+def test_a_pattern_of_what_to_leave_out_that_fits_nothing_is_refused():
+    with pytest.raises(InputError, match=r"exclude=\['head'\] fits no layer; the model has: 0"):
+        dwm.mask_model(nn.Sequential(nn.Linear(2, 2)), dwm.Threshold(), exclude="head")
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_leaving_out_a_layer_whose_weight_is_computed_works_as_the_error_says(wrap):
+    net = nn.Sequential(wrap(nn.Linear(3, 3)), nn.Linear(3, 2))
+    with torch.no_grad():
+        net(torch.ones(1, 3))
+    with pytest.raises(InputError, match=r"'0' has a computed weight.*exclude=\['0'\]"):
+        dwm.mask_model(net, dwm.Threshold(init=1.0))
+    masked = dwm.mask_model(net, dwm.Threshold(init=1.0), exclude=["0"])
+    assert torch.equal(masked.eval()(torch.ones(1, 3)), net(torch.ones(1, 3)))
+
+
+@pytest.mark.parametrize("function", [dwm.merge, dwm.pack], ids=lambda f: f.__name__)
+def test_a_network_without_masks_is_one_clear_error(function):
+    with pytest.raises(InputError, match=f"{function.__name__} got Linear; expected a MaskedModel"):
+        function(nn.Linear(2, 2))
