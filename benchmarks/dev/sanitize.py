@@ -106,17 +106,17 @@ def _bank(x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor) -> None:
     bank_linear(x, weight, bits, None, offsets, x.shape[0])
 
 
-_PARTS = {part.__name__.strip("_"): part for part in (_sampling, _bits, _updates, _network, _products, _one_pass)}
+PARTS = {part.__name__.strip("_"): part for part in (_sampling, _bits, _updates, _network, _products, _one_pass)}
 
 
-def main(names: Sequence[str]) -> None:
+def run(names: Sequence[str], device: torch.device) -> None:
     """Run the parts called `names`, all of them by default."""
-    device = torch.device("cuda")
-    for name in names or _PARTS:
-        _PARTS[name](device)
-        torch.cuda.synchronize()
+    for name in names or PARTS:
+        PARTS[name](device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         print(f"sanitize: {name} done", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(sys.argv[1:], torch.device("cuda"))

@@ -15,6 +15,7 @@ from dwm_fast.ops import measured, ways
 from dwm_fast.ops.problem import Problem
 
 CPU = torch.device("cpu")
+OPERATION = tune.operation
 NAME = "NVIDIA Test 2"
 
 
@@ -88,6 +89,21 @@ def test_the_grid_names_each_problem_once_and_has_what_the_aims_are_about() -> N
     assert first == [(m, 4096, 4096) for m in (1, 16, 64)]
     assert {s.m for s in shapes if (s.n, s.k) == (4096, 4096)} >= {1, 8192}
     assert all(tune.candidates(s) for s in shapes)
+
+
+@pytest.mark.parametrize("op", sorted({shape.op for shape in tune.grid()}))
+def test_every_operation_of_the_grid_is_called_as_it_is_defined_and_way_by_way(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taps = 9 if op.startswith("conv2d") else 1
+    shape = tune.Shape(op, 2, 16, 32, taps, side=4 if taps > 1 else 1)
+    with ways.use_way(ways.STAGED):
+        found = OPERATION(shape, CPU)()
+    first = found if isinstance(found, torch.Tensor) else found[0]
+    expected = {"linear_mask_grad": (16, 32), "conv2d_packed": (2, 16, 4, 4)}
+    assert first.shape == expected.get(op, (2, 32) if "input_grad" in op else (2, 16))
+    assert first.isfinite().all()
+    assert first.abs().max() > 0
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
