@@ -72,6 +72,7 @@ def _product(
     return Configuration(
         _name(f"linear{' back' if back else ''} M={m} K={k}", mode, dtype), linear.masked_product_kernel, types,
         constants, tiles.num_warps, _ALIGNED if k % 16 == 0 else ("N",), matrix=m > 1 and not plain,
+        pipelined=tiles.stages > 1,
     )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def _gradient(mode: int, m: int) -> Configuration:
              "i32")  # fmt: skip
     return Configuration(
         _name(f"linear gradient M={m}", mode, _BF16), linear_grad.mask_gradient_kernel, types, constants,
-        tiles.num_warps, ("N", "K", "g_m", "x_m", "w_n", "s_n", "ds_n", "dw_n"), matrix=True,
+        tiles.num_warps, ("N", "K", "g_m", "x_m", "w_n", "s_n", "ds_n", "dw_n"), matrix=True, pipelined=True,
     )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def _convolutions() -> Iterator[Configuration]:
         constants = {"MODE": mode, "BACK": back, "HAS_BIAS": not back, **_convolution_constants(problem, tiles)}
         yield Configuration(
             _name(f"conv2d{' back' if back else ''}", mode, _BF16), conv.conv_product_kernel, types, constants,
-            tiles.num_warps, matrix=True,
+            tiles.num_warps, matrix=True, pipelined=tiles.stages > 1,
         )  # fmt: skip
     problem = dataclasses.replace(problem, op="conv2d_mask_grad")
     tiles = convolution_tiles(problem)

@@ -96,7 +96,7 @@ def moments_kernel(
     GRAD: tl.constexpr, BLOCK: tl.constexpr, STRIDED_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
     HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Moments of the gradients by program: partials fp64 (programs, 3). TAPS tensors are read as their memory lies."""
+    """Moments of the gradients by program: partials fp64 (programs, 3)."""
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, _word = row_of(rows, tensor)
     grads = address(ptrs, tensor, 1, 2)
@@ -106,6 +106,21 @@ def moments_kernel(
         lanes = mask & (offsets >= 0)
         count, mean, deviations = lane_moments(g, lanes)
         store_moments(partials, count, mean, deviations)
+    if HAS_TAPS and kind == TAPS:
+        _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
+        total = tl.zeros([GROUPS, 4], tl.float64)
+        values = ()
+        for tap in tl.static_range(9):
+            value = (tl.load(aligned(grads, GRAD) + tap * stride + offsets, mask=mask, other=0.0).to(tl.float64),)
+            total += value[0]
+            values = values + value
+        lanes = tl.sum((mask & (offsets >= 0)).to(tl.float64))
+        mean = tl.sum(total) / (9.0 * lanes)
+        squares = tl.zeros([GROUPS, 4], tl.float64)
+        for tap in tl.static_range(9):
+            apart = tl.where(mask, values[tap] - mean, 0.0)
+            squares += apart * apart
+        store_moments(partials, 9.0 * lanes, mean, tl.sum(squares))
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 2)
         g = tl.load(loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 2), mask=mask, other=0.0)
@@ -166,6 +181,13 @@ def importance_kernel(
             aligned(gammas, tl.float32) + start + offsets, aligned(grads, GRAD) + start + offsets, mask, mean,
             deviation,
         )  # fmt: skip
+    if HAS_TAPS and kind == TAPS:
+        _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
+        for tap in range(9):
+            place = tap * stride + offsets
+            importance_lanes(
+                aligned(gammas, tl.float32) + place, aligned(grads, GRAD) + place, mask, mean, deviation
+            )  # fmt: skip
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 2)
         importance_lanes(
@@ -201,7 +223,7 @@ def raise_importance(gammas: Sequence[Tensor], gradients: Sequence[Tensor]) -> N
     with _tables.device_guard(gammas[0].device):
         for indices in groups_of(gradients):
             roles = [pick(gammas, indices), pick(gradients, indices)]
-            plan = _tables.plan(roles, launch, allow_taps=False)
+            plan = _tables.plan(roles, launch)
             if plan.num_blocks:
                 partials = _tables.empty(3 * plan.num_blocks, dtype=torch.float64, device=gammas[0].device)
                 tables = (pointers(roles), plan.rows, plan.geometry, plan.blocks, partials)
