@@ -113,7 +113,7 @@ def moments_kernel(
         for tap in tl.static_range(9):
             value = (tl.load(aligned(grads, GRAD) + tap * stride + offsets, mask=mask, other=0.0).to(tl.float64),)
             total += value[0]
-            values = values + value
+            values = values + value  # type: ignore[assignment]  # a tuple that grows
         lanes = tl.sum((mask & (offsets >= 0)).to(tl.float64))
         mean = tl.sum(total) / (9.0 * lanes)
         squares = tl.zeros([GROUPS, 4], tl.float64)
