@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports dwm_fast.kernels
 
-from dwm_fast.ops import _build, backends, ways
+from dwm_fast.ops import _build
 
 HERE = torch.cuda.is_available()
 
@@ -58,7 +59,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 
 def forget() -> None:
-    """What a process remembers of devices and of backends that could not be had."""
-    backends._loaded.cache_clear()
-    backends._warn_once.cache_clear()
-    ways._device_name.cache_clear()
+    """Clear what operations remember for a whole process: names of devices, backends that could not be had."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("dwm_fast.ops"):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
