@@ -72,6 +72,7 @@ class MaskBank:
         self._cache: ByteLru[Any] = ByteLru(memory_budget)
         self._net = Backbone(backbone)
         self._stamp = self._net.stamp()
+        self._splits: set[Any] = set()
 
     @property
     def domains(self) -> list[str]:
@@ -254,7 +255,7 @@ class MaskBank:
             return self._net.run(self._patch(domain), args, kwargs)
 
         stamp = self._stamp
-        return Served(names, twin, run_one, lambda: self._net.stamp() == stamp), nbytes
+        return Served(names, twin, run_one, lambda: self._net.stamp() == stamp, self._splits), nbytes
 
     def overlap(self, names: Sequence[str] | None = None, measure: str = "jaccard") -> Tensor:
         """How the masks of domains lie over one another, (D, D), for `names` or all domains in order.
@@ -341,7 +342,7 @@ class MaskBank:
         """The backbone's stamp; what was made for an earlier one is forgotten."""
         stamp = self._net.stamp()
         if stamp != self._stamp:
-            self._stamp = stamp
+            self._stamp, self._splits = stamp, set()
             self._cache.discard(lambda key: isinstance(key, tuple) and key[0] != "record")
         return stamp
 

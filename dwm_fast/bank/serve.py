@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,16 @@ class Served:
     """
 
     def __init__(
-        self, names: Sequence[str], twin: nn.Module | None, run_one: RunOne, is_current: Callable[[], bool]
+        self,
+        names: Sequence[str],
+        twin: nn.Module | None,
+        run_one: RunOne,
+        is_current: Callable[[], bool],
+        splits: set[Any],
     ) -> None:
         self.names = tuple(names)
         self._is_current = is_current
+        self._splits = splits
         self._twin = twin
         self._run_one = run_one
 
@@ -49,7 +56,8 @@ class Served:
         classes -inf.
 
         Raises:
-            InputError: ids of another form, or the backbone has changed since `MaskBank.serve`.
+            InputError: ids of another form, the backbone has changed since `MaskBank.serve`, or what the network
+                gives for a sample depends on the others in its batch.
         """
         if not self._is_current():
             raise InputError("the backbone has changed since these domains were prepared; call bank.serve(names) again")
@@ -64,9 +72,39 @@ class Served:
         args, kwargs = _take((args, kwargs), order)
         rows = ids[order]
         result = self._layerwise(rows, args, kwargs) if self._twin is not None else NotImplemented
+        if result is not NotImplemented and not self._is_split(result, rows, args, kwargs):
+            self._twin, result = None, NotImplemented
         if result is NotImplemented:
             result = self._one_by_one(rows, args, kwargs)
+            if not self._is_split(result, rows, args, kwargs):
+                raise InputError(
+                    "what the network gives for a sample depends on the other samples of its batch, or its first "
+                    "dimension is not the batch: a mixed batch cannot be split; call the bank with one domain at a time"
+                )
         return _take(result, places)
+
+    def _is_split(self, result: Any, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the last sample alone gets what it got in its batch; asked once for a network, on the CPU.
+
+        A part of one sample is asked for with that sample twice. Networks that draw random numbers in eval(), and
+        those that cannot be called with one sample, are taken at their word.
+        """
+        key = (self.layerwise, *(x.dim() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
+        if rows.device.type != "cpu" or rows.numel() < 2 or key in self._splits:
+            return True
+        alone = not self.layerwise and int(rows[-2]) != int(rows[-1])
+        for copies in (2,) if alone else (1, 2):
+            some_args, some_kwargs = _take((args, kwargs), torch.full((copies,), rows.numel() - 1), rows.numel())
+            try:
+                with torch.no_grad():
+                    found, again = (self._run_one(self.names[int(rows[-1])], some_args, some_kwargs) for _ in range(2))
+            except Exception:  # whatever the network raises: it says nothing about the batch
+                continue
+            if _agree(found, again, _close) and not _agree(result, found, partial(_same_rows, copies)):
+                return False
+            break
+        self._splits.add(key)
+        return True
 
     def _layerwise(self, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One pass for all domains; NotImplemented, for good, when the network turns out not to allow it."""
@@ -102,14 +140,45 @@ class Served:
             raise InputError(f"ids lie in [{low}, {high}]; expected 0 to {len(self.names) - 1}")
 
 
-def _take(tree: Any, order: Tensor) -> Any:
-    """Reorder dim 0 of every tensor of the tree whose first size is the batch's."""
-    size = order.numel()
+def _take(tree: Any, order: Tensor, size: int | None = None) -> Any:
+    """Pick rows of dim 0 of every tensor of the tree whose first size is the batch's, `order`'s own by default."""
+    batch = order.numel() if size is None else size
 
     def take(leaf: Any) -> Any:
-        return leaf[order] if _in_batch(leaf, size) else leaf
+        return leaf[order] if _in_batch(leaf, batch) else leaf
 
     return pytree.tree_map(take, tree)
+
+
+def _agree(a: Any, b: Any, same: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether all tensors of two outputs are the `same`."""
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=False)
+    return all(same(x.detach(), y.detach()) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
+
+
+def _same_rows(copies: int, whole: Tensor, found: Tensor) -> bool:
+    """Whether `found`, the output for copies of one sample, says of each what the last row of `whole` says.
+
+    Of classes, the last dimension, `found` may have fewer; those that it lacks are -inf in `whole`.
+    """
+    if _close(whole, found):
+        return True  # no sample's: a constant, say
+    if whole.dim() == 0 or found.dim() != whole.dim() or found.shape[0] != copies:
+        return False
+    row = whole[-1:]
+    if row.dim() > 1 and found.shape[-1] < row.shape[-1]:
+        row, rest = row[..., : found.shape[-1]], row[..., found.shape[-1] :]
+        if not bool((rest == -torch.inf).all()):
+            return False
+    return row.shape[1:] == found.shape[1:] and _close(row.expand_as(found), found)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point() or not a.numel():
+        return a.shape == b.shape
+    budget = max(1e-3, 16 * torch.finfo(a.dtype).eps)
+    scale = float(a.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+    return torch.allclose(a, b, rtol=budget, atol=budget * scale, equal_nan=True)
 
 
 def _narrow(tree: Any, size: int, start: int, count: int) -> Any:

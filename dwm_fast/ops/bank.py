@@ -26,9 +26,17 @@ from dwm_fast.ops.ways import LARGE_WEIGHT, one_pass
 
 
 def segments(offsets: Tensor, rows: int, samples: int) -> Iterator[tuple[int, slice]]:
-    """(domain, rows of it) for every domain that has any, out of `rows` rows for `samples` samples."""
+    """(domain, rows of it) for every domain that has any, out of `rows` rows for `samples` samples.
+
+    InputError unless the offsets rise from 0 to `samples`: every row belongs to one domain.
+    """
     scale = rows // samples if samples else 0
     bounds = offsets.tolist()
+    if [*bounds[:1], *bounds[-1:]] != [0, samples] or bounds != sorted(bounds):
+        shown = str(bounds[:20])[:-1] + (", ...]" if len(bounds) > 20 else "]")
+        raise InputError(
+            f"offsets are {shown}; expected numbers that rise from 0 to {samples}, the samples of the batch"
+        )
     for domain in range(len(bounds) - 1):
         if bounds[domain] < bounds[domain + 1]:
             yield domain, slice(bounds[domain] * scale, bounds[domain + 1] * scale)
@@ -214,7 +222,8 @@ def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, of
         bits: uint8 (D, packed_nbytes(N * K)), one packed mask per domain; rows may lie apart.
         bias: (N,), or (D, N) with one per domain, or None.
         offsets: int64 (D + 1,), on x's device, rising from 0 to `samples`: samples offsets[d] : offsets[d +
-            1] use mask d. Samples beyond the last offset give undefined rows.
+            1] use mask d. Anything else is an InputError on the CPU; a device does not look, and
+            rows that no domain has are undefined there.
         samples: number of samples in the batch.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dwm_fast.bank import MaskBank
+from dwm_fast.errors import InputError
 
 from . import nets
 
@@ -256,3 +258,91 @@ def test_autocast_is_respected() -> None:
     exact = bank(x, domains=domains)
     seen = exact.isfinite()
     torch.testing.assert_close(y.float()[seen], exact[seen], rtol=0.1, atol=0.1)
+
+
+class _Similarity(nn.Module):
+    """Every sample against every other: (B, 6) -> (B, B)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y @ y.t()
+
+
+class _Recurrent(nn.Module):
+    """Sequence first: (T, B, 6) -> (T, B, 3), or its last step."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.rnn, self.fc, self.last = nn.GRU(6, 6), nn.Linear(6, 3), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(self.rnn(x)[0])
+        return y[-1] if self.last else y
+
+
+class _BatchStatistics(nn.Module):
+    """Batch norm that keeps no statistics: each sample is measured against its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(6, 6), nn.BatchNorm1d(6, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.fc(x))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["layerwise", "one by one"])
+@pytest.mark.parametrize("domains", ["aabb", "abba", "ab", "aaab", "abc"])
+@pytest.mark.parametrize(
+    "make",
+    [_Similarity, lambda: _Recurrent(last=False), lambda: _Recurrent(last=True), _BatchStatistics],
+    ids=["similarity", "sequence", "last", "statistics"],
+)
+def test_what_mixes_samples_is_refused(make: Callable[[], nn.Module], domains: str, own: bool) -> None:
+    torch.manual_seed(0)
+    net = make()
+    bank = MaskBank(net)
+    for name in "abc":
+        masks = {"fc.weight": torch.rand(net.fc.weight.shape) < 0.5}
+        if own:  # a form that layers do not serve: the domains run one after the other
+            bank.add(name, masks, form="edit", values={"fc.weight": torch.zeros(net.fc.weight.numel())})
+        else:
+            bank.add(name, masks)
+    x = torch.randn((len(domains), 3, 6) if isinstance(net, _Recurrent) else (len(domains), 6))
+    if isinstance(net, _BatchStatistics) and min(map(domains.count, domains)) == 1:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):  # torch's own word on it
+            bank(x, domains=list(domains))
+        return
+    with pytest.raises(InputError, match="a mixed batch cannot be split"):
+        bank(x, domains=list(domains))
+
+
+class _Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.fc(x)
+        return {"logits": y + torch.randn_like(y), "scale": torch.ones(())}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_as_many_classes_as_samples_are_no_mixture(classes: int) -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, classes))
+    bank = MaskBank(net)
+    for name in "ab":
+        bank.add(name, {"0": torch.rand(5, 6) < 0.5})
+    for domains in ("aabb", "ab", "abb", "aabbb"):
+        assert bank(torch.randn(len(domains), 6), domains=list(domains)).shape == (len(domains), classes)
+
+
+def test_a_network_that_draws_random_numbers_is_served() -> None:
+    bank = MaskBank(_Noisy())
+    for name in "ab":
+        bank.add(name, {"fc": torch.rand(4, 6) < 0.5})
+    assert bank(torch.randn(4, 6), domains=list("abab"))["logits"].shape == (4, 4)

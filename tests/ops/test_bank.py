@@ -158,3 +158,15 @@ def test_wrong_arguments_are_named() -> None:
         bank_linear(x, weight, bits, None, offsets, 2)
     with pytest.raises(InputError, match="bias"):
         bank_linear(x, weight, bits, torch.randn(5), offsets, 3)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 3], [1, 2, 4], [0, 3, 2], [0, 5, 4], [0, 2, 5], [-1, 2, 4]], ids=str)
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_offsets_that_do_not_cover_every_row_are_refused(offsets, backend):
+    weight, _, bits, _ = _case([2, 2], (3, 50))
+    image, _, image_bits, _ = _case([2, 2], (3, 2, 3, 3))
+    with dwm_fast.use_backend(backend):
+        with pytest.raises(InputError, match="expected numbers that rise from 0 to 4"):
+            bank_linear(torch.randn(4, 50), weight, bits, None, torch.tensor(offsets), 4)
+        with pytest.raises(InputError, match="expected numbers that rise from 0 to 4"):
+            bank_conv2d(torch.randn(4, 2, 5, 5), image, image_bits, None, torch.tensor(offsets), 4)
