@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import dwm_fast
+from dwm_fast._screen import accept_any_text, plain
 from dwm_fast.doctor import diagnose
 from dwm_fast.errors import DwmError
 from dwm_fast.masks_cli import masks_app
@@ -79,7 +81,8 @@ def bench(
 
 def main() -> None:
     """Entry point of the dwm-fast command: errors are one line on stderr, with a traceback only under --debug."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    accept_any_text()
+    arguments = [_at_home(argument) for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv[1:])
     try:
         code = app(arguments, prog_name="dwm-fast", standalone_mode=False)
@@ -103,6 +106,12 @@ def main() -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
+def _at_home(argument: str) -> str:
+    """--out=~/x with the home folder in place of ~: shells replace it at the beginning of a word alone."""
+    option, equals, value = argument.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if equals and option.startswith("--") else argument
+
+
 def _fail(text: str, code: int) -> NoReturn:
-    print(f"dwm-fast: {' '.join(text.split())}", file=sys.stderr)
+    print(f"dwm-fast: {plain(' '.join(text.split()))}", file=sys.stderr)
     raise SystemExit(code)

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from dwm_fast import ops
+from dwm_fast._screen import Screen, plain
 from dwm_fast.bank import (
     DomainMasks,
     MaskFile,
@@ -70,15 +70,14 @@ class BitOrder(StrEnum):
 
 
 def _print(*things: Table | str) -> None:
-    console = Console()
+    console = Screen()
     for thing in things:
         console.print(_text(thing) if isinstance(thing, str) else thing, soft_wrap=isinstance(thing, str))
 
 
 def _text(given: object) -> Text:
     """Text as it is, never markup: names and paths come from outside. What cannot be printed is escaped."""
-    line = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(given))
-    return Text(line)
+    return Text(plain(str(given)))
 
 
 def _table(*columns: str, title: str | None = None, header: bool = True) -> Table:

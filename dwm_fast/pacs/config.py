@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +194,9 @@ def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
         return tuple(dict.fromkeys(str(v) for v in sequence(value)))
     if key == "seeds":
         return tuple(dict.fromkeys(typed("seeds", v, int) for v in sequence(value)))
+    if key in ("data", "splits", "weights"):
+        path = typed(key, value, hint)
+        return None if path is None else os.path.expanduser(path)
     if key == "tune":
         return of_pairs.read_tunes(value, old)
     if isinstance(old, (TrainOptions, LearnedMask)):

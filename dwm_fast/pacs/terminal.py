@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dwm_fast._screen import Screen
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.study import Stage, Study
 
@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_FIGURES = 0.5
 
 def run_with_progress(config: StudyConfig, folder: Path) -> None:
     """Run a study and show it: what is being done, what came out, and where the report is."""
-    console = Console()
+    console = Screen()
     images = f"real PACS from {config.data}" if config.data else "procedural stand-in (not PACS)"
     _line(console, f"images: {images}")
     study = Study(config, folder)
@@ -46,18 +46,18 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
             bar.update(task, completed=done, total=total, description=stage.label)
             shown.label = stage.label
             if says is not None:
-                _line(bar.console, f"[{done}/{total}] {stage.label}: {says}")
+                _line(console, f"[{done}/{total}] {stage.label}: {says}")
 
         results = study.run(progress, shown)
     table, sentences = study.summary(results)
     console.print(table)
     for sentence in sentences:
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence)
     _line(console, f"{time.perf_counter() - begun:.0f} s; report: {folder / 'report.html'}")
 
 
-def _line(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def _line(console: Screen, text: str) -> None:
+    console.print(text, soft_wrap=True)
 
 
 class _Figures:
