@@ -9,6 +9,7 @@ replay fills it again.
 
 import collections
 import dataclasses
+import itertools
 import threading
 from collections.abc import Sequence
 
@@ -46,7 +47,7 @@ def write_pointers_kernel(table, values, N: tl.constexpr):
 def pointers(roles: Sequence[Sequence[Tensor]]) -> Tensor:
     """int64 table (tensors, roles) of addresses in device memory, valid on the current stream."""
     device = roles[0][0].device
-    values = tuple(t.data_ptr() for group in zip(*roles, strict=True) for t in group)
+    values = tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(zip(*roles, strict=True))))
     if device.type != "cuda":
         check_all_devices("the triton backend", roles, device)
         return torch.tensor(values, dtype=torch.int64)

@@ -8,8 +8,10 @@ once, there, so that any stream may read it. Nothing is copied afterwards. Addre
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+import operator
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -57,6 +59,7 @@ TL_DTYPES = {
 }
 
 _Plan = TypeVar("_Plan")
+_SHAPE = operator.attrgetter("shape")
 
 empty = torch.empty
 """Every fresh buffer comes from here; tests fill it with NaN."""
@@ -114,6 +117,8 @@ def capturing(device: torch.device) -> bool:
 
 def groups_of(*lists: Sequence[Tensor]) -> list[list[int]]:
     """Indices of the tensors that share their dtypes: one launch each, hence one launch for an ordinary network."""
+    if all(len({t.dtype for t in tensors}) == 1 for tensors in lists):
+        return [list(range(len(lists[0])))]
     groups: dict[tuple[torch.dtype, ...], list[int]] = {}
     for i, tensors in enumerate(zip(*lists, strict=True)):
         groups.setdefault(tuple(t.dtype for t in tensors), []).append(i)
@@ -170,10 +175,14 @@ def plan(
         device: where the tables live; that of the first tensor by default. Roles of "meta" tensors need it.
     """
     device = device or roles[0][0].device
-    geometry = tuple((t.shape, t.stride()) for role in roles for t in role)
-    loose = tuple(i for i, t in enumerate(itertools.chain(*roles)) if t.data_ptr() % 16)
+    tensors = [t for role in roles for t in role]
+    shapes, strides = tuple(map(_SHAPE, roles[0])), tuple(map(Tensor.stride, tensors))
+    addresses = list(map(Tensor.data_ptr, tensors))
+    loose = (
+        tuple(i for i, a in enumerate(addresses) if a % 16) if functools.reduce(operator.or_, addresses) % 16 else ()
+    )
     key = (device, launch, len(roles), tuple(outputs), tuple(layers), tuple(thresholds), tuple(words),
-           allow_taps, geometry, loose)  # fmt: skip
+           allow_taps, shapes, strides, loose)  # fmt: skip
     return remembered(
         key, device, lambda: _build(roles, launch, outputs, layers, thresholds, words, allow_taps, loose, device)
     )

@@ -190,7 +190,7 @@ def sample(
     """Masked weights, packed bits (empty unless `pack`) and penalty; arguments: dwm_fast.ops.sample."""
     require_fp32(logits)
     device, launch = draw.rng_state.device, launch_parameters("sample")
-    words = _tables.first_words([w.numel() for w in weights])
+    words = _tables.first_words([w.numel() for w in weights]) if pack else [0] * (len(weights) + 1)
     bits = _tables.empty(4 * words[-1] if pack else 0, dtype=torch.uint8, device=device)
     masked: list[Tensor] = [draw.rng_state] * len(weights)
     with _tables.device_guard(device):
@@ -212,8 +212,9 @@ def sample(
                 masked[i] = view
             if plan.num_blocks:
                 sample_fwd_kernel[(plan.num_blocks,)](
-                    pointers(roles), plan.rows, plan.geometry, plan.blocks, flat, bits.view(torch.int32),
-                    partials[first:], draw.rng_state, draw.tau, draw.step_offset, WEIGHT=TL_DTYPES[roles[1][0].dtype],
+                    pointers(roles), plan.rows, plan.geometry, plan.blocks, flat,
+                    bits.view(torch.int32) if pack else plan.blocks, partials[first:] if first else partials,
+                    draw.rng_state, draw.tau, draw.step_offset, WEIGHT=TL_DTYPES[roles[1][0].dtype],
                     MODE=draw.mode, PACK=pack, **plan.constants(launch), **OPTIONS,
                 )  # fmt: skip
             first += plan.num_blocks

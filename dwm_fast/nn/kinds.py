@@ -76,6 +76,11 @@ class MaskKind:
         """Shape of the learned tensor for a weight's shape."""
         return tuple(weight)
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the temperature follows the training forwards."""
+        return type(self).temperature is not MaskKind.temperature
+
     def temperature(self, forwards: Tensor) -> Tensor | None:
         """Temperature after `forwards` training forwards; None where it never changes."""
         return None
@@ -137,6 +142,10 @@ class GumbelSigmoid(MaskKind):
     @property
     def initial_tau(self) -> float:
         return self.tau.start if isinstance(self.tau, TauSchedule) else self.tau
+
+    @property
+    def scheduled(self) -> bool:
+        return isinstance(self.tau, TauSchedule)
 
     def temperature(self, forwards: Tensor) -> Tensor | None:
         return self.tau.at(forwards) if isinstance(self.tau, TauSchedule) else None

@@ -36,6 +36,8 @@ def new_tau(kind: MaskKind, device: torch.device | str | None) -> Tensor:
 
 def current_tau(kind: MaskKind, tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
     """Temperature of the next draw, 0-dim fp32, on the device: the schedule's, or the fixed one."""
+    if not kind.scheduled:
+        return tau
     scheduled = kind.temperature(torch.div(rng_state[1], samples, rounding_mode="floor"))
     return tau if scheduled is None else scheduled
 
@@ -107,7 +109,8 @@ class MaskedLayer(nn.Module):
     def _in_compute_dtype(self, given: Tensor | None) -> Tensor:
         """The masked weight: `given`, or the layer's own draw."""
         if given is not None:
-            return given.to(autocast_dtype(self.frozen_weight))
+            dtype = autocast_dtype(self.frozen_weight)
+            return given if given.dtype == dtype else given.to(dtype)
         state, tau = self._noise()
         masked, _, _ = draw([self], state, tau, training=self.training, dtype=autocast_dtype(self.frozen_weight))
         return masked[0]

@@ -78,8 +78,7 @@ class MaskedModel(nn.Module):
         self.register_buffer("tau", new_tau(self.kind, device))
         for index, layer in enumerate(self._layers.values()):
             layer.hand_over(index)
-        self._penalty: Tensor | None = None
-        self._versions: list[int] = []
+        self._drawn: tuple[Tensor, list[int]] | None = None  # the penalty, and the versions of logits it is of
         self._recorder: Sampler | None = None
         self.train(model.training)
 
@@ -108,14 +107,14 @@ class MaskedModel(nn.Module):
         call in train() and its backward it costs nothing: the draw computed it. Threshold and KernelSoft have no
         published regulariser: 0.
         """
-        drawn, self._penalty = self._penalty, None
-        if drawn is not None and (torch.compiler.is_compiling() or self._still_differentiable(drawn)):
-            return drawn
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and (torch.compiler.is_compiling() or self._still_differentiable(*drawn)):
+            return drawn[0]
         return penalty([layer.mask_logits for layer in self._layers.values()], self.kind.training_mode)
 
-    def _still_differentiable(self, drawn: Tensor) -> bool:
+    def _still_differentiable(self, drawn: Tensor, versions: list[int]) -> bool:
         """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
-        if drawn.grad_fn is None or self._versions != [p._version for p in self.mask_parameters()]:
+        if drawn.grad_fn is None or versions != [p._version for p in self.mask_parameters()]:
             return False
         try:
             # Not `saved_tensors`: under a checkpoint, unpacking one runs the whole network again.
@@ -142,18 +141,16 @@ class MaskedModel(nn.Module):
             sample=self._recorder.sample if self._recorder is not None and self.training else None,
         )
         if self.training and not recompute.in_backward():
-            self._penalty, self._versions = drawn, [layer.mask_logits._version for layer in layers]
+            self._drawn = drawn, [layer._parameters["mask_logits"]._version for layer in layers]  # type: ignore[union-attr]
         return masked
 
     def _run(self, state: Tensor, step_offset: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layers = list(self._layers.values())
-        for layer, weight in zip(layers, self._draw(state, step_offset), strict=True):
-            layer._staged = weight
+        _stage(layers, self._draw(state, step_offset))
         try:
             return self.model(*args, **kwargs)
         finally:
-            for layer in layers:
-                layer._staged = None
+            _stage(layers, [None] * len(layers))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
@@ -189,11 +186,11 @@ class MaskedModel(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._penalty = None
+        self._drawn = None
         return super()._apply(keep_dtype(fn, (self.tau,)), recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_penalty": None, "_recorder": None}
+        return {**self.__dict__, "_drawn": None, "_recorder": None}
 
     def extra_repr(self) -> str:
         total = sum(layer.frozen_weight.numel() for layer in self._layers.values())
@@ -203,8 +200,18 @@ class MaskedModel(nn.Module):
         )
 
 
+def _stage(layers: Sequence[MaskedLayer], weights: Sequence[Tensor | None]) -> None:
+    """Give each layer its masked weight; past nn.Module's __setattr__, which costs 4 us a layer."""
+    compiling = torch.compiler.is_compiling()
+    for layer, weight in zip(layers, weights, strict=True):
+        if compiling:
+            layer._staged = weight
+        else:
+            layer.__dict__["_staged"] = weight
+
+
 def _one_dtype(layers: Sequence[MaskedLayer]) -> bool:
-    return all(layer.frozen_weight.dtype == layers[0].frozen_weight.dtype for layer in layers)
+    return len({layer.frozen_weight.dtype for layer in layers}) == 1
 
 
 def as_masked_model(given: Any, what: str) -> MaskedModel:

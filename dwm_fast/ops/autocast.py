@@ -18,6 +18,8 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """Dtype that autocast gives a matrix product's operand; the tensor's own where it is off or fp64."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensor.dtype  # by one cheap question: every layer asks
     device_type = tensor.device.type
     if device_type == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return tensor.dtype

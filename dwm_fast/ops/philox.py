@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dwm_fast.ops.draw import check_layers
-from dwm_fast.ops.registration import define
+from dwm_fast.ops.registration import call, define
 
 _MULTIPLIER_0 = 0xD2511F53
 _MULTIPLIER_1 = 0xCD9E8D57
@@ -94,7 +94,7 @@ def uniform(words: Tensor) -> Tensor:
 
 def advance_reference(rng_state: Tensor, steps: int) -> Tensor:
     drawn = rng_state.clone()
-    rng_state[1].add_(steps)
+    rng_state.select(0, 1).add_(steps)
     return drawn
 
 
@@ -112,5 +112,5 @@ def advance(rng_state: Tensor, steps: int = 1) -> Tensor:
     It runs on the device without synchronising, so each replay of a CUDA graph moves on and draws new noise.
     An operation of its own, because a compiler may otherwise read the advanced state in the backward pass.
     """
-    drawn: Tensor = torch.ops.dwm_fast.advance(rng_state, steps)
+    drawn: Tensor = call("advance", rng_state, steps)
     return drawn

@@ -28,7 +28,7 @@ from torch import Tensor
 from dwm_fast.ops.bits import unpack_reference
 from dwm_fast.ops.draw import Draw
 from dwm_fast.ops.packing import packed_offsets
-from dwm_fast.ops.registration import define
+from dwm_fast.ops.registration import call, define
 from dwm_fast.ops.sample import sample_backward_reference
 
 TensorList = Sequence[Tensor]
@@ -298,8 +298,8 @@ def mask_adam(
     whole network).
     """
     draw = Draw(rng_state, tau, layers, thresholds, mode, step_offset)
-    torch.ops.dwm_fast.mask_adam(
-        list(logits), list(weights), list(grads), list(exp_avg), list(exp_avg_sq), *draw.flat(), penalty_scale, steps,
-        lr, *betas, eps, weight_decay, decoupled,
+    call(
+        "mask_adam", list(logits), list(weights), list(grads), list(exp_avg), list(exp_avg_sq), *draw.flat(),
+        penalty_scale, steps, lr, *betas, eps, weight_decay, decoupled,
     )  # fmt: skip
     _written(logits, exp_avg, exp_avg_sq)

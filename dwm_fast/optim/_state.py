@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import pack
@@ -109,6 +111,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
     def states(self, group: dict[str, Any], bucket: Bucket, active: Iterable[int]) -> list[list[Tensor]]:
         """One list per name of `state_names`, each aligned with `active`; zeros where there was no state."""
         names = self.state_names(group)
+        with contextlib.suppress(KeyError):  # at every step but the first
+            found = [self.state[bucket.params[i]] for i in active]
+            return [[state[name] for state in found] for name in names]
         rows = []
         for i in active:
             state = self.state[bucket.params[i]]
@@ -132,9 +137,25 @@ class DeviceOptimizer(torch.optim.Optimizer):
             group["lr"] = bucket.lr
         return bucket.lr
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient; returns what `closure` returned, if given."""
+        given = (self,) if closure is None else (self, closure)
+        return (_observed_step if self._observed() else DeviceOptimizer._step)(*given)
+
+    step.hooked = True  # type: ignore[attr-defined]
+    # torch.optim wraps every step for hooks and profilers, 40 us; here only where there are any.
+
+    def _observed(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or optimizer._global_optimizer_pre_hooks
+            or optimizer._global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        )
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -230,6 +251,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_kept" in state:  # unpickled or copied; torch's load_state_dict comes here too
             self._buckets = {}
+
+
+_observed_step = torch.optim.Optimizer.profile_hook_step(DeviceOptimizer._step)
 
 
 def _expanded(state: Tensor, index: Tensor, like: Tensor) -> Tensor:

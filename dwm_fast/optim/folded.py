@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,17 @@ from torch.utils._pytree import tree_map_only
 
 from dwm_fast.errors import InputError
 
-Part = Callable[[], Tensor]
-"""One backward pass's share of a gradient, formed when it is called: a tensor that nobody else writes."""
+
+class Record(Protocol):
+    """One backward pass of a network's draw."""
+
+    def take(self, index: int) -> Tensor:
+        """Its share of the gradient of logits `index`: a tensor that nobody else writes."""
+        ...
+
+
+Part = tuple[Any, int]
+"""A `Record` and the index of the logits in it."""
 
 
 class Share:
@@ -27,7 +36,7 @@ class Share:
     __slots__ = ("parts", "spent", "value")
 
     def __init__(self, part: Part) -> None:
-        self.parts: list[Any] = [part]
+        self.parts: list[Part] = [part]
         self.value: Tensor | None = None
         self.spent = False
 
@@ -45,10 +54,9 @@ class Share:
         self.require_unspent()
         if self.value is None:
             with torch.no_grad():
-                first, *others = self.parts
-                value = first()
-                for part in others:
-                    value.add_(part())
+                value, *others = (record.take(index) for record, index in self.parts)
+                for other in others:
+                    value.add_(other)
             self.value, self.parts = value, []
         return self.value
 
@@ -73,17 +81,22 @@ class FoldedGradient(Tensor):
     """
 
     share: Share
+    _place: tuple[torch.Size, tuple[int, ...], torch.device]
 
     @staticmethod
     def __new__(cls, like: Tensor, share: Share) -> FoldedGradient:
         made = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
-        made.share = share
+        made.share, made._place = share, (like.shape, like.stride(), like.device)
         return made
 
     def __init__(self, like: Tensor, share: Share) -> None:
         """All is done by __new__: torch builds the tensor there."""
+
+    def fits(self, like: Tensor) -> bool:
+        """Whether it may stand for the gradient of `like`."""
+        return self._place == (like.shape, like.stride(), like.device)
 
     @classmethod
     def __torch_function__(

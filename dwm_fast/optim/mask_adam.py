@@ -13,8 +13,8 @@ from dwm_fast.ops.sample import penalty
 from dwm_fast.ops.update import frozen_adamw, mask_adam
 from dwm_fast.optim._bucket import Bucket
 from dwm_fast.optim._state import DeviceOptimizer, non_negative, valid_betas
-from dwm_fast.optim.folded import FoldedGradient
-from dwm_fast.optim.record import DrawRecorder, MaskSource, RecordedPart
+from dwm_fast.optim.folded import FoldedGradient, Part
+from dwm_fast.optim.record import DrawRecorder, MaskSource
 
 
 class MaskAdam(DeviceOptimizer):
@@ -108,33 +108,31 @@ class MaskAdam(DeviceOptimizer):
             return scale
         return bucket.scale.fill_(coefficient / total)
 
-    def _step_folded(
-        self, group: dict[str, Any], bucket: Bucket, active: list[int], parts: Sequence[RecordedPart]
-    ) -> None:
+    def _step_folded(self, group: dict[str, Any], bucket: Bucket, active: list[int], parts: Sequence[Part]) -> None:
         """Chain rule, penalty and Adam from the gradients of one draw's masked weights."""
-        record, places = parts[0].record, [part.index for part in parts]
+        record, places = parts[0][0], [index for _, index in parts]
         record.require_unchanged()
         slope = self._penalty_scale(group, bucket)
         if record.grad_penalty is not None:
             slope = slope + record.grad_penalty / sum(x.numel() for x in record.logits)
         exp_avg, exp_avg_sq = self.states(group, bucket, active)
         _, _, steps = bucket.advance(active)
-        grads = record.filled()
+        draw, grads = record.draw, record.filled()
         mask_adam(
             [bucket.params[i] for i in active],
             [record.weights[i] for i in places],
             [grads[i] for i in places],
             exp_avg,
             exp_avg_sq,
-            record.rng_state,
-            record.tau,
+            draw.rng_state,
+            draw.tau,
             slope,
             steps,
             self.learning_rate(group, bucket),
-            mode=record.rule["mode"],
-            layers=[record.rule["layers"][i] for i in places],
-            thresholds=[record.rule["thresholds"][i] for i in places],
-            step_offset=record.rule["step_offset"],
+            mode=draw.mode,
+            layers=[draw.layers[i] for i in places],
+            thresholds=[draw.thresholds[i] for i in places],
+            step_offset=draw.step_offset,
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
@@ -189,15 +187,15 @@ def _formed(grad: Tensor) -> Tensor:
     return grad.share.formed() if isinstance(grad, FoldedGradient) else grad
 
 
-def _one_draw(grads: Sequence[Tensor | None]) -> list[RecordedPart] | None:
+def _one_draw(grads: Sequence[Tensor | None]) -> list[Part] | None:
     """The parts of these gradients where all come from one draw, nobody has looked, and one operation can step."""
     parts = []
     for grad in grads:
         if not isinstance(grad, FoldedGradient) or len(grad.share.parts) != 1:
             return None
         parts.append(grad.share.parts[0])
-    record = parts[0].record
-    alone = all(part.record is record for part in parts)
+    record = parts[0][0]
+    alone = all(other is record for other, _ in parts)
     return parts if alone and _uniform(record.weights) and _uniform(record.grads) else None
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
-from dwm_fast.optim.folded import FoldedGradient, Share
+from dwm_fast.ops.draw import Draw
+from dwm_fast.ops.registration import call
+from dwm_fast.optim.folded import FoldedGradient, Part, Share
 
 
 class MaskRecord:
@@ -24,8 +26,7 @@ class MaskRecord:
             leads here, and torch does not collect such a circle.
         grads: gradient of each masked weight, in its dtype; None for a layer that was not reached.
         grad_penalty: gradient of the penalty, 0-dim fp32; None when the loss does not hold it.
-        rng_state: seed and step of the draw, a tensor of its own (`dwm_fast.ops.advance` gives one).
-        rule: mode, layers, thresholds and step_offset.
+        draw: how it was drawn; its rng_state a tensor of its own (`dwm_fast.ops.advance` gives one).
     """
 
     def __init__(
@@ -34,18 +35,16 @@ class MaskRecord:
         weights: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         grad_penalty: Tensor | None,
-        rng_state: Tensor,
-        tau: Tensor,
-        rule: dict[str, Any],
+        draw: Draw,
     ) -> None:
         self._logits = [weakref.ref(x) for x in logits]
         self.weights, self.grads, self.grad_penalty = weights, grads, grad_penalty
-        self.rng_state, self.tau, self.rule = rng_state, tau, rule
+        self.draw = draw
         self._versions = self._versions_of(logits)
         self._found: list[Tensor | None] = []
 
     def _versions_of(self, logits: Sequence[Tensor]) -> list[int]:
-        return [x._version for x in (*logits, *self.weights, self.tau)]
+        return [x._version for x in (*logits, *self.weights, self.draw.tau)]
 
     @property
     def logits(self) -> list[Tensor]:
@@ -78,20 +77,9 @@ class MaskRecord:
         """Gradients of logits and of weights, as `dwm_fast.ops.sample` gives them."""
         penalty = self.grad_penalty
         if penalty is None:
-            penalty = torch.zeros((), device=self.rng_state.device)
+            penalty = torch.zeros((), device=self.draw.rng_state.device)
         dlogits, dweights = torch.ops.dwm_fast.sample_backward(
-            self.filled(),
-            penalty,
-            self.logits,
-            self.weights,
-            self.rng_state,
-            self.tau,
-            self.rule["layers"],
-            self.rule["thresholds"],
-            self.rule["mode"],
-            self.rule["step_offset"],
-            need_logits,
-            need_weights,
+            self.filled(), penalty, self.logits, list(self.weights), *self.draw.flat(), need_logits, need_weights
         )
         return dlogits, dweights
 
@@ -103,17 +91,6 @@ class MaskRecord:
         found, self._found[index] = self._found[index], None
         assert found is not None
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedPart:
-    """What one draw adds to the gradient of its logits `index`."""
-
-    record: MaskRecord
-    index: int
-
-    def __call__(self) -> Tensor:
-        return self.record.take(self.index)
 
 
 class DrawRecorder:
@@ -129,6 +106,7 @@ class DrawRecorder:
 
     def __init__(self) -> None:
         self.mode: int | None = None
+        self._spares: dict[int, FoldedGradient] = {}
 
     def sample(
         self,
@@ -146,50 +124,40 @@ class DrawRecorder:
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """As `dwm_fast.ops.sample`: masked weights, keep bits, penalty; differentiable in logits and weights."""
         count = len(weights)
-        rule = {
-            "layers": list(range(count)) if layers is None else list(layers),
-            "thresholds": [0.0] * count if thresholds is None else list(thresholds),
-            "mode": int(mode),
-            "step_offset": step_offset,
-        }
+        draw = Draw(
+            rng_state, tau, list(range(count) if layers is None else layers),
+            [0.0] * count if thresholds is None else list(thresholds), int(mode), step_offset,
+        )  # fmt: skip
         self.mode = int(mode)
         if torch.compiler.is_compiling():
-            return ops.sample(logits, weights, rng_state, tau, dtype=dtype, pack=pack, **rule)  # type: ignore[arg-type]
-        *masked, bits, penalty = _RecordedDraw.apply(rule, dtype, pack, rng_state, tau, *logits, *weights)
+            flat = draw.flat()
+            masked, bits, penalty = torch.ops.dwm_fast.sample(list(logits), list(weights), *flat, dtype, pack)
+            return masked, bits, penalty
+        # Weights that do not train stay outside of the graph: each of its edges costs as much as a logit's.
+        inside = weights if any(w.requires_grad for w in weights) else ()
+        *masked, bits, penalty = _RecordedDraw.apply(self._spares, draw, list(weights), dtype, pack, *logits, *inside)
         return masked, bits, penalty
 
 
-_LOGITS, _EDGES = 5, 2
-"""Place of the first logits among the arguments of `_RecordedDraw`, and among its tensors."""
+_LOGITS = 5
+"""Place of the first logits among the arguments of `_RecordedDraw`."""
 
 
 class _RecordedDraw(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rule: dict[str, Any],
+        spares: dict[int, FoldedGradient],
+        draw: Draw,
+        weights: list[Tensor],
         dtype: torch.dtype | None,
         pack: bool,
-        rng_state: Tensor,
-        tau: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        count = len(tensors) // 2
-        logits, weights = list(tensors[:count]), list(tensors[count:])
-        masked, bits, penalty = torch.ops.dwm_fast.sample(
-            logits,
-            weights,
-            rng_state,
-            tau,
-            rule["layers"],
-            rule["thresholds"],
-            rule["mode"],
-            rule["step_offset"],
-            dtype,
-            pack,
-        )
-        ctx.rule, ctx.logits = rule, logits
-        ctx.save_for_backward(rng_state, tau, *tensors)
+        logits = list(tensors[: len(weights)])
+        masked, bits, penalty = call("sample", logits, weights, *draw.flat(), dtype, pack)
+        ctx.draw, ctx.logits, ctx.spares = draw, logits, spares
+        ctx.save_for_backward(draw.rng_state, draw.tau, *logits, *weights)
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
         return (*masked, bits, penalty)
@@ -199,17 +167,21 @@ class _RecordedDraw(torch.autograd.Function):
         rng_state, tau, *tensors = ctx.saved_tensors
         count = len(tensors) // 2
         logits, weights = tensors[:count], tensors[count:]
-        record = MaskRecord(logits, weights, list(grads[:count]), grads[count + 1], rng_state, tau, ctx.rule)
+        draw = ctx.draw
+        if rng_state is not draw.rng_state or tau is not draw.tau:  # a saved-tensor hook has them
+            draw = dataclasses.replace(draw, rng_state=rng_state, tau=tau)
+        record = MaskRecord(logits, weights, list(grads[:count]), grads[count + 1], draw)
         needs = ctx.needs_input_grad[_LOGITS:]
         wanted = [i for i in range(count) if needs[i]]
         need_weights = any(needs[count:])
+        nothing = (None,) * count
         if not (need_weights or torch.is_grad_enabled()) and _nobody_looks(ctx, logits, wanted):
             for i in wanted:
-                _leave_part(logits[i], RecordedPart(record, i))
-            return (None,) * (_LOGITS + 2 * count)
+                _leave_part(logits[i], (record, i), ctx.spares)
+            return (None,) * len(ctx.needs_input_grad)
         dlogits, dweights = record.backward(bool(wanted), need_weights)
-        nothing = (None,) * count
-        return (*(None,) * _LOGITS, *(dlogits or nothing), *(dweights or nothing))
+        found = (*(None,) * _LOGITS, *(dlogits or nothing), *(dweights or nothing))
+        return found[: len(ctx.needs_input_grad)]
 
 
 def _nobody_looks(ctx: Any, logits: Sequence[Tensor], wanted: Sequence[int]) -> bool:
@@ -228,19 +200,33 @@ def _nobody_looks(ctx: Any, logits: Sequence[Tensor], wanted: Sequence[int]) -> 
             if x.grad.share.value is not None:
                 return False
         try:
-            if not torch._C._will_engine_execute_node(edges[_EDGES + i][0]):
+            if not torch._C._will_engine_execute_node(edges[i][0]):
                 return False  # backward(inputs=...) without these logits
         except RuntimeError:  # torch.autograd.grad: the gradient is handed to the caller
             return False
     return True
 
 
-def _leave_part(logits: Tensor, part: RecordedPart) -> None:
-    if logits.grad is None:
-        logits.grad = FoldedGradient(logits, Share(part))
+def _leave_part(logits: Tensor, part: Part, spares: dict[int, FoldedGradient]) -> None:
+    """Put a part of its gradient into `logits.grad`.
+
+    Making a tensor costs 3 us, so that of an earlier step is used again where nobody has ever looked at it or holds it.
+    """
+    gradient = logits.grad
+    if gradient is not None:
+        assert isinstance(gradient, FoldedGradient)
+        gradient.share.parts.append(part)
+        return
+    spare = spares.pop(part[1], None)
+    if spare is None or not spare.share.spent or sys.getrefcount(spare) > _ONLY_HERE or not spare.fits(logits):
+        spare = FoldedGradient(logits, Share(part))
     else:
-        assert isinstance(logits.grad, FoldedGradient)
-        logits.grad.share.parts.append(part)
+        spare.share = Share(part)
+    logits.grad = spares[part[1]] = spare
+
+
+_ONLY_HERE = 2
+"""References to an object that a local variable holds, as sys.getrefcount counts."""
 
 
 class MaskSource(Protocol):
