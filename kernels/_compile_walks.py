@@ -117,7 +117,7 @@ def _bits() -> Iterator[Configuration]:
             meant = _meant(launch, which, wide, wide) | ({} if which == _LAYOUTS[0] else {"barriers": None})
             yield Configuration(f"apply {_short(dtype)} {layout}", bits.apply_kernel, types, walk, warps, **meant)
     types = ("*i64", "*i64", "*i32", "*i32", "*i8")
-    yield Configuration("unpack", bits.unpack_kernel, types, _walk(launch, False, 1), warps, barriers=0)
+    yield Configuration("unpack", bits.unpack_kernel, types, _walk(launch, False, 1), warps)
     for pair in (False, True):
         yield Configuration(
             "overlap" if pair else "count", bits.count_kernel, ("*i64", "*i32", "*i32", "*i32", "*i64"),
@@ -126,8 +126,8 @@ def _bits() -> Iterator[Configuration]:
     for name, op in COMBINATIONS.items():
         types = ("*u8", "*u8", "*u8", "i32")
         yield Configuration(
-            f"combine {name}", bits.combine_kernel, types, {"OP": op, "BLOCK": launch.block}, warps, loads=(128, 2),
-            stores=(128, 1), barriers=0,
+            f"combine {name}", bits.combine_kernel, types, {"OP": op, "BLOCK": launch.block}, warps, ("numel",),
+            loads=(128, 4), stores=(128, 2), barriers=0,
         )  # fmt: skip
 
 
