@@ -16,6 +16,18 @@ _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def bound(x):
+    """A scalar as the bound of a loop: itself, and a Python integer under the interpreter.
+
+    Triton 3.6's interpreter leaves the conversion to NumPy, whose newest releases take no array of one element for it.
+    """
+    if INTERPRETED:
+        return x.handle.data.item()
+    else:
+        return x
+
+
+@triton.jit
 def exp(x):
     """e**x, 0 below -87.3, infinite above 88.7."""
     if INTERPRETED:

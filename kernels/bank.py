@@ -21,6 +21,7 @@ from torch import Tensor
 from dwm_fast.errors import Unsupported
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
+from dwm_fast.kernels._math import bound
 from dwm_fast.kernels._product_launch import words_of
 from dwm_fast.kernels._products import product
 from dwm_fast.kernels._tables import TL_DTYPES
@@ -96,11 +97,11 @@ def bank_linear_few_fwd_kernel(
         high = tl.where(group + g < domains, high, low)
         members, starts, stops = append(members, member), append(starts, low), append(stops, high)
         most = tl.maximum(most, high - low)
-    for done in range(0, most, BLOCK_M):
+    for done in range(0, bound(most), BLOCK_M):
         sums = ()
         for _ in tl.static_range(GROUP):
             sums = append(sums, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-        for k0 in range(0, K, BLOCK_K):
+        for k0 in range(0, bound(K), BLOCK_K):
             w = weight_tile(weight, n0, k0, N, K, BLOCK_N, BLOCK_K)
             added = ()
             for g in tl.static_range(GROUP):
@@ -130,7 +131,7 @@ def bank_linear_many_fwd_kernel(
     start = tl.load(offsets) * scale
     stop = start
     before = tl.zeros([], tl.int64)
-    for d in range(domains):
+    for d in range(bound(domains)):
         low, high = tl.load(offsets + d) * scale, tl.load(offsets + d + 1) * scale
         tiles = (high - low + BLOCK_M - 1) // BLOCK_M
         here = (tile >= before) & (tile < before + tiles)
@@ -140,7 +141,7 @@ def bank_linear_many_fwd_kernel(
         before += tiles
     if tile < before:
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for k0 in range(0, K, BLOCK_K):
+        for k0 in range(0, bound(K), BLOCK_K):
             w = weight_tile(weight, n0, k0, N, K, BLOCK_N, BLOCK_K)
             keep = keep_tile(bits + domain * bits_stride, n0, k0, N, K, BLOCK_N, BLOCK_K, ALIGNED)
             masked = tl.where(keep, w, 0.0).to(x.dtype.element_ty)

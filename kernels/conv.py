@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dwm_fast.kernels._masks import GUMBEL_SOFT, logit_gradient, masked_value, weight_gradient
-from dwm_fast.kernels._math import narrow
+from dwm_fast.kernels._math import bound, narrow
 from dwm_fast.kernels._products import PACKED, element_uniform, product
 from dwm_fast.kernels.philox import seed_and_step
 
@@ -120,12 +120,12 @@ def conv_product_kernel(
     r, r_inside = held(tl.program_id(0) // tiles * BLOCK_R, R, BLOCK_R, INDEX)
     b, row, column = pixel(m, sizes[0], sizes[1])
     acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-    for tap in range(taps):
+    for tap in range(bound(taps)):
         kh, kw = tap // KW, tap % KW
         i, i_valid = opposite(row, kh, stride[0], padding[0], dilation[0], sources[0], BACK)
         j, j_valid = opposite(column, kw, stride[1], padding[1], dilation[1], sources[1], BACK)
         places = b * x_strides[0] + i * x_strides[2] + j * x_strides[3]
-        for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+        for c0 in tl.range(0, bound(C), BLOCK_C, num_stages=STAGES):
             c, c_inside = held(c0, C, BLOCK_C, INDEX)
             valid = c_inside[:, None] & (i_valid & j_valid & m_inside)[None, :]
             values = tl.load(x + ((group * C + c) * x_strides[1])[:, None] + places[None, :], mask=valid, other=0.0)
@@ -164,7 +164,7 @@ def conv_mask_gradient_kernel(
     group = tl.program_id(2).to(INDEX)
     o = group * OG + r
     acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    for m0 in tl.range(0, M, BLOCK_M, num_stages=STAGES):
+    for m0 in tl.range(0, bound(M), BLOCK_M, num_stages=STAGES):
         m, m_inside = held(m0, M, BLOCK_M, INDEX)
         b, row, column = pixel(m, sizes[0], sizes[1])
         i, i_valid = opposite(row, kh, stride[0], padding[0], dilation[0], sources[0], False)

@@ -23,7 +23,7 @@ from dwm_fast.kernels._filters import (
 )
 from dwm_fast.kernels._launch import OPTIONS, Launch, launch_parameters
 from dwm_fast.kernels._masks import GUMBEL_HARD, KEEP, flat_uniform
-from dwm_fast.kernels._math import narrow, sigmoid_slope
+from dwm_fast.kernels._math import bound, narrow, sigmoid_slope
 from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import TL_DTYPES, groups_of, pick, require_fp32
 from dwm_fast.kernels._tiles import address, block_entry, loose
@@ -75,7 +75,7 @@ def tensor_range(rows, tensor, partials, SPAN: tl.constexpr):
     count = tl.load(rows + tensor * FILTER_COLUMNS + COUNT).to(tl.int32)
     low = tl.full([SPAN], float("inf"), tl.float32)
     high = tl.full([SPAN], float("-inf"), tl.float32)
-    for start in range(0, count, SPAN):
+    for start in range(0, bound(count), SPAN):
         index = start + tl.arange(0, SPAN)
         place = partials + 2 * (first + index)
         low = tl.minimum(low, tl.load(place, mask=index < count, other=float("inf")))
@@ -103,7 +103,7 @@ def kernel_soft_fwd_kernel(
     out += tl.load(rows + tensor * FILTER_COLUMNS + WEIGHT_START)
     source, source_tap = filter_offsets(rows, tensor, output, input, 0)
     target, target_tap = filter_offsets(rows, tensor, output, input, 1)
-    for tap in range(tl.load(rows + tensor * FILTER_COLUMNS + WINDOW).to(tl.int32)):
+    for tap in range(bound(tl.load(rows + tensor * FILTER_COLUMNS + WINDOW).to(tl.int32))):
         w = tl.load(weights + source + tap * source_tap, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + target + tap * target_tap, narrow(w * value, out.dtype.element_ty), mask=mask)
 
@@ -128,7 +128,7 @@ def kernel_soft_bwd_kernel(
     source, source_tap = filter_offsets(rows, tensor, output, input, 0)
     slope, slope_tap = filter_offsets(rows, tensor, output, input, 1)
     total = tl.zeros([BLOCK // 4, 4], tl.float32)
-    for tap in range(tl.load(rows + tensor * FILTER_COLUMNS + WINDOW).to(tl.int32)):
+    for tap in range(bound(tl.load(rows + tensor * FILTER_COLUMNS + WINDOW).to(tl.int32))):
         w = tl.load(weights + source + tap * source_tap, mask=mask, other=0.0).to(tl.float32)
         total += w * tl.load(grads + slope + tap * slope_tap, mask=mask, other=0.0).to(tl.float32)
     dreals += tl.load(rows + tensor * FILTER_COLUMNS + KERNEL_START)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
-from dwm_fast.kernels._math import narrow
+from dwm_fast.kernels._math import bound, narrow
 from dwm_fast.kernels._product_launch import (
     ProductTiles,
     index_dtype,
@@ -64,7 +64,7 @@ def masked_product_kernel(
     zero = tl.zeros([], tl.int64)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if BLOCK_M == 1 else tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     if first < last:  # asked outside the loop, so that zeros meet the sums after the wait for wgmma and not before it
-        for block in tl.range(first, last, num_stages=STAGES):
+        for block in tl.range(bound(first), bound(last), num_stages=STAGES):
             acc = product_step(
                 acc, x, weight, source, words, seed, step, layer, threshold, inverse_tau, m0, r0,
                 zero + block * BLOCK_C, M, N, K, x_m, x_c, w_n, w_k, s_n, s_k, MODE, BACK, WHOLE, EDGE, FULL, RUN,
@@ -123,7 +123,7 @@ def parts_kernel(
     total = M * R + tl.zeros([], tl.int64)
     inside = index < total
     sums = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
+    for split in range(bound(splits)):
         sums += tl.load(parts + split * total + index, mask=inside, other=0.0)
     m, r = index // R, index % R
     if HAS_BIAS:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS
 from dwm_fast.kernels._masks import logit_gradient, weight_gradient
-from dwm_fast.kernels._math import narrow
+from dwm_fast.kernels._math import bound, narrow
 from dwm_fast.kernels._product_launch import ProductTiles, gradient_tiles, index_dtype, precision, run_of, words_of
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, kept_tile, load_tile, noise_tile, product
 from dwm_fast.kernels.linear import rows_of
@@ -41,7 +41,7 @@ def mask_gradient_kernel(
     full = M // BLOCK_M
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     if full > 0:  # asked outside the loop, as in `masked_product_kernel`
-        for block in tl.range(0, full, num_stages=STAGES):
+        for block in tl.range(0, bound(full), num_stages=STAGES):
             m0 = zero + block * BLOCK_M
             g = load_tile(grad, n0, m0, N, M, g_n, g_m, BLOCK_N, BLOCK_M, CLAMP, FULL, RUN_N, 1, INDEX)
             rows = load_tile(x, m0, k0, M, K, x_m, x_k, BLOCK_M, BLOCK_K, FULL, CLAMP, 1, RUN_K, INDEX)

@@ -19,7 +19,7 @@ from dwm_fast.kernels._masks import (
     taps_words,
     weight_gradient,
 )
-from dwm_fast.kernels._math import narrow
+from dwm_fast.kernels._math import bound, narrow
 from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick, require_fp32
 from dwm_fast.kernels._tiles import (
@@ -108,7 +108,7 @@ def sample_fwd_kernel(
 def penalty_fwd_kernel(partials, penalty, count, total, BLOCK: tl.constexpr):
     """Mean over `total` elements from the programs' partial sums, added in a fixed order, in fp64."""
     sums = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, count, BLOCK):
+    for first in range(0, bound(count), BLOCK):
         index = first + tl.arange(0, BLOCK)
         sums += tl.load(partials + index, mask=index < count, other=0.0).to(tl.float64)
     tl.store(penalty, (tl.sum(sums) / total.to(tl.float64)).to(tl.float32))

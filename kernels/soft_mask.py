@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS, launch_parameters
-from dwm_fast.kernels._math import exp, narrow
+from dwm_fast.kernels._math import bound, exp, narrow
 from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import COLUMNS, FLAT, PROGRAM, PROGRAMS, TAPS, TL_DTYPES, groups_of, pick, require_fp32
 from dwm_fast.kernels._tiles import (
@@ -135,7 +135,7 @@ def tensor_moments(rows, tensor, partials, SPAN: tl.constexpr):
     programs = tl.load(rows + tensor * COLUMNS + PROGRAMS).to(tl.int32)
     counts = tl.zeros([SPAN], tl.float64)
     sums = tl.zeros([SPAN], tl.float64)
-    for start in range(0, programs, SPAN):
+    for start in range(0, bound(programs), SPAN):
         index = start + tl.arange(0, SPAN)
         place = partials + 3 * (first + index)
         count = tl.load(place, mask=index < programs, other=0.0)
@@ -144,7 +144,7 @@ def tensor_moments(rows, tensor, partials, SPAN: tl.constexpr):
     number = tl.sum(counts)
     mean = tl.sum(sums) / number
     squares = tl.zeros([SPAN], tl.float64)
-    for start in range(0, programs, SPAN):
+    for start in range(0, bound(programs), SPAN):
         index = start + tl.arange(0, SPAN)
         place = partials + 3 * (first + index)
         count = tl.load(place, mask=index < programs, other=0.0)
