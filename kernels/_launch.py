@@ -41,7 +41,7 @@ _TABLE = {
     "bits": Launch(block=4096),
     "update": Launch(block=1024, strided=256),
     "kernel_soft": Launch(block=512),
-    "importance": Launch(block=2048),
+    "importance": Launch(block=2048, strided=256),
 }
 _override: ContextVar[dict[str, int] | None] = ContextVar("dwm_fast_launch", default=None)
 

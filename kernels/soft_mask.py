@@ -154,11 +154,11 @@ def tensor_moments(rows, tensor, partials, SPAN: tl.constexpr):
 
 
 @triton.jit
-def importance_lanes(gammas, grads, mask, mean, deviation):
+def importance_lanes(gammas, grads, mask, mean, deviation, inverse):
     """gamma <- max(gamma, abs(tanh((g - mean) / deviation))), 0 where the deviation is 0."""
     g = tl.load(grads, mask=mask, other=0.0).to(tl.float64)
     gamma = tl.load(gammas, mask=mask, other=0.0)
-    apart = tl.abs((g - mean) / tl.where(deviation > 0, deviation, 1.0)).to(tl.float32)
+    apart = tl.abs((g - mean) * inverse).to(tl.float32)
     tail = exp(-2.0 * apart)
     value = tl.where(deviation > 0, tl.div_rn(1.0 - tail, 1.0 + tail), 0.0)
     tl.store(gammas, tl.maximum(gamma, value), mask=mask)
@@ -175,24 +175,25 @@ def importance_kernel(
     gammas = address(ptrs, tensor, 0, 2)
     grads = address(ptrs, tensor, 1, 2)
     mean, deviation = tensor_moments(rows, tensor, partials, SPAN)
+    inverse = 1.0 / tl.where(deviation > 0, deviation, 1.0)
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
         importance_lanes(
             aligned(gammas, tl.float32) + start + offsets, aligned(grads, GRAD) + start + offsets, mask, mean,
-            deviation,
+            deviation, inverse,
         )  # fmt: skip
     if HAS_TAPS and kind == TAPS:
         _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
         for tap in range(9):
             place = tap * stride + offsets
             importance_lanes(
-                aligned(gammas, tl.float32) + place, aligned(grads, GRAD) + place, mask, mean, deviation
+                aligned(gammas, tl.float32) + place, aligned(grads, GRAD) + place, mask, mean, deviation, inverse,
             )  # fmt: skip
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 2)
         importance_lanes(
             loose(gammas, tl.float32) + strided_offsets(geometry, tensor, places, 0, RANK, 2),
-            loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 2), mask, mean, deviation,
+            loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 2), mask, mean, deviation, inverse,
         )  # fmt: skip
 
 
