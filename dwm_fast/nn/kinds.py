@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
-from dwm_fast.ops.kernel_soft import kernel_shape, soft_values
+from dwm_fast.ops.kernel_soft import kernel_shape, kernel_soft, soft_values
 
 INIT_SCHEMES = ("1s", "uniform", "weight_based_1s")
 """How `Threshold` starts (names of Piggyback's code)."""
@@ -75,6 +75,17 @@ class MaskKind:
     def mask_shape(self, weight: Sequence[int]) -> tuple[int, ...]:
         """Shape of the learned tensor for a weight's shape."""
         return tuple(weight)
+
+    @property
+    def draws_itself(self) -> bool:
+        """Whether masked weights come from the kind's own `draw`, and not from `dwm_fast.ops.sample` and products."""
+        return type(self).draw is not MaskKind.draw
+
+    def draw(
+        self, learned: Sequence[Tensor], weights: Sequence[Tensor], rng_state: Tensor, *, training: bool, **options: Any
+    ) -> list[Tensor]:
+        """Masked weights by a rule that is none of `Mode`; options: layers, step_offset, dtype of `ops.sample`."""
+        raise AssertionError("this kind is drawn by dwm_fast.ops.sample")
 
     @property
     def scheduled(self) -> bool:
@@ -281,6 +292,13 @@ class KernelSoft(MaskKind):
     init: float = 1e-2
     noisy: bool = False
     name: ClassVar[str] = "kernel-soft"
+
+    def draw(
+        self, learned: Sequence[Tensor], weights: Sequence[Tensor], rng_state: Tensor, *, training: bool, **options: Any
+    ) -> list[Tensor]:
+        return kernel_soft(
+            learned, weights, rng_state, threshold=self.threshold, noisy=self.noisy and training, **options
+        )
 
     @property
     def training_mode(self) -> Mode:

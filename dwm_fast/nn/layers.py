@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn import recompute
-from dwm_fast.nn.kinds import GumbelSigmoid, KernelSoft, MaskKind
+from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind
 from dwm_fast.ops.autocast import autocast_dtype
 
 
@@ -132,7 +132,7 @@ class MaskedLayer(nn.Module):
         So on a GPU for a layer alone; on a CPU the masked weight is made first and kept for the backward.
         """
         alone = self._staged is None and self.rng_state is not None
-        return alone and not isinstance(self.kind, KernelSoft) and self.frozen_weight.is_cuda
+        return alone and not self.kind.draws_itself and self.frozen_weight.is_cuda
 
     def _product_rule(self) -> dict[str, Any]:
         """What a product that draws the mask itself takes beside input, weight, logits and bias."""
@@ -188,16 +188,9 @@ def draw(
     kind = layers[0].kind
     learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
     indices = [layer.layer_index for layer in layers]
-    if isinstance(kind, KernelSoft):
-        masked = ops.kernel_soft(
-            learned,
-            weights,
-            state,
-            threshold=kind.threshold,
-            noisy=kind.noisy and training,
-            layers=indices,
-            step_offset=step_offset,
-            dtype=dtype,
+    if kind.draws_itself:
+        masked = kind.draw(
+            learned, weights, state, training=training, layers=indices, step_offset=step_offset, dtype=dtype
         )
         return masked, state.new_empty(0, dtype=torch.uint8), torch.zeros((), device=state.device)
     return (sample or ops.sample)(
