@@ -69,16 +69,7 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     Under a source budget a mask whose loss on training images ends above it is loosened until it is within
     (`_meet_budget`).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(task.seed)
-        masked = mask_model(
-            model,
-            kind,
-            include=options.include,
-            exclude=options.exclude,
-            mask_samples=options.mask_samples,
-            seed=task.seed,
-        )
+    masked = _masked(model, kind, options, task.seed)
     model.eval()
     device = next(iter(masked.mask_layers().values())).weight.device
     control = None
@@ -116,6 +107,20 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     if control is not None:
         within = _meet_budget(masked, task, task.loss(model) + options.source_budget)
     return FoundMask(keep=masked.keep_masks(), coefficient=float(coefficient), within_budget=within, history=history)
+
+
+def _masked(model: nn.Module, kind: MaskKind, options: LearnedMask, seed: int) -> MaskedModel:
+    """The model under fresh masks, whose start values a seed draws on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return mask_model(
+            model,
+            kind,
+            include=options.include,
+            exclude=options.exclude,
+            mask_samples=options.mask_samples,
+            seed=seed,
+        )
 
 
 def _step(

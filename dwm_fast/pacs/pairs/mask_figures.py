@@ -61,6 +61,8 @@ def _sparsity_line(axis: Axes, masks: list[Mapping[str, Any]], names: list[str],
 
 def training(results: Mapping[str, Any]) -> Figure:
     """Two panels, a line per mask: after every epoch the source's loss under the mask, and what the mask keeps."""
+    from matplotlib.ticker import MaxNLocator
+
     masks = [mask for mask in results["masks"] if mask.get("history")]
     sources = in_order(results, (mask["source"] for mask in masks))
     dashes = dict(zip(sources, ("-", "--", ":", "-."), strict=False))
@@ -73,6 +75,7 @@ def training(results: Mapping[str, Any]) -> Figure:
             axis.plot(range(1, len(values) + 1), values, marker=".", ms=4, lw=1.4, alpha=0.8, **line)
         axis.set(xlabel="epoch", ylabel=label)
         axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = [mark("o", method, colour(method)) for method in _methods(masks)]
     if len(sources) > 1:
         handles += [mark("", f"on {source}", "#777777", linestyle=dashes.get(source, "-")) for source in sources]
