@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwm_fast.ops.bank import bank_conv2d, bank_linear, is_large, multiplies_bits
-from dwm_fast.ops.bits import apply
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -110,7 +109,8 @@ class BankLinear:
         step = max(1, _CACHED_BYTES // max(1, self.weight.numel() * self.weight.element_size()))
         for start in range(0, len(domains), step):
             some = domains[start : start + step]
-            yield from apply(self.bits[some].reshape(-1), [self.weight] * len(some))
+            # dwm_fast.ops.bits.apply without its check: these rows are buffers of this weight by construction
+            yield from torch.ops.dwm_fast.apply(self.bits[some].reshape(-1), [self.weight] * len(some))
 
     @staticmethod
     def _product(domain: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
