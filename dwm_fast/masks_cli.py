@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from dwm_fast import ops
-from dwm_fast._screen import Screen, plain
+from dwm_fast._screen import Screen
 from dwm_fast.bank import (
     DomainMasks,
     MaskFile,
@@ -72,19 +72,7 @@ class BitOrder(StrEnum):
 def _print(*things: Table | str) -> None:
     console = Screen()
     for thing in things:
-        console.print(_text(thing) if isinstance(thing, str) else thing, soft_wrap=isinstance(thing, str))
-
-
-def _text(given: object) -> Text:
-    """Text as it is, never markup: names and paths come from outside. What cannot be printed is escaped."""
-    return Text(plain(str(given)))
-
-
-def _table(*columns: str, title: str | None = None, header: bool = True) -> Table:
-    table = Table(title=None if title is None else _text(title), show_header=header)
-    for column in columns:
-        table.add_column(_text(column))
-    return table
+        console.print(thing, soft_wrap=isinstance(thing, str))
 
 
 def _percent(part: int, whole: int) -> str:
@@ -111,7 +99,7 @@ def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(about, indent=1))
         return
     kept, weights = sum(info.ones), sum(info.layout.numels)
-    facts = _table("", "", title=str(file), header=False)
+    facts = Table(title=str(file), show_header=False)
     for label, value in {
         "domain": info.domain,
         "method": f"{info.method or '-'} ({info.form})",
@@ -124,13 +112,11 @@ def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
         "options": json.dumps(dict(info.options)),
         "own tensors": str(len(opened.extra_names)),
     }.items():
-        facts.add_row(label, _text(value))
-    table = _table("mask", "shape", "weights", "kept", "stored")
+        facts.add_row(label, value)
+    table = Table("mask", "shape", "weights", "kept", "stored")
     for row in tensors:
         shape = " x ".join(map(str, row["shape"]))
-        table.add_row(
-            _text(row["name"]), shape, f"{row['weights']:,}", _percent(row["kept"], row["weights"]), row["coding"]
-        )
+        table.add_row(row["name"], shape, f"{row['weights']:,}", _percent(row["kept"], row["weights"]), row["coding"])
     _print(facts, table)
 
 
@@ -157,13 +143,13 @@ def diff(a: FileArgument, b: FileArgument, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps({"equal": equal, "total": total, "tensors": rows, "description": about}, indent=1))
         raise typer.Exit(0 if equal else 1)
-    table = _table("mask", "both keep", "only A", "only B", "Jaccard", title=f"A = {a}\nB = {b}")
+    table = Table("mask", "both keep", "only A", "only B", "Jaccard", title=f"A = {a}\nB = {b}")
     for row in [*rows, {"name": "total", **total}]:
         if "note" in row:
-            table.add_row(_text(row["name"]), row["note"])
+            table.add_row(row["name"], row["note"])
         else:
             counts = [f"{row[key]:,}" for key in ("both", "only_a", "only_b")]
-            table.add_row(_text(row["name"]), *counts, f"{_jaccard(row):.4f}")
+            table.add_row(row["name"], *counts, f"{_jaccard(row):.4f}")
     _print(table)
     for key, (one, other) in about.items():
         _print(f"{key}: A {one!r}, B {other!r}")
@@ -200,11 +186,11 @@ def overlap(
     if as_json:
         typer.echo(json.dumps({"domains": names, "measure": measure.value, "matrix": matrix.tolist()}, indent=1))
         return
-    table = _table("", *names, title=f"{folder}: {measure.value}")
+    table = Table("", *names, title=f"{folder}: {measure.value}")
     top = max(float(matrix.max()), 1e-12)
     for name, row in zip(names, matrix.tolist(), strict=True):
         cells = [Text(f"{v:.4f}" if isinstance(v, float) else f"{v:,}", style=_heat(v / top)) for v in row]
-        table.add_row(_text(name), *cells)
+        table.add_row(name, *cells)
     _print(table)
 
 
