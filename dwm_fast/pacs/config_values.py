@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,36 @@ import yaml
 
 from dwm_fast.errors import InputError
 
+_LARGEST = 1 << 20
+"""Bytes of the largest file of settings that is read."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them can stand for more text than memory holds, or for themselves."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"'*{self.peek_event().anchor}' is an alias; write out what it stands for")
+        return super().compose_node(parent, index)
+
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """The entries of a .toml, .yaml or .json file."""
+    """The entries of a .toml, .yaml or .json file, with or without a byte order mark."""
     readers = {".toml": tomllib.loads, ".json": json.loads}
     try:
-        data = readers.get(path.suffix, yaml.safe_load)(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"config: cannot read {path}: {error.strerror}") from error
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > _LARGEST:
+        raise InputError(f"config: {path} is larger than {_LARGEST:,} bytes; expected a file of settings")
+    try:
+        read = readers.get(path.suffix, lambda text: yaml.load(text, _PlainLoader))
+        data = read(content.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise InputError(f"config: {path} is nested too deeply; expected entries such as 'seeds: [0, 1, 2]'") from error
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"config: {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
@@ -34,7 +57,7 @@ def replace(key: str, value: Any, old: Any) -> Any:
     types = get_type_hints(type(old))
     hints = {field.name: types[field.name] for field in dataclasses.fields(old)}
     if not isinstance(value, Mapping):
-        raise InputError(f"config: {key} is {value!r}; expected a section with some of {', '.join(hints)}")
+        raise InputError(f"config: {key} is {_SHORT.repr(value)}; expected a section with some of {', '.join(hints)}")
     for name in value:
         if name not in hints:
             raise InputError(f"config: {key}: unknown entry '{name}'; expected some of {', '.join(hints)}")
@@ -57,26 +80,26 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         return None
     if get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"config: {name} is {value!r}; expected a list")
+            raise InputError(f"config: {name} is {_SHORT.repr(value)}; expected a list")
         return tuple(typed(name, element, get_args(hint)[0]) for element in value)
     if bool in kinds and not isinstance(value, bool):
-        raise InputError(f"config: {name} is {value!r}; expected true or false")
+        raise InputError(f"config: {name} is {_SHORT.repr(value)}; expected true or false")
     if int in kinds or float in kinds:
         return _number(name, value, whole=int in kinds)
     if str in kinds and get_origin(hint) is not Sequence and not isinstance(value, str):
-        raise InputError(f"config: {name} is {value!r}; expected text")
+        raise InputError(f"config: {name} is {_SHORT.repr(value)}; expected text")
     return tuple(value) if isinstance(value, list) else value
 
 
 def _number(name: str, value: Any, whole: bool) -> float | int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if whole else float(value)
+    if whole and isinstance(value, int) and not isinstance(value, bool):
+        return value
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if math.isnan(number) or (whole and not number.is_integer()):
-        raise InputError(f"config: {name} is {value!r}; expected a {'whole ' if whole else ''}number")
+    if not math.isfinite(number) or (whole and not number.is_integer()):
+        raise InputError(f"config: {name} is {_SHORT.repr(value)}; expected a {'whole ' if whole else ''}number")
     return int(number) if whole else number
 
 

@@ -201,3 +201,35 @@ def test_a_byte_order_mark_and_names_with_spaces_are_read_in_every_format(name: 
         (tmp_path / name).write_bytes(text.encode(encoding))
         read = load_config(tmp_path / name)
         assert (read.data, read.sources, read.seeds) == (given["data"], ("photo", "art"), (3,))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "a: &a [*a]\n", r"'\*a' is an alias; write out"),
+        ("a.yaml", "a: &a [x, x]\nb: &b [*a, *a]\nsources: [*b, *b]\n", "is an alias"),
+        ("a.json", "[" * 100_000, "nested too deeply|a.json: "),
+        ("a.json", '{"a":' * 100_000, "nested too deeply|a.json: "),
+        ("a.yaml", "[" * 20_000, "nested too deeply|a.yaml: "),
+        ("a.toml", f"a = {'[' * 20_000}", "nested too deeply|a.toml: "),
+        ("a.json", json.dumps({"tau": int("9" * 400)}), "config: tau is 9.*; expected a number"),
+        ("a.json", '{"seeds": [' + "9" * 5000 + "]}", "a.json: "),
+        ("a.json", json.dumps({"backbone": ["x" * 1000] * 100}), "config: backbone is .*; expected text"),
+        ("a.json", json.dumps({"seeds": "x" * 10_000}), "config: seeds is 'x.*; expected a whole number"),
+        ("a.yaml", "# " + "x" * (1 << 20) + "\nseeds: 1\n", "larger than 1,048,576 bytes"),
+        ("a.json", '{"tau": 1e999}', "config: tau is inf; expected a number"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_a_hostile_file_of_settings_is_one_short_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(write(tmp_path, name, text))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_path_that_no_system_has_is_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path / "a\0b.yaml", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="config: cannot read") as caught:
+            load_config(path)
+        assert "\n" not in str(caught.value)
