@@ -26,7 +26,8 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"'*{self.peek_event().anchor}' is an alias; write out what it stands for")
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"'*{event.anchor}' is an alias; write out what it stands for")
         return super().compose_node(parent, index)
 
 
