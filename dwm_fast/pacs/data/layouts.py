@@ -25,6 +25,7 @@ LAYOUTS = (
     "<domain>/<class>/*.jpg, kfold/<domain>/<class>/*.jpg (DomainBed), "
     "images/<domain>/<class>/*.jpg with splits/ (Dassl), or *.parquet (Hugging Face)"
 )
+_INFLATION = 20
 _SHORT_NAME = {alias: domain for domain, aliases in ALIASES.items() for alias in aliases}
 
 
@@ -208,8 +209,12 @@ def _read_parquet_file(file: Path, domains: Sequence[str]) -> Iterator[Record]:
                     f"found {', '.join(f'{f.name}: {f.type}' for f in schema)}"
                 )
             names = _class_label_names(schema.metadata)
-            row = 0
-            for batch in table.iter_batches(batch_size=256, columns=["image", "domain", "label"]):
+            size = file.stat().st_size
+            _check_inflation(file, size, _unpacked(table.metadata))
+            row = unpacked = 0
+            for batch in table.iter_batches(batch_size=64, columns=["image", "domain", "label"]):
+                unpacked += batch.nbytes
+                _check_inflation(file, size, unpacked)
                 for item in batch.to_pylist():
                     record = _parquet_record(file, row, item, names)
                     row += 1
@@ -217,6 +222,21 @@ def _read_parquet_file(file: Path, domains: Sequence[str]) -> Iterator[Record]:
                         yield record
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable parquet file ({_first_line(error)}); fetch it again") from error
+
+
+def _unpacked(metadata: Any) -> int:
+    """Bytes that a parquet file's columns say they take unpacked."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    return sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+
+
+def _check_inflation(file: Path, size: int, unpacked: int) -> None:
+    """Raise DataError for a parquet file that unpacks to far more than its size: encoded images hardly shrink."""
+    if unpacked > _INFLATION * size + (1 << 20):
+        raise DataError(
+            f"{file}: {size:,} bytes that unpack to more than {_INFLATION} times as many, which encoded images do not; "
+            "fetch it again"
+        )
 
 
 def _class_label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -163,3 +163,27 @@ def test_a_label_that_is_no_number_is_one_line(label: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"line 1: .*expected '<domain>/<class>/<file> <label 1 to 7>'") as caught:
         load_pacs(root, splits=lists, image_size=8)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["one large value", "one value in many rows", "many rows without bytes"])
+def test_a_small_parquet_file_that_unpacks_to_much_is_refused_before_it_does(form: str, tmp_path: Path) -> None:
+    zeros = b"\0" * (16 << 20)
+    count = {"one large value": 1, "one value in many rows": 20_000, "many rows without bytes": 2_000_000}[form]
+    value = {"one large value": zeros, "one value in many rows": zeros[:20_000], "many rows without bytes": None}[form]
+    image = pa.StructArray.from_arrays(
+        [
+            pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([value], pa.binary())).cast(
+                pa.binary()
+            )
+        ],
+        ["bytes"],
+    )
+    columns = {"image": image, "domain": pa.array(["photo"] * count), "label": pa.array([0] * count)}
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), file, compression="zstd")
+    assert file.stat().st_size < 100_000
+    with pytest.raises(
+        DataError, match=r"a\.parquet.*(unpack to more than 20 times|no image bytes in the row)"
+    ) as caught:
+        load_pacs(file, image_size=8)
+    assert "\n" not in str(caught.value)
