@@ -19,6 +19,28 @@ INIT_SCHEMES = ("1s", "uniform", "weight_based_1s")
 """How `Threshold` starts (names of Piggyback's code)."""
 
 
+def _check_numbers(what: str, **values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(f"{what} got {name}={value!r}; expected a finite number")
+
+
+def _check_flags(what: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{what} got {name}={value!r}; expected True or False")
+
+
+def checked_kind(kind: object) -> MaskKind:
+    """The mask kind that was given; InputError for anything else, a kind's class too."""
+    if isinstance(kind, MaskKind):
+        return kind
+    if isinstance(kind, type) and issubclass(kind, MaskKind):
+        raise InputError(f"the mask kind is the class {kind.__name__}; expected an object: {kind.__name__}()")
+    known = ", ".join(f"{known.__name__}(...)" for known in _KINDS.values())
+    raise InputError(f"the mask kind is {kind!r}; expected one of {known}")
+
+
 @dataclass(frozen=True)
 class TauSchedule:
     """Temperature that falls from `start` to `end` over `steps` training forwards, geometrically; then stays.
@@ -31,7 +53,8 @@ class TauSchedule:
     steps: int
 
     def __post_init__(self) -> None:
-        if not (0 < self.start < math.inf and 0 < self.end < math.inf and self.steps >= 1):
+        _check_numbers("TauSchedule", start=self.start, end=self.end, steps=self.steps)
+        if not (self.start > 0 and self.end > 0 and self.steps >= 1):
             raise InputError(
                 f"TauSchedule got start={self.start}, end={self.end}, steps={self.steps}; "
                 "expected temperatures above 0 and at least one step"
@@ -135,8 +158,12 @@ class GumbelSigmoid(MaskKind):
     name: ClassVar[str] = "gumbel-sigmoid"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tau, TauSchedule) and not 0 < self.tau < math.inf:
-            raise InputError(f"GumbelSigmoid got tau={self.tau}; expected a number above 0 or a TauSchedule")
+        _check_numbers("GumbelSigmoid", init=self.init)
+        _check_flags("GumbelSigmoid", hard=self.hard)
+        if isinstance(self.tau, TauSchedule):
+            return
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < math.inf:
+            raise InputError(f"GumbelSigmoid got tau={self.tau!r}; expected a number above 0 or a TauSchedule")
 
     @property
     def training_mode(self) -> Mode:
@@ -181,14 +208,16 @@ class Threshold(MaskKind):
     name: ClassVar[str] = "threshold"
 
     def __post_init__(self) -> None:
+        _check_numbers("Threshold", threshold=self.threshold, init=self.init)
+        _check_flags("Threshold", ternary=self.ternary)
         if self.scheme not in INIT_SCHEMES:
-            raise InputError(f"Threshold got scheme='{self.scheme}'; expected one of {', '.join(INIT_SCHEMES)}")
+            raise InputError(f"Threshold got scheme={self.scheme!r}; expected one of {', '.join(INIT_SCHEMES)}")
 
     def initial(self, weight: Tensor) -> Tensor:
         start = super().initial(weight)
         if self.scheme == "uniform":
             # Drawn on the CPU, so that a seed means the same anywhere.
-            return start.copy_((2.0 * torch.rand(weight.shape) - 1.0) * self.init)
+            return start.copy_((2.0 * torch.rand(weight.shape, device="cpu") - 1.0) * self.init)
         if self.scheme == "weight_based_1s" and weight.numel():
             return start.copy_(weight.float().abs().mean().expand_as(weight))
         return start
@@ -238,16 +267,17 @@ class Edit(MaskKind):
     name: ClassVar[str] = "edit"
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < math.inf:
+        _check_numbers("Edit", threshold=self.threshold, init=self.init, spread=self.spread)
+        if self.threshold <= 0:
             raise InputError(f"Edit got threshold={self.threshold}; expected a number of standard deviations above 0")
-        if not 0 <= self.spread < math.inf:
+        if self.spread < 0:
             raise InputError(f"Edit got spread={self.spread}; expected a standard deviation of at least 0")
 
     def initial(self, weight: Tensor) -> Tensor:
         edits = super().initial(weight)
         if self.spread == 0 or weight.is_meta:
             return edits
-        drawn = torch.randn(edits.shape)  # on the CPU, so that a seed means the same anywhere
+        drawn = torch.randn(edits.shape, device="cpu")  # on the CPU, so that a seed means the same anywhere
         return edits.add_(drawn.to(edits.device), alpha=self.spread)
 
     @property
@@ -292,6 +322,10 @@ class KernelSoft(MaskKind):
     init: float = 1e-2
     noisy: bool = False
     name: ClassVar[str] = "kernel-soft"
+
+    def __post_init__(self) -> None:
+        _check_numbers("KernelSoft", threshold=self.threshold, init=self.init)
+        _check_flags("KernelSoft", noisy=self.noisy)
 
     def draw(
         self, learned: Sequence[Tensor], weights: Sequence[Tensor], rng_state: Tensor, *, training: bool, **options: Any

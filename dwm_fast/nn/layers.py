@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn import recompute
-from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind
+from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind, checked_kind
 from dwm_fast.ops.autocast import autocast_dtype
 
 
@@ -23,9 +24,13 @@ def new_rng_state(seed: int | None, device: torch.device | str | None = None) ->
     """
     if seed is None:
         seed = int(torch.randint(0, 2**62, (), device="cpu"))
-    if not -(2**63) <= seed < 2**64:
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise InputError(f"seed={seed!r}; expected a whole number, or None for one from torch's generator") from None
+    if not -(2**63) <= number < 2**64:
         raise InputError(f"seed={seed}; expected a 64-bit number, from -2^63 to 2^64 - 1")
-    signed = seed - 2**64 if seed >= 2**63 else seed
+    signed = number - 2**64 if number >= 2**63 else number
     return torch.tensor([signed, 0], dtype=torch.int64, device=device)
 
 
@@ -61,7 +66,7 @@ class MaskedLayer(nn.Module):
     tau: Tensor | None
 
     def _init_mask(self, kind: MaskKind, seed: int | None) -> None:
-        self.kind = kind
+        self.kind = checked_kind(kind)
         self.layer_index = 0
         self._staged: Tensor | None = None
         self.weight.requires_grad_(False)

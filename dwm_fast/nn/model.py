@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn import recompute
-from dwm_fast.nn.kinds import MaskKind
+from dwm_fast.nn.kinds import MaskKind, checked_kind
 from dwm_fast.nn.layers import (
     MaskedConv2d,
     MaskedLayer,
@@ -59,8 +59,8 @@ class MaskedModel(nn.Module):
         self, model: nn.Module, *, mask_samples: int = 1, batch_norm: str = "frozen", seed: int | None = None
     ) -> None:
         super().__init__()
-        if mask_samples < 1:
-            raise InputError(f"mask_samples={mask_samples}; expected a whole number of at least 1")
+        if not isinstance(mask_samples, int) or mask_samples < 1:
+            raise InputError(f"mask_samples={mask_samples!r}; expected a whole number of at least 1")
         if batch_norm not in ("frozen", "train"):
             raise InputError(f"batch_norm='{batch_norm}'; expected 'frozen' or 'train'")
         self.model = model
@@ -261,6 +261,7 @@ def mask_model(
         >>> [tuple(p.shape) for p in masked.mask_parameters()]
         [(8, 4)]
     """
+    kind = checked_kind(kind)
     chosen = maskable_layers(model, include, exclude, skip_unmaskable=skip_unmaskable)
     refuse_shared(model, chosen)
     shell = Shell(model, [m.weight for m in chosen.values()])

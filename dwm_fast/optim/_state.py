@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import pack
 from dwm_fast.optim._bucket import Bucket
 
-Keep = Mapping[Tensor, Tensor] | Sequence[Tensor | None]
+Keep = Mapping[Tensor, Tensor] | Mapping[str, Tensor] | Sequence[Tensor | None]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -37,26 +38,14 @@ class DeviceOptimizer(torch.optim.Optimizer):
             self._keep_all(keep)
 
     def _keep_all(self, keep: Keep) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        if isinstance(keep, Mapping):
-            known = set(params)
-            if any(p not in known for p in keep):
-                raise InputError("keep names a tensor that is none of the optimiser's parameters; drop it")
-            items: Iterable[tuple[Tensor, Tensor | None]] = keep.items()
-        else:
-            masks = list(keep)
-            if len(masks) != len(params):
-                raise InputError(
-                    f"keep holds {len(masks)} masks for {len(params)} parameters; give one each, None where "
-                    f"nothing is kept"
-                )
-            items = zip(params, masks, strict=True)
-        for param, mask in items:
+        for param, mask in _with_parameters(keep, self.param_groups):
             self._keep_one(param, mask)
 
     def _keep_one(self, param: Tensor, mask: Tensor | None) -> None:
         if mask is None:
             return
+        if not isinstance(mask, Tensor):
+            raise InputError(f"a keep mask is a {type(mask).__name__}; expected a torch.bool tensor (True = keep)")
         if mask.dtype != torch.bool or mask.shape != param.shape:
             raise InputError(
                 f"a keep mask is {mask.dtype} of shape {tuple(mask.shape)} for a parameter of shape "
@@ -66,7 +55,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
             self._kept[param] = pack([mask.to(param.device)])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's own; the group may carry "keep", masks aligned with its "params"."""
+        """torch's own; the group may carry "keep", as the optimiser's but for its own "params"."""
         keep = param_group.get("keep")
         super().add_param_group({k: v for k, v in param_group.items() if k != "keep"})
         group = self.param_groups[-1]
@@ -74,10 +63,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
             if not param.is_floating_point():
                 raise InputError(f"a parameter is {param.dtype}; expected a real floating dtype")
         if keep is not None:
-            count = len(group["params"])
-            if len(keep) != count:
-                raise InputError(f"the group's keep holds {len(keep)} masks; expected {count}, one each")
-            for param, mask in zip(group["params"], keep, strict=True):
+            for param, mask in _with_parameters(keep, [group]):
                 self._keep_one(param, mask)
 
     def buckets(self, group_index: int) -> list[Bucket]:
@@ -256,18 +242,57 @@ class DeviceOptimizer(torch.optim.Optimizer):
 _observed_step = torch.optim.Optimizer.profile_hook_step(DeviceOptimizer._step)
 
 
+def _with_parameters(keep: Keep, groups: Sequence[dict[str, Any]]) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """The masks of `keep`, each with its parameter."""
+    params = [p for group in groups for p in group["params"]]
+    if isinstance(keep, Mapping):
+        names = {n: p for group in groups for n, p in zip(group.get("param_names", ()), group["params"], strict=False)}
+        found = [(_named(key, names) if isinstance(key, str) else key, mask) for key, mask in keep.items()]
+        if not {param for param, _ in found} <= set(params):
+            raise InputError("keep names a tensor that is none of the optimiser's parameters; drop it")
+        return found
+    if not isinstance(keep, (list, tuple)):
+        raise InputError(
+            f"keep is a {type(keep).__name__}; expected {{parameter: mask}}, {{name: mask}} or a list of masks"
+        )
+    masks = list(keep)
+    if len(masks) != len(params):
+        raise InputError(
+            f"keep holds {len(masks)} masks for {len(params)} parameters; give one each, None where nothing is kept"
+        )
+    return zip(params, masks, strict=True)
+
+
+def _named(name: str, params: Mapping[str, Tensor]) -> Tensor:
+    """The parameter of that name, or the weight of the layer of that name."""
+    if not params:
+        raise InputError(
+            f"keep names '{name}', and the optimiser's parameters have no names; give it model.named_parameters()"
+        )
+    for full in (name, f"{name}.weight" if name else "weight"):
+        if full in params:
+            return params[full]
+    raise InputError(f"keep names '{name}'; expected a parameter or a layer with a weight: {', '.join(params)}")
+
+
 def _expanded(state: Tensor, index: Tensor, like: Tensor) -> Tensor:
     flat = torch.zeros(like.numel(), dtype=state.dtype, device=state.device)
     return torch.zeros_like(like, dtype=state.dtype).copy_(flat.index_copy_(0, index, state).view(like.shape))
 
 
 def non_negative(**values: float | Tensor) -> None:
-    """Raise InputError for a number below 0; tensors are not read."""
+    """Raise InputError for what is no finite number of at least 0; tensors are not read."""
     for name, value in values.items():
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise InputError(f"{name} is {value}; expected a number of at least 0")
+        if not isinstance(value, Tensor) and not (finite(value) and value >= 0):
+            raise InputError(f"{name} is {value!r}; expected a finite number of at least 0")
+
+
+def finite(value: object) -> bool:
+    """Whether it is a finite real number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def valid_betas(betas: tuple[float, float]) -> None:
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise InputError(f"betas is {betas}; expected two numbers in [0, 1)")
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    if not pair or not all(finite(beta) and 0 <= beta < 1 for beta in betas):
+        raise InputError(f"betas is {betas!r}; expected two numbers in [0, 1)")

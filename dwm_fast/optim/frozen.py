@@ -9,20 +9,21 @@ from torch import Tensor
 from dwm_fast.errors import InputError
 from dwm_fast.ops.update import frozen_adamw, frozen_sgd
 from dwm_fast.optim._bucket import Bucket
-from dwm_fast.optim._state import DeviceOptimizer, Keep, Params, non_negative, valid_betas
+from dwm_fast.optim._state import DeviceOptimizer, Keep, Params, finite, non_negative, valid_betas
 
 
 class FrozenAdamW(DeviceOptimizer):
     """AdamW (Loshchilov and Hutter 2019) that never writes a kept weight or its state.
 
     Args:
-        params: parameters, or param groups; a group may carry "keep", masks aligned with its "params".
+        params: parameters, or param groups; a group may carry "keep" for its own "params".
         lr: learning rate, a float or a 0-dim tensor.
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         decoupled_weight_decay: False gives torch.optim.Adam's L2 decay.
-        keep: which weights are kept: {parameter: mask} or a list of masks aligned with the parameters (None
-            where nothing is kept). A mask is bool, of the parameter's shape, True = keep. It is packed once,
-            to one bit per weight; changing the mask afterwards changes nothing.
+        keep: which weights are kept: {parameter: mask}, {name: mask} or a list of masks aligned with the parameters
+            (None where nothing is kept). Names are those of parameters or of layers, as `masked.keep_masks()` has
+            them, and need `params=model.named_parameters()`. A mask is bool, of the parameter's shape, True =
+            keep. It is packed once, to one bit per weight; changing the mask afterwards changes nothing.
         compact: store state for free weights only, so its memory falls with the fraction kept.
 
     State is fp32 for fp32, bf16 and fp16 weights. Gradients of kept weights are ignored, NaN included.
@@ -116,6 +117,8 @@ class FrozenSGD(DeviceOptimizer):
         compact: bool = False,
     ) -> None:
         non_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if not finite(dampening):
+            raise InputError(f"dampening is {dampening!r}; expected a finite number")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise InputError(
                 f"nesterov=True with momentum={momentum} and dampening={dampening}; expected momentum > 0 "

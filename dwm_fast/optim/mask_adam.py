@@ -12,7 +12,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops.sample import penalty
 from dwm_fast.ops.update import frozen_adamw, mask_adam
 from dwm_fast.optim._bucket import Bucket
-from dwm_fast.optim._state import DeviceOptimizer, non_negative, valid_betas
+from dwm_fast.optim._state import DeviceOptimizer, finite, non_negative, valid_betas
 from dwm_fast.optim.folded import FoldedGradient, Part
 from dwm_fast.optim.record import DrawRecorder, MaskSource
 
@@ -37,7 +37,7 @@ class MaskAdam(DeviceOptimizer):
         fold: False leaves the source alone: an ordinary gradient that outlives the step.
 
     Raises:
-        InputError: a number out of range, or coefficient with fold=False.
+        InputError: no masked model, a number out of range, or coefficient with fold=False.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -60,7 +60,9 @@ class MaskAdam(DeviceOptimizer):
             raise InputError(
                 "coefficient needs fold=True; with fold=False add coefficient * masked.sparsity_penalty() to the loss"
             )
-        sources = list(source) if isinstance(source, Sequence) else [source]
+        if not isinstance(coefficient, Tensor) and not finite(coefficient):
+            raise InputError(f"coefficient is {coefficient!r}; expected a finite number")
+        sources = _checked_sources(source)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -181,6 +183,20 @@ class MaskAdam(DeviceOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "fold": self.fold, "_recorders": []}
+
+
+def _checked_sources(given: MaskSource | Sequence[MaskSource]) -> list[MaskSource]:
+    # torch's containers of modules are sequences too, but the model inside a DataParallel or its like is not reached.
+    many = isinstance(given, (list, tuple))
+    sources: list[Any] = list(given) if many else [given]  # type: ignore[arg-type]
+    if not sources:
+        raise InputError("MaskAdam got an empty list; expected a MaskedModel, from dwm_fast.mask_model")
+    for one in sources:
+        if not hasattr(one, "mask_parameters") or not hasattr(one, "attach_recorder"):
+            inside = hasattr(getattr(one, "module", None), "attach_recorder")
+            what = "its .module" if inside else "the model that dwm_fast.mask_model made, not its parameters"
+            raise InputError(f"MaskAdam got a {type(one).__name__}; expected a MaskedModel: give it {what}")
+    return sources
 
 
 def _formed(grad: Tensor) -> Tensor:

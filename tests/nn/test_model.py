@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,6 +170,9 @@ def test_refused_layers_can_be_excluded():
 def test_wrong_settings_are_refused():
     for settings, message in (
         ({"mask_samples": 0}, "mask_samples=0"),
+        ({"mask_samples": 1.5}, "mask_samples=1.5"),
+        ({"seed": 1.5}, "seed=1.5; expected a whole number"),
+        ({"seed": "7"}, "seed='7'; expected a whole number"),
         ({"batch_norm": "fixed"}, "batch_norm='fixed'; expected 'frozen' or 'train'"),
         ({"seed": 2**64}, "seed=18446744073709551616"),
     ):
@@ -179,6 +183,33 @@ def test_wrong_settings_are_refused():
     mixed = nn.Sequential(dwm.MaskedLinear(2, 2, kind=dwm.Edit()), dwm.MaskedLinear(2, 2, kind=dwm.Threshold()))
     with pytest.raises(InputError, match="different mask kinds"):
         dwm.MaskedModel(mixed)
+
+
+@pytest.mark.parametrize("kind", [dwm.GumbelSigmoid, dwm.Edit, "gumbel-sigmoid", None, 0.5])
+def test_what_is_no_mask_kind_is_refused_in_one_line(kind):
+    expected = f"expected an object: {kind.__name__}" if isinstance(kind, type) else "expected one of GumbelSigmoid"
+    doors = [lambda: dwm.mask_model(_net(), kind)]
+    if kind is not None:  # a layer alone has a kind of its own by default
+        doors += [
+            lambda: dwm.MaskedLinear(2, 2, kind=kind),
+            lambda: dwm.MaskedConv2d.from_conv(nn.Conv2d(1, 1, 1), kind),
+        ]
+    for door in doors:
+        with pytest.raises(InputError, match=expected) as caught:
+            door()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_seed_may_be_any_whole_number():
+    for seed in (7, np.int64(7), torch.tensor(7)):
+        assert dwm.mask_model(_net(), dwm.GumbelSigmoid(), seed=seed).rng_state.tolist() == [7, 0]
+
+
+@pytest.mark.parametrize("given", [_net(), nn.Linear(2, 2), {"a": 1}, None], ids=lambda g: type(g).__name__)
+def test_what_is_no_masked_model_is_refused_by_merge_and_pack(given):
+    for name in ("merge", "pack"):
+        with pytest.raises(InputError, match=f"{name} got {type(given).__name__}; expected a MaskedModel"):
+            getattr(dwm, name)(given)
 
 
 # --- what a call computes

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+import dwm_fast as dwm
 from dwm_fast.errors import InputError
 from dwm_fast.ops import use_backend
 from dwm_fast.optim import FrozenAdamW, FrozenSGD
@@ -203,6 +204,17 @@ def test_a_copied_or_pickled_optimiser_goes_on_the_same(compact):
     ("make", "message"),
     [
         (lambda p: FrozenAdamW(p, lr=-1.0), "lr is -1.0"),
+        (lambda p: FrozenAdamW(p, lr=float("inf")), "lr is inf; expected a finite number"),
+        (lambda p: FrozenAdamW(p, lr="1e-3"), "lr is '1e-3'"),
+        (lambda p: FrozenAdamW(p, eps=float("nan")), "eps is nan"),
+        (lambda p: FrozenAdamW(p, betas=0.9), "betas is 0.9"),
+        (lambda p: FrozenAdamW(p, betas=("0.9", 0.99)), "betas is"),
+        (lambda p: FrozenSGD(p, dampening=float("nan")), "dampening is nan"),
+        (lambda p: FrozenAdamW(p, keep=torch.nn.ReLU()), "keep is a ReLU; expected"),
+        (lambda p: FrozenAdamW(p, keep=torch.ones(3) > 0), "keep is a Tensor; expected"),
+        (lambda p: FrozenAdamW(p, keep=[[True], None, None]), "a keep mask is a list"),
+        (lambda p: FrozenAdamW(p, keep={"0": torch.ones(3) > 0}), r"have no names; give it model.named_parameters\(\)"),
+        (lambda p: FrozenAdamW([("a", p[0]), ("b", p[1])], keep={"c": torch.ones(3) > 0}), "names 'c'.*: a, b"),
         (lambda p: FrozenAdamW(p, betas=(0.9, 1.0)), "betas"),
         (lambda p: FrozenSGD(p, nesterov=True), "nesterov"),
         (lambda p: FrozenAdamW(p, keep=[None]), "1 masks for 3 parameters"),
@@ -215,3 +227,34 @@ def test_a_copied_or_pickled_optimiser_goes_on_the_same(compact):
 def test_a_wrong_argument_is_one_clear_error(make, message):
     with pytest.raises(InputError, match=message):
         make(_parameters())
+
+
+def test_keep_masks_are_found_by_the_names_of_layers_and_parameters():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    masked = dwm.mask_model(net, dwm.GumbelSigmoid())
+    with torch.no_grad():
+        for logits in masked.mask_parameters():
+            logits.normal_()
+    keep = masked.keep_masks()
+    half = {"2.bias": torch.tensor([True, False])}
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    ours = FrozenAdamW(net.named_parameters(), lr=0.1, keep={**keep, **half})
+    net(torch.randn(16, 4)).square().sum().backward()
+    ours.step()
+    unchanged = {name: p == before[name] for name, p in net.named_parameters()}
+    for layer, mask in keep.items():
+        assert torch.equal(unchanged[f"{layer}.weight"], mask)  # weight decay moves the rest
+    assert unchanged["2.bias"].tolist() == [True, False]
+    assert not unchanged["0.bias"].any()
+
+
+def test_a_group_takes_its_masks_by_name_too():
+    net = torch.nn.Linear(2, 1, bias=False)
+    keep = {"weight": torch.tensor([[True, False]])}
+    group = {"params": list(net.named_parameters()), "keep": keep}
+    optimizer = FrozenSGD([group], lr=1.0)
+    net.weight.grad = torch.ones(1, 2)
+    before = net.weight.detach().clone()
+    optimizer.step()
+    assert (net.weight == before).tolist() == [[True, False]]

@@ -226,3 +226,31 @@ def test_misuse_is_one_clear_error():
     net.loss(_batches()[0])[0].backward()
     with pytest.raises(InputError, match="no draw was recorded"):
         lonely.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MaskAdam(torch.nn.Linear(2, 2)), "got a Linear; expected a MaskedModel"),
+        (lambda: MaskAdam(torch.nn.Sequential(torch.nn.Linear(2, 2))), "got a Sequential; expected a MaskedModel"),
+        (lambda: MaskAdam(Net().mask_parameters()), "expected a MaskedModel.*not its parameters"),
+        (lambda: MaskAdam(Net().logits), "got a Parameter; expected a MaskedModel"),
+        (lambda: MaskAdam([]), "empty list"),
+        (lambda: MaskAdam([Net(), torch.nn.ReLU()]), "got a ReLU"),
+        (lambda: MaskAdam(_Wrapped(Net())), "give it its .module"),
+        (lambda: MaskAdam(Net(), coefficient=float("nan")), "coefficient is nan"),
+        (lambda: MaskAdam(Net(), coefficient="1"), "coefficient is '1'"),
+        (lambda: MaskAdam(Net(), lr=float("inf")), "lr is inf"),
+    ],
+)
+def test_a_wrong_source_or_number_is_one_clear_error(make, message):
+    with pytest.raises(InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+class _Wrapped:
+    """A network in a wrapper that passes no attributes on, as DistributedDataParallel is."""
+
+    def __init__(self, module):
+        self.module = module
