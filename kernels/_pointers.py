@@ -47,7 +47,7 @@ def write_pointers_kernel(table, values, N: tl.constexpr):
 def pointers(roles: Sequence[Sequence[Tensor]]) -> Tensor:
     """int64 table (tensors, roles) of addresses in device memory, valid on the current stream."""
     device = roles[0][0].device
-    values = tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(zip(*roles, strict=True))))
+    values = tuple(map(_tables.ADDRESS, itertools.chain.from_iterable(zip(*roles, strict=True))))
     if device.type != "cuda":
         check_all_devices("the triton backend", roles, device)
         return torch.tensor(values, dtype=torch.int64)

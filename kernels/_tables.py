@@ -59,7 +59,11 @@ TL_DTYPES = {
 }
 
 _Plan = TypeVar("_Plan")
-_SHAPE = operator.attrgetter("shape")
+_SHAPE, _STRIDE, ADDRESS = (
+    operator.attrgetter("shape"),
+    operator.methodcaller("stride"),
+    operator.methodcaller("data_ptr"),
+)
 
 empty = torch.empty
 """Every fresh buffer comes from here; tests fill it with NaN."""
@@ -176,8 +180,8 @@ def plan(
     """
     device = device or roles[0][0].device
     tensors = [t for role in roles for t in role]
-    shapes, strides = tuple(map(_SHAPE, roles[0])), tuple(map(Tensor.stride, tensors))
-    addresses = list(map(Tensor.data_ptr, tensors))
+    shapes, strides = tuple(map(_SHAPE, roles[0])), tuple(map(_STRIDE, tensors))
+    addresses = list(map(ADDRESS, tensors))
     loose = (
         tuple(i for i, a in enumerate(addresses) if a % 16) if functools.reduce(operator.or_, addresses) % 16 else ()
     )
