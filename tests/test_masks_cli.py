@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from dwm_fast.bank import MaskBank, MaskFile, read_foreign, write_foreign
+from dwm_fast.bank import MaskBank, MaskFile, make_domain, read_foreign, write_foreign, write_mask_file
 from dwm_fast.errors import InputError, MaskFileError
 from dwm_fast.masks_cli import masks_app
 
@@ -112,3 +113,35 @@ def test_mistakes_are_the_librarys_own_errors(folder: Path, tmp_path: Path) -> N
         _run("convert", tmp_path / "none.npz", tmp_path / "x.safetensors")
     with pytest.raises(MaskFileError, match="no such folder"):
         _run("overlap", tmp_path / "none")
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    name = "blocks[bold].weight[/bold]"
+    record = make_domain("a", {name: A}, method="[red]m[/red]", classes=["[x]"])
+    path = tmp_path / "[blue]a[" / "blue].safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mask_file(path, record)
+    shown = _run("inspect", path).output
+    for text in (name, "[red]m[/red]", "[x]", "[blue]a[/blue]"):
+        assert text in shown
+    assert name in _run("diff", path, path).output
+    assert "[blue]" in _run("verify", path).output
+
+
+def test_convert_takes_ternary_masks_and_either_bit_order(tmp_path: Path) -> None:
+    values = np.array([[-1, 0, 1], [1, 1, -1]], np.int8)
+    np.savez(tmp_path / "t.npz", w=values)
+    _run("convert", tmp_path / "t.npz", tmp_path / "t.safetensors", "--ternary")
+    record = MaskFile(tmp_path / "t.safetensors").load()
+    assert record.info.form == "ternary"
+    assert np.array_equal(record.masks()["w"].numpy(), values != 0)
+    keep = np.ones((3, 7), bool)
+    np.savez(tmp_path / "p.npz", **{"w": np.packbits(keep, bitorder="little"), "w.shape": np.array([3, 7])})
+    with pytest.raises(MaskFileError, match="--bit-order little"):
+        _run("convert", tmp_path / "p.npz", tmp_path / "p.safetensors")
+    _run("convert", tmp_path / "p.npz", tmp_path / "p.safetensors", "--bit-order", "little")
+    assert MaskFile(tmp_path / "p.safetensors").load().masks()["w"].all()
+    np.savez(tmp_path / "empty.npz")
+    with pytest.raises(MaskFileError, match="holds no masks"):
+        _run("convert", tmp_path / "empty.npz", tmp_path / "e.safetensors")
+    assert not (tmp_path / "e.safetensors").exists()

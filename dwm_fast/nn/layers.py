@@ -158,7 +158,14 @@ class MaskedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         fp32 = (self.mask_logits, self.mask_logits.grad, self.tau)
-        return super()._apply(keep_dtype(fn, fp32), recurse)  # type: ignore[no-untyped-call]
+        empty = self.mask_logits.is_meta
+        super()._apply(keep_dtype(fn, fp32), recurse)  # type: ignore[no-untyped-call]
+        if empty and not self.mask_logits.is_meta:  # to_empty: memory as it was found
+            with torch.no_grad():
+                self.mask_logits.copy_(self.kind.initial(self.frozen_weight))
+            if self.rng_state is not None:
+                self.stand_alone()
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -74,6 +74,7 @@ class MaskedModel(nn.Module):
             raise InputError(f"the layers have different mask kinds: {sorted(map(repr, kinds))}; expected one kind")
         self.kind: MaskKind = kinds.pop()
         device = next(iter(self._layers.values())).frozen_weight.device
+        self._seed = seed
         self.register_buffer("rng_state", new_rng_state(seed, device))
         self.register_buffer("tau", new_tau(self.kind, device))
         for index, layer in enumerate(self._layers.values()):
@@ -187,7 +188,12 @@ class MaskedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._drawn = None
-        return super()._apply(keep_dtype(fn, (self.tau,)), recurse)  # type: ignore[no-untyped-call]
+        empty = self.tau.is_meta
+        super()._apply(keep_dtype(fn, (self.tau,)), recurse)  # type: ignore[no-untyped-call]
+        if empty and not self.tau.is_meta:  # to_empty: memory as it was found
+            self.rng_state = new_rng_state(self._seed, self.tau.device)
+            self.tau = new_tau(self.kind, self.tau.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_drawn": None, "_recorder": None}

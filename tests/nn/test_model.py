@@ -634,3 +634,19 @@ def test_leaving_out_a_layer_whose_weight_is_computed_works_as_the_error_says(wr
 def test_a_network_without_masks_is_one_clear_error(function):
     with pytest.raises(InputError, match=f"{function.__name__} got Linear; expected a MaskedModel"):
         function(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", [dwm.GumbelSigmoid(tau=0.5, init=1.5), dwm.Threshold(), dwm.KernelSoft()], ids=repr)
+def test_a_model_from_the_meta_device_starts_as_any_other(kind):
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(4, 3), nn.Conv2d(2, 2, 3))
+    masked = dwm.mask_model(net, kind, seed=7)
+    masked.to_empty(device="cpu")
+    with torch.device("cpu"):
+        plain = dwm.mask_model(nn.Sequential(nn.Linear(4, 3), nn.Conv2d(2, 2, 3)), kind, seed=7)
+    assert torch.equal(masked.rng_state, plain.rng_state)
+    assert torch.equal(masked.tau, plain.tau)
+    for mine, other in zip(masked.mask_parameters(), plain.mask_parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert isinstance(masked.rng_state, torch.Tensor)
+    assert "rng_state" in masked.state_dict()
