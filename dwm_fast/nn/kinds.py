@@ -124,6 +124,13 @@ class MaskKind:
         """Temperature before the first step."""
         return 1.0
 
+    def current_tau(self, tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
+        """Temperature of the next draw, 0-dim fp32, on the device: the schedule's, or the fixed one."""
+        if not self.scheduled:
+            return tau
+        scheduled = self.temperature(torch.div(rng_state[1], samples, rounding_mode="floor"))
+        return tau if scheduled is None else scheduled
+
     def keep(self, logits: Tensor) -> Tensor:
         """Deterministic keep mask, bool, of the logits' shape."""
         return logits >= 0

@@ -39,14 +39,6 @@ def new_tau(kind: MaskKind, device: torch.device | str | None) -> Tensor:
     return torch.tensor(float(kind.initial_tau), dtype=torch.float32, device=device)
 
 
-def current_tau(kind: MaskKind, tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
-    """Temperature of the next draw, 0-dim fp32, on the device: the schedule's, or the fixed one."""
-    if not kind.scheduled:
-        return tau
-    scheduled = kind.temperature(torch.div(rng_state[1], samples, rounding_mode="floor"))
-    return tau if scheduled is None else scheduled
-
-
 class MaskedLayer(nn.Module):
     """What MaskedLinear and MaskedConv2d share; not used alone.
 
@@ -117,7 +109,7 @@ class MaskedLayer(nn.Module):
             dtype = autocast_dtype(self.frozen_weight)
             return given if given.dtype == dtype else given.to(dtype)
         state, tau = self._noise()
-        masked, _, _ = draw([self], state, tau, training=self.training, dtype=autocast_dtype(self.frozen_weight))
+        masked, _, _ = draw([self], state, tau, training=self.training)
         return masked[0]
 
     def _noise(self) -> tuple[Tensor, Tensor]:
@@ -129,7 +121,7 @@ class MaskedLayer(nn.Module):
             )
         rng_state = self.rng_state
         state = recompute.pinned(self, lambda: ops.advance(rng_state)) if self.training else rng_state.clone()
-        return state, current_tau(self.kind, self.tau, state)
+        return state, self.kind.current_tau(self.tau, state)
 
     def draws_in_product(self) -> bool:
         """Whether forward hands logits to the product, which then draws the mask where it multiplies.
@@ -180,26 +172,22 @@ class MaskedLayer(nn.Module):
 
 
 def draw(
-    layers: Sequence[MaskedLayer],
-    state: Tensor,
-    tau: Tensor,
-    *,
-    training: bool,
-    step_offset: int = 0,
-    dtype: torch.dtype | None = None,
-    sample: Callable[..., tuple[list[Tensor], Tensor, Tensor]] | None = None,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What `dwm_fast.ops.sample` gives for layers of one kind: masked weights, no bits, and the penalty.
+    layers: Sequence[MaskedLayer], state: Tensor, tau: Tensor, *, training: bool, step_offset: int = 0,
+    baked: bool = False, sample: Callable[..., tuple[list[Tensor], Tensor, Tensor]] | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """What the kind of `layers` (one kind) draws for them: masked weights, no bits, and the penalty.
 
     Args:
         layers: masked layers.
-        state, tau, step_offset, dtype: as in `dwm_fast.ops.sample`.
+        state, tau, step_offset: as in `dwm_fast.ops.sample`.
         training: whether the kind's training rule is in force, or its deterministic one.
+        baked: whether masked weights keep their weights' dtype under autocast, which otherwise gives them its own.
         sample: what is called in the place of `dwm_fast.ops.sample`.
     """
-    kind = layers[0].kind
     learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
+    kind, dtypes = layers[0].kind, {weight.dtype for weight in weights}
     indices = [layer.layer_index for layer in layers]
+    dtype = None if baked or len(dtypes) > 1 else autocast_dtype(weights[0])
     if kind.draws_itself:
         masked = kind.draw(
             learned, weights, state, training=training, layers=indices, step_offset=step_offset, dtype=dtype

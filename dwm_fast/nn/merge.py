@@ -35,7 +35,7 @@ def merge(masked: MaskedModel) -> nn.Module:
     masked = as_masked_model(masked, "merge")
     layers = list(masked.mask_layers().values())
     with torch.no_grad():
-        baked, _, _ = draw(layers, masked.rng_state, masked.tau, training=False)
+        baked, _, _ = draw(layers, masked.rng_state, masked.tau, training=False, baked=True)
     shell = Shell(masked.model, shared=())
     for name, weight in zip(masked.mask_layers(), baked, strict=True):
         shell.put(name, _plain_layer(shell.module.get_submodule(name), weight))

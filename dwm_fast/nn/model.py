@@ -16,7 +16,6 @@ from dwm_fast.nn.layers import (
     MaskedConv2d,
     MaskedLayer,
     MaskedLinear,
-    current_tau,
     draw,
     keep_dtype,
     new_rng_state,
@@ -24,7 +23,6 @@ from dwm_fast.nn.layers import (
 )
 from dwm_fast.nn.select import maskable_layers, refuse_shared
 from dwm_fast.nn.shell import Shell, unwrapped
-from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.sample import penalty
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -131,14 +129,13 @@ class MaskedModel(nn.Module):
     def _draw(self, state: Tensor, step_offset: int) -> list[Tensor]:
         """Masked weights of every layer for one mask sample; leaves the penalty behind in train()."""
         layers = list(self._layers.values())
-        tau = current_tau(self.kind, self.tau, state, self.mask_samples) if self.training else self.tau
+        tau = self.kind.current_tau(self.tau, state, self.mask_samples) if self.training else self.tau
         masked, _, drawn = draw(
             layers,
             state,
             tau,
             training=self.training,
             step_offset=step_offset,
-            dtype=autocast_dtype(layers[0].frozen_weight) if _one_dtype(layers) else None,
             sample=self._recorder.sample if self._recorder is not None and self.training else None,
         )
         if self.training and not recompute.in_backward():
@@ -214,10 +211,6 @@ def _stage(layers: Sequence[MaskedLayer], weights: Sequence[Tensor | None]) -> N
             layer._staged = weight
         else:
             layer.__dict__["_staged"] = weight
-
-
-def _one_dtype(layers: Sequence[MaskedLayer]) -> bool:
-    return len({layer.frozen_weight.dtype for layer in layers}) == 1
 
 
 def as_masked_model(given: Any, what: str) -> MaskedModel:

@@ -44,10 +44,11 @@ def sample(
     if not (simple and weights):
         raise Unsupported
     dense, orders = known(weights)
+    scores = in_orders(logits, orders)
     masked = [torch.empty_like(w, dtype=dtype) for w in dense]
     bits = torch.zeros(sum(packed_nbytes(w.numel()) for w in weights) if pack else 0, dtype=torch.uint8)
     penalty = torch.empty((), dtype=torch.float32)
-    _OPS.sample.default(masked, bits, penalty, in_orders(logits, orders), dense, *_fp32(draw))
+    _OPS.sample.default(masked, bits, penalty, scores, dense, *_fp32(draw))
     return restored(masked, weights), bits, penalty
 
 

@@ -6,6 +6,7 @@ Schemas are flat, as torch wants them. Behind them a draw and a convolution's ge
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,25 +103,22 @@ def define(
     backends.REFERENCES[name] = reference
     _LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
 
-    def computed(backend: str, implementation: Callable[..., Any], given: tuple[Any, ...]) -> Any:
-        if operands is not None:
-            choice = ways.choose_for(name, backend, *operands(*given))
-            return reference(*given) if choice.way == ways.STAGED else implementation(choice.problem, *given)
-        try:
-            return implementation(*given)
-        except Unsupported:
-            return reference(*given)
-
     def kernel(*args: Any) -> Any:
         device = _device(args[device_at])
         backend, implementation = backends.chosen_for(name, device.type)
         # A list of the Triton backend is looked through where a new table of its addresses is made.
         if not _together(args, device, lists=backend != "triton" or device.type != "cuda"):
             check_all_devices(name, args, device)
-        if device.type != "meta" and torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                return computed(backend, implementation, grouped(args))
-        return computed(backend, implementation, grouped(args))
+        off = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if off else contextlib.nullcontext():
+            given = grouped(args)
+            if operands is not None:
+                choice = ways.choose_for(name, backend, *operands(*given))
+                return reference(*given) if choice.way == ways.STAGED else implementation(choice.problem, *given)
+            try:
+                return implementation(*given)
+            except Unsupported:
+                return reference(*given)
 
     def shapes(*args: Any) -> Any:
         with without_autocast(_device(args[device_at]).type):

@@ -220,9 +220,11 @@ def check_noise(rng_state: Tensor, tau: Tensor) -> None:
         )
 
 
-def _check_sample(logits: TensorList, weights: TensorList, draw: Draw) -> None:
-    check_noise(draw.rng_state, draw.tau)
-    given = (len(logits), len(weights), len(draw.layers), len(draw.thresholds))
+def _check_sample(
+    logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: list[int], thresholds: list[float]
+) -> None:
+    check_noise(rng_state, tau)
+    given = (len(logits), len(weights), len(layers), len(thresholds))
     if len(set(given)) > 1:
         raise InputError(
             f"sample got {given[0]} logits, {given[1]} weights, {given[2]} layers and {given[3]} thresholds; "
@@ -284,7 +286,7 @@ def sample(
     layers = range(len(weights)) if layers is None else layers
     thresholds = [0.0] * len(weights) if thresholds is None else thresholds
     flat = (rng_state, tau, list(layers), list(thresholds), int(Mode(mode)), step_offset)
-    _check_sample(logits, weights, Draw(*flat))
+    _check_sample(logits, weights, *flat[:4])
     result: tuple[list[Tensor], Tensor, Tensor] = torch.ops.dwm_fast.sample(
         list(logits), list(weights), *flat, dtype, pack
     )
