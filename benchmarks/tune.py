@@ -73,7 +73,7 @@ def grid() -> list[Shape]:
 
 def candidates(shape: Shape) -> list[Any]:
     """Tiles worth trying; those that do not fit a device are passed over when they fail."""
-    from dwm_fast.kernels._product_launch import ProductTiles as Tiles
+    from dwm_fast.kernels._launch import Tiles
 
     if shape.taps > 1:
         return [Tiles(64, 32, 64, stages=2), Tiles(32, 64, 32, stages=2)]
@@ -120,10 +120,10 @@ def operation(shape: Shape, device: torch.device) -> Callable[[], Any]:
 
 def _forced(run: Callable[[], Any], way: str, tiles: Any = None) -> Callable[[], Any]:
     """`run` in one way, with `tiles`."""
-    from dwm_fast.kernels._product_launch import override_product
+    from dwm_fast.kernels._launch import override_launch
 
     def forced() -> Any:
-        with ways.use_way(way), override_product(tiles) if tiles else contextlib.nullcontext():
+        with ways.use_way(way), override_launch(tiles) if tiles else contextlib.nullcontext():
             return run()
 
     return forced

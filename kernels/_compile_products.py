@@ -9,7 +9,8 @@ import triton.language as tl
 
 from dwm_fast.kernels import conv, linear, linear_grad
 from dwm_fast.kernels._configuration import Configuration
-from dwm_fast.kernels._product_launch import ProductTiles, convolution_tiles, gradient_tiles, precision, product_tiles
+from dwm_fast.kernels._launch import Tiles
+from dwm_fast.kernels._product_launch import convolution_tiles, gradient_tiles, precision, product_tiles
 from dwm_fast.kernels._products import PACKED
 from dwm_fast.ops.problem import Problem
 
@@ -115,6 +116,6 @@ def _convolutions() -> Iterator[Configuration]:
     )  # fmt: skip
 
 
-def _convolution_constants(problem: Problem, tiles: ProductTiles) -> dict[str, Any]:
+def _convolution_constants(problem: Problem, tiles: Tiles) -> dict[str, Any]:
     return {"PRECISION": precision(problem), "BLOCK_O": tiles.block_n, "BLOCK_I": tiles.block_k,
             "BLOCK_M": tiles.block_m, "STAGES": tiles.stages, "INDEX": tl.int32}  # fmt: skip

@@ -8,10 +8,6 @@ Two ways, chosen by rows per sample (`tiles_for`): with few, a program keeps a t
 so that the weight is read once for all of them; with many, a program has a tile of rows of one domain.
 """
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -20,7 +16,7 @@ from torch import Tensor
 
 from dwm_fast.errors import Unsupported
 from dwm_fast.kernels import _tables
-from dwm_fast.kernels._launch import OPTIONS
+from dwm_fast.kernels._launch import OPTIONS, Tiles, forced_tiles
 from dwm_fast.kernels._math import bound
 from dwm_fast.kernels._product_launch import words_of
 from dwm_fast.kernels._products import product
@@ -150,17 +146,6 @@ def bank_linear_many_fwd_kernel(
         store_rows(y, bias + domain * bias_stride, acc, n0, start, stop, N, HAS_BIAS, BLOCK_N, BLOCK_M)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Launch parameters; group 0 is the kernel for many rows."""
-
-    group: int
-    block_n: int
-    block_k: int
-    block_m: int
-    num_warps: int
-
-
 FEW = Tiles(group=4, block_n=64, block_k=64, block_m=16, num_warps=8)
 """Few rows, two-byte values, whole words of bits."""
 FEW_WIDE = Tiles(group=1, block_n=32, block_k=32, block_m=16, num_warps=4)
@@ -172,24 +157,11 @@ _MAX_K = 1 << 23
 _SMALL = 32
 """Rows of a domain, on average, up to which reading the weight once for several domains wins."""
 
-_tiles: Tiles | None = None
-
 
 def tiles_for(rows: int, domains: int, k: int, dtype: torch.dtype) -> Tiles:
     """The launch parameters for `rows` rows of `domains` domains and k columns."""
     few = FEW if k % 32 == 0 and dtype.itemsize == 2 else FEW_WIDE
-    return _tiles or (few if rows <= _SMALL * domains else MANY)
-
-
-@contextlib.contextmanager
-def override_tiles(tiles: Tiles) -> Iterator[None]:
-    """Inside the block every launch uses `tiles`; results may differ by rounding only."""
-    global _tiles
-    before, _tiles = _tiles, tiles
-    try:
-        yield
-    finally:
-        _tiles = before
+    return forced_tiles() or (few if rows <= _SMALL * domains else MANY)
 
 
 def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:

@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dwm_fast.kernels import _tables
-from dwm_fast.kernels._launch import OPTIONS
+from dwm_fast.kernels._launch import OPTIONS, Tiles
 from dwm_fast.kernels._math import bound, narrow
 from dwm_fast.kernels._product_launch import (
-    ProductTiles,
     index_dtype,
     precision,
     product_tiles,
@@ -135,7 +134,7 @@ PARTS_BLOCK = 1024
 
 
 def product_constants(
-    problem: Problem, tiles: ProductTiles, mode: int, back: bool, has_bias: bool, activation: int, index: tl.dtype
+    problem: Problem, tiles: Tiles, mode: int, back: bool, has_bias: bool, activation: int, index: tl.dtype
 ) -> dict[str, Any]:
     """Compile-time arguments of `masked_product_kernel`."""
     outputs, summed = (problem.k, problem.n) if back else (problem.n, problem.k)

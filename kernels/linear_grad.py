@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dwm_fast.kernels import _tables
-from dwm_fast.kernels._launch import OPTIONS
+from dwm_fast.kernels._launch import OPTIONS, Tiles
 from dwm_fast.kernels._masks import logit_gradient, weight_gradient
 from dwm_fast.kernels._math import bound, narrow
-from dwm_fast.kernels._product_launch import ProductTiles, gradient_tiles, index_dtype, precision, run_of, words_of
+from dwm_fast.kernels._product_launch import gradient_tiles, index_dtype, precision, run_of, words_of
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, kept_tile, load_tile, noise_tile, product
 from dwm_fast.kernels.linear import rows_of
 from dwm_fast.kernels.philox import seed_and_step
@@ -80,7 +80,7 @@ def empty_like(t: Tensor, needed: bool) -> Tensor:
 
 
 def gradient_constants(
-    problem: Problem, tiles: ProductTiles, mode: int, need_logits: bool, need_weight: bool, index: tl.dtype
+    problem: Problem, tiles: Tiles, mode: int, need_logits: bool, need_weight: bool, index: tl.dtype
 ) -> dict[str, Any]:
     """Compile-time arguments of `mask_gradient_kernel`."""
     block_m = max(tiles.block_m, 16)

@@ -43,13 +43,14 @@ def sample(
     simple = (dtype is None or dtype in FLOATS) and _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,))
     if not (simple and weights):
         raise Unsupported
-    dense, orders = known(weights)
-    scores = in_orders(logits, orders)
+    plain = all(t.is_contiguous() for t in (*logits, *weights))
+    dense, orders = (weights, []) if plain else known(weights)
+    scores = logits if plain else in_orders(logits, orders)
     masked = [torch.empty_like(w, dtype=dtype) for w in dense]
     bits = torch.zeros(sum(packed_nbytes(w.numel()) for w in weights) if pack else 0, dtype=torch.uint8)
     penalty = torch.empty((), dtype=torch.float32)
     _OPS.sample.default(masked, bits, penalty, scores, dense, *_fp32(draw))
-    return restored(masked, weights), bits, penalty
+    return masked if plain else restored(masked, weights), bits, penalty
 
 
 def sample_backward(

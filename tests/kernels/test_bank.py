@@ -11,17 +11,18 @@ import torch.nn.functional as F
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.kernels import bank as kernels
-from dwm_fast.kernels.bank import FEW, FEW_WIDE, MANY, Tiles, override_tiles
+from dwm_fast.kernels._launch import Tiles, override_launch
+from dwm_fast.kernels.bank import FEW, FEW_WIDE, MANY
 from dwm_fast.ops import backends
 from dwm_fast.ops.geometry import Geometry
 
 COUNTS = [[3, 0, 1, 4], [0, 9, 0], [17, 2, 1]]
-SMALL = [Tiles(2, 16, 32, 16, 4), Tiles(0, 16, 32, 16, 4), Tiles(4, 32, 64, 16, 4)]
+SMALL = [Tiles(16, 32, 16, group=2), Tiles(16, 32, 16), Tiles(32, 64, 16, group=4)]
 
 
 @pytest.fixture(params=SMALL, ids=["few", "many", "wide"])
 def tiles(request):
-    with override_tiles(request.param):
+    with override_launch(request.param):
         yield request.param
 
 

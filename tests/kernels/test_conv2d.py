@@ -11,19 +11,19 @@ from hypothesis import HealthCheck, Phase, given, settings
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.errors import BackendUnavailable
-from dwm_fast.kernels._product_launch import ProductTiles, override_product
+from dwm_fast.kernels._launch import Tiles, override_launch
 from dwm_fast.ops import Mode
 from dwm_fast.ops.ways import use_way
 
 FAMILY = settings(
     deadline=None, max_examples=5, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
-TILES = ProductTiles(16, 32, 64)
+TILES = Tiles(16, 32, 64)
 
 
 @pytest.fixture(autouse=True)
 def _in_one_pass():
-    with dwm_fast.use_backend("triton"), use_way("one-pass"), override_product(TILES):
+    with dwm_fast.use_backend("triton"), use_way("one-pass"), override_launch(TILES):
         yield
 
 
@@ -74,7 +74,7 @@ def test_products_from_bits_are_exact_on_integers_in_every_direction(geometry, w
     bits, masked = ops.pack([keep]), (weight * keep).float()
     lists = [list(pair) for pair in geometry[:3]]
     expected = F.conv2d(x.float(), masked, bias.float(), *geometry)
-    with override_product(TILES, wide=last):
+    with override_launch(TILES, wide=last):
         y = torch.ops.dwm_fast.conv2d_packed(x, weight, bits, bias, *lists, geometry[3])
         grad = integers(device, *y.shape, seed=5).to(dtype)
         arguments = (grad, x, weight, bits, *lists, geometry[3])

@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.errors import BackendUnavailable
-from dwm_fast.kernels._product_launch import ProductTiles, override_product
+from dwm_fast.kernels._launch import Tiles, override_launch
 from dwm_fast.ops import Mode
 from dwm_fast.ops.ways import use_way
 
 FAMILY = settings(
     deadline=None, max_examples=6, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
-TILES = [ProductTiles(32, 64, 16), ProductTiles(16, 32, 16, splits=2), ProductTiles(64, 32, 64)]
-ROW_TILES = [ProductTiles(32, 64, 1), ProductTiles(16, 32, 1, splits=2)]
+TILES = [Tiles(32, 64, 16), Tiles(16, 32, 16, splits=2), Tiles(64, 32, 64)]
+ROW_TILES = [Tiles(32, 64, 1), Tiles(16, 32, 1, splits=2)]
 SIZE = st.integers(1, 40)
 LAYER, THRESHOLD, OFFSET = 3, 0.25, 2
 
@@ -68,7 +68,7 @@ def test_the_drawn_mask_is_the_staged_one_bit_for_bit_in_both_directions(n, k, m
         staged = ops.sample(
             [logits], [weight], state, tau, mode=mode, layers=[LAYER], thresholds=[THRESHOLD], step_offset=OFFSET
         )[0][0]
-    with override_product(tiles):
+    with override_launch(tiles):
         eye = torch.eye(k, device=device)
         forward = torch.ops.dwm_fast.linear(eye, weight, logits, None, state, tau, *arguments)
         eye = torch.eye(n, device=device)
@@ -85,7 +85,7 @@ def test_products_from_bits_are_exact_on_integers_in_every_direction(n, k, rows)
     x, weight, grad = (integers(device, *s, seed=i).to(dtype) for i, s in enumerate([(m, k), (n, k), (m, n)]))
     bias, keep = integers(device, n, seed=4).to(dtype), randn(device, n, k, seed=3) > 0
     bits, masked = ops.pack([keep]), weight * keep
-    with override_product(tiles):
+    with override_launch(tiles):
         y = ops.linear_packed(x, weight, bits, bias)
         dx = torch.ops.dwm_fast.linear_packed_input_grad(grad, weight, bits)
         dw = torch.ops.dwm_fast.linear_packed_weight_grad(grad, x, weight, bits)
@@ -100,7 +100,7 @@ def test_values_stay_within_the_budget_of_fp64(device, m, n, k, dtype):
     x, weight, grad = (randn(device, *s, seed=i).to(dtype) for i, s in enumerate([(m, k), (n, k), (m, n)]))
     keep = randn(device, n, k, seed=3) > 0
     bits, masked = ops.pack([keep]), torch.where(keep, weight, 0)
-    with override_product(ProductTiles(32, 64, 16)):
+    with override_launch(Tiles(32, 64, 16)):
         y = ops.linear_packed(x, weight, bits)
         dx = torch.ops.dwm_fast.linear_packed_input_grad(grad, weight, bits)
     assert y.dtype == dx.dtype == dtype
@@ -114,7 +114,7 @@ def test_gradients_of_logits_and_weight_follow_the_chain_rule(device, oracle, bo
     state, tau, *arguments = rule(device, mode)
     x, grad, logits = (randn(device, *s, seed=i) for i, s in enumerate([(m, k), (m, n), (n, k)]))
     x, grad, weight = x.to(dtype), grad.to(dtype), randn(device, n, k, seed=5)
-    with override_product(ProductTiles(32, 64, 16)):
+    with override_launch(Tiles(32, 64, 16)):
         dl, dw = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, state, tau, *arguments, True, True)
         only = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, state, tau, *arguments, False, True)
     u = torch.from_numpy(oracle.uniform(0, n * k, -(2**40) + 7, 2**32 - 1 + OFFSET, LAYER)).reshape(n, k)
@@ -147,7 +147,7 @@ def test_strides_are_arguments_and_wide_offsets_change_nothing(device):
     bits = ops.pack([keep])
     results = []
     for wide in (False, True):
-        with override_product(ProductTiles(32, 32, 16), wide=wide):
+        with override_launch(Tiles(32, 32, 16), wide=wide):
             dl, dw = torch.ops.dwm_fast.linear_mask_grad(grad, x, weight, logits, state, tau, *arguments, True, True)
             results.append(
                 [
@@ -171,7 +171,7 @@ def test_strides_are_arguments_and_wide_offsets_change_nothing(device):
 def test_bias_and_activation_are_applied_once(device, bounded, activation, splits):
     x, weight, bias = randn(device, 3, 64, seed=1), randn(device, 16, 64, seed=2), randn(device, 16, seed=3)
     keep = randn(device, 16, 64, seed=4) > 0
-    with override_product(ProductTiles(16, 32, 16, splits=splits)):
+    with override_launch(Tiles(16, 32, 16, splits=splits)):
         y = ops.linear_packed(x, weight, ops.pack([keep]), bias, activation=activation)
         broken = ops.linear_packed(x * float("nan"), weight, ops.pack([keep]), bias, activation=activation)
     linear = bounded.matmul(x, torch.where(keep, weight, 0).t()) + bias.double().cpu()
@@ -191,7 +191,7 @@ def test_a_single_row_is_multiplied_under_the_same_mask(device, n, k, tiles):
     logits, (state, tau, *arguments) = randn(device, n, k, seed=3), rule(device, Mode.GUMBEL_HARD)
     results = []
     for way in ("one-pass", "staged"):
-        with use_way(way), override_product(tiles):
+        with use_way(way), override_launch(tiles):
             y = torch.ops.dwm_fast.linear(x, weight, logits, None, state, tau, *arguments)
             results.append([y, torch.ops.dwm_fast.linear_input_grad(grad, weight, logits, state, tau, *arguments)])
     assert all(torch.equal(one, staged) for one, staged in zip(*results, strict=True))
@@ -216,7 +216,7 @@ def test_the_whole_backward_runs_in_one_pass_and_keeps_leading_dimensions(device
     results = []
     for way in ("one-pass", "staged"):
         x, weight, logits, bias = (t.clone().requires_grad_(True) for t in inputs)
-        with use_way(way), override_product(ProductTiles(32, 32, 16)):
+        with use_way(way), override_launch(Tiles(32, 32, 16)):
             y = ops.linear(x, weight, logits, bias, state, tau, mode=Mode.THRESHOLD)
             y.backward(integers(device, *y.shape, seed=9))
         results.append([y.detach(), x.grad, weight.grad, logits.grad, bias.grad])
@@ -237,6 +237,6 @@ def test_what_no_kernel_knows_says_so_when_forced_and_is_staged_otherwise(device
 def test_words_of_bits_that_straddle_rows_are_read_where_numpy_puts_them(device, oracle):
     keep = np.random.default_rng(0).random((7, 45)) < 0.5
     bits = torch.from_numpy(oracle.bits([keep])).to(device)
-    with override_product(ProductTiles(16, 64, 16)):
+    with override_launch(Tiles(16, 64, 16)):
         y = ops.linear_packed(torch.eye(45, device=device), torch.ones(7, 45, device=device), bits)
     assert torch.equal(y.t().cpu(), torch.from_numpy(keep).float())
