@@ -14,6 +14,8 @@ from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind, checked_kind
+from dwm_fast.nn.stored import computed
+from dwm_fast.nn.transforms import refuse_transforms
 from dwm_fast.ops.autocast import autocast_dtype
 
 
@@ -56,6 +58,8 @@ class MaskedLayer(nn.Module):
     weight: Tensor
     rng_state: Tensor | None
     tau: Tensor | None
+    _seed: int | None = None
+    _awaits_weights = False
 
     def _init_mask(self, kind: MaskKind, seed: int | None) -> None:
         self.kind = checked_kind(kind)
@@ -64,8 +68,24 @@ class MaskedLayer(nn.Module):
         self.weight.requires_grad_(False)
         self.mask_logits = nn.Parameter(kind.initial(self.weight.detach()))
         self.unit = kind.unit(self.weight)
+        self._seed = seed
         self.register_buffer("rng_state", new_rng_state(seed, self.weight.device))
         self.register_buffer("tau", new_tau(kind, self.weight.device))
+
+    @torch.no_grad()
+    def reset_mask(self) -> None:
+        """Give learned tensor, noise and temperature the values that they had when the layer was made."""
+        self.mask_logits.copy_(self.kind.initial(self.frozen_weight.detach()))
+        self.unit = self.kind.unit(self.frozen_weight)
+        if self.rng_state is not None and self.tau is not None:
+            self.rng_state.copy_(new_rng_state(self._seed, "cpu"))
+            self.tau.copy_(new_tau(self.kind, "cpu"))
+
+    def reset_parameters(self) -> None:
+        """As the plain layer's; the mask starts anew."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "mask_logits" in self._parameters:
+            self.reset_mask()
 
     def hand_over(self, layer_index: int) -> None:
         """Let a MaskedModel draw for this layer from now on: its own noise and temperature are dropped."""
@@ -145,22 +165,29 @@ class MaskedLayer(nn.Module):
 
     def stand_alone(self, seed: int | None = None) -> None:
         """Give the layer its own noise and temperature, so that it can be called outside a masked model."""
-        self.rng_state = new_rng_state(seed, self.weight.device)
-        self.tau = new_tau(self.kind, self.weight.device)
+        self._seed = seed
+        with torch.inference_mode(False):
+            self.rng_state = new_rng_state(seed, self.weight.device)
+            self.tau = new_tau(self.kind, self.weight.device)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise InputError("a masked layer cannot be scripted; script the plain network, dwm_fast.merge(masked)")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         fp32 = (self.mask_logits, self.mask_logits.grad, self.tau)
-        empty = self.mask_logits.is_meta
+        was_meta = self.mask_logits.is_meta
         super()._apply(keep_dtype(fn, fp32), recurse)  # type: ignore[no-untyped-call]
-        if empty and not self.mask_logits.is_meta:  # to_empty: memory as it was found
-            with torch.no_grad():
-                self.mask_logits.copy_(self.kind.initial(self.frozen_weight))
-            if self.rng_state is not None:
-                self.stand_alone()
+        if was_meta and not self.mask_logits.is_meta:
+            # Nobody but the layer knows these values; the weights are for the caller to load or to reset.
+            self.reset_mask()
+            self._awaits_weights = True
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._awaits_weights and f"{prefix}mask_logits" not in state_dict:
+            self.reset_mask()  # start values may follow the weights
+        self._awaits_weights = False
         self.unit = self.kind.unit(self.frozen_weight)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,6 +211,7 @@ def draw(
         baked: whether masked weights keep their weights' dtype under autocast, which otherwise gives them its own.
         sample: what is called in the place of `dwm_fast.ops.sample`.
     """
+    refuse_transforms(layer.mask_logits for layer in layers)
     learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
     kind, dtypes = layers[0].kind, {weight.dtype for weight in weights}
     indices = [layer.layer_index for layer in layers]
@@ -237,6 +265,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Linear):
             raise InputError(f"from_linear got {type(layer).__name__}; expected a torch.nn.Linear")
+        _refuse_computed(layer)
         return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -299,6 +328,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Conv2d):
             raise InputError(f"from_conv got {type(layer).__name__}; expected a torch.nn.Conv2d")
+        _refuse_computed(layer)
         return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -339,6 +369,8 @@ def drop_mask(layer: nn.Module) -> None:
     """Take from a recast masked layer what only a masked layer has."""
     for name in ("mask_logits", "rng_state", "tau", "kind", "layer_index", "unit", "_staged"):
         delattr(layer, name)
+    for name in ("_seed", "_awaits_weights"):
+        vars(layer).pop(name, None)
 
 
 def keep_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
@@ -352,6 +384,11 @@ def keep_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor | None]) ->
         return torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
 
     return moved
+
+
+def _refuse_computed(layer: nn.Module) -> None:
+    if why := computed(layer):
+        raise InputError(f"the layer {why}")
 
 
 def _adopt(masked: _Masked, kind: MaskKind | None, seed: int | None) -> _Masked:

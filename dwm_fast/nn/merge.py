@@ -11,6 +11,7 @@ from dwm_fast.nn.model import MaskedModel, as_masked_model
 from dwm_fast.nn.shell import Shell
 
 
+@torch.inference_mode(False)
 def merge(masked: MaskedModel) -> nn.Module:
     """An ordinary nn.Module with the deterministic masks (or the edits) baked into the weights.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from dwm_fast.nn.layers import (
     new_rng_state,
     new_tau,
 )
-from dwm_fast.nn.select import maskable_layers, refuse_shared
+from dwm_fast.nn.select import literal, maskable_layers, refuse_shared
 from dwm_fast.nn.shell import Shell, unwrapped
 from dwm_fast.ops.sample import penalty
 
@@ -71,6 +71,7 @@ class MaskedModel(nn.Module):
         if len(kinds) > 1:
             raise InputError(f"the layers have different mask kinds: {sorted(map(repr, kinds))}; expected one kind")
         self.kind: MaskKind = kinds.pop()
+        self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         device = next(iter(self._layers.values())).frozen_weight.device
         self._seed = seed
         self.register_buffer("rng_state", new_rng_state(seed, device))
@@ -82,7 +83,8 @@ class MaskedModel(nn.Module):
         self.train(model.training)
 
     def mask_layers(self) -> dict[str, MaskedLayer]:
-        """Masked layers by the name they have in the network."""
+        """Masked layers by the name they have in the network; InputError when one was replaced."""
+        self._require_layers()
         return dict(self._layers)
 
     def mask_parameters(self) -> Iterator[nn.Parameter]:
@@ -91,7 +93,7 @@ class MaskedModel(nn.Module):
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Deterministic keep mask of every layer: name -> bool tensor of the learned tensor's shape, True = keep."""
-        return {name: layer.keep_mask() for name, layer in self._layers.items()}
+        return {name: layer.keep_mask() for name, layer in self.mask_layers().items()}
 
     def fraction_kept(self) -> float:
         """Fraction of all masked weights that the deterministic mask keeps."""
@@ -122,6 +124,19 @@ class MaskedModel(nn.Module):
             return False
         return True
 
+    def _require_layers(self) -> None:
+        """InputError when a masked layer is no longer in the network."""
+        if self._places and all(home.get(key) is module for home, key, module in self._places):
+            return
+        there = set(self.modules())
+        gone = [name for name, layer in self._layers.items() if layer not in there]
+        if gone:
+            raise InputError(
+                f"masked layers were replaced after mask_model, which took them down: {', '.join(map(repr, gone))}; "
+                f"replace them in the plain network first, or leave them out with exclude={list(map(literal, gone))}"
+            )
+        self._places = [(self._modules, "model", self.model), *_places(self.model, set(self._layers.values()))]
+
     def attach_recorder(self, recorder: Sampler | None) -> None:
         """Draw for training by `recorder.sample`, not `dwm_fast.ops.sample`, from now on; None: as before."""
         self._recorder = recorder
@@ -151,6 +166,8 @@ class MaskedModel(nn.Module):
             _stage(layers, [None] * len(layers))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self._require_layers()
         if not self.training:
             return self._run(self.rng_state.clone(), 0, args, kwargs)
         state = recompute.pinned(self, lambda: ops.advance(self.rng_state, self.mask_samples))
@@ -192,8 +209,11 @@ class MaskedModel(nn.Module):
             self.tau = new_tau(self.kind, self.tau.device)
         return self
 
+    def __prepare_scriptable__(self) -> Any:
+        raise InputError("a masked model cannot be scripted; script the plain network, dwm_fast.merge(masked)")
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_drawn": None, "_recorder": None}
+        return {**self.__dict__, "_drawn": None, "_recorder": None, "_places": []}
 
     def extra_repr(self) -> str:
         total = sum(layer.frozen_weight.numel() for layer in self._layers.values())
@@ -213,6 +233,18 @@ def _stage(layers: Sequence[MaskedLayer], weights: Sequence[Tensor | None]) -> N
             layer.__dict__["_staged"] = weight
 
 
+def _places(
+    module: nn.Module, layers: Container[nn.Module]
+) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    """For every module on the way to one of `layers`: the table that holds it, its key there, and the module."""
+    found = []
+    for key, child in module._modules.items():
+        inside = _places(child, layers) if child is not None else []
+        if child is not None and (inside or child in layers):
+            found += [(module._modules, key, child), *inside]
+    return found
+
+
 def as_masked_model(given: Any, what: str) -> MaskedModel:
     """The masked model that was given, out of its torch.compile and data-parallel wrappers; InputError for none."""
     masked = unwrapped(given)
@@ -221,6 +253,7 @@ def as_masked_model(given: Any, what: str) -> MaskedModel:
     return masked
 
 
+@torch.inference_mode(False)
 def mask_model(
     model: nn.Module,
     kind: MaskKind,
@@ -250,8 +283,8 @@ def mask_model(
 
     Raises:
         InputError: no layer fits the patterns, or one that fits cannot be masked: its weight is tied to
-            another tensor or computed, or its class has a forward of its own (the message says what to
-            exclude).
+            another tensor or computed, or its class has a forward of its own (the message names all of them,
+            what to do, and what to exclude).
 
     Example:
         >>> import torch, dwm_fast as dwm

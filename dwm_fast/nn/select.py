@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from dwm_fast.errors import InputError
 from dwm_fast.nn.layers import MaskedLayer
-
-_PLAIN = ("Tensor", "FakeTensor", "DTensor", "FunctionalTensor")
-"""Classes of tensors whose elements are what they say; quantised ones (torchao) claim the dtype that they stand for."""
+from dwm_fast.nn.stored import computed, unfit
 
 
 def literal(name: str) -> str:
@@ -33,35 +33,81 @@ def maskable_layers(
     Raises InputError when nothing fits, or a pattern fits nothing, naming what is there; and for layers that a mask
     cannot be put on, all of them at once, unless `skip_unmaskable` leaves them out.
     """
-    include = (include,) if isinstance(include, str) else tuple(include)
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
-    if lazy:
-        where = lazy[0].rpartition(".")[0]
-        raise InputError(f"'{where}' has no weight yet (lazy module); call the model once on an input, then mask it")
+    _refuse_strange(model)
+    wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude)
     found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    names = [name for name, _ in model.named_modules()]
-    idle = [p for p in exclude if not any(fnmatchcase(name, p) for name in names)]
-    if idle:
-        raise InputError(f"exclude={idle} fits no layer; the model has: {_listed(found)}")
-    chosen = {
-        name: module
-        for name, module in found.items()
-        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-    }
+    if found:
+        others = [name for name, _ in model.named_modules() if not _contains(name, found)]
+        _refuse_idle("include", wanted, found)
+        _refuse_idle("exclude", unwanted, found, others)
+    chosen = {name: module for name, module in found.items() if _fits(name, wanted) and not _fits(name, unwanted)}
     reasons = {name: why for name, module in chosen.items() if (why := _unmaskable(module))}
     if reasons and not skip_unmaskable:
-        lines = "; ".join(f"'{name}' {why}" for name, why in reasons.items())
         masked = any(isinstance(chosen[name], MaskedLayer) for name in reasons)
-        advice = "" if masked else f"; or leave out with exclude={list(reasons)} or skip_unmaskable=True"
-        raise InputError(f"layer{'s' if len(reasons) > 1 else ''} {lines}{advice}")
+        advice = "" if masked else f"; or leave out with exclude={list(map(literal, reasons))} or skip_unmaskable=True"
+        raise InputError(_grouped(reasons) + advice)
     chosen = {name: module for name, module in chosen.items() if name not in reasons}
     if not chosen:
         raise InputError(
-            f"no Linear or Conv2d layer fits include={list(include)} and exclude={list(exclude)}; "
+            f"no Linear or Conv2d layer fits include={list(wanted)} and exclude={list(unwanted)}; "
             f"the model has: {_listed(found)}"
         )
     return chosen
+
+
+def _refuse_strange(model: Any) -> None:
+    """InputError for what is no network, or one whose layers cannot be exchanged."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"the model is {what}; expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "the model is a ScriptModule, whose layers cannot be exchanged; give the network it was made of"
+        )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        where = ", ".join(f"'{name}'" for name in dict.fromkeys(name.rpartition(".")[0] for name in lazy))
+        raise InputError(f"{where} has no weight yet (lazy module); call the model once on an input, then mask it")
+
+
+def _patterns(what: str, given: str | Iterable[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise InputError(f"{what} holds a {type(pattern).__name__}; expected names of layers or shell patterns")
+    return patterns
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _contains(name: str, found: Iterable[str]) -> bool:
+    """Whether a module of that name is none of the layers and has some inside."""
+    return name not in found and any(not name or layer.startswith(f"{name}.") for layer in found)
+
+
+def _refuse_idle(what: str, patterns: Iterable[str], found: Iterable[str], others: Sequence[str] = ()) -> None:
+    """InputError for patterns that fit no layer, and none of the other modules that may be named."""
+    for pattern in patterns:
+        if any(fnmatchcase(name, pattern) for name in (*found, *others)):
+            continue
+        inside = [name for name in found if fnmatchcase(name, f"{pattern}.*")]
+        hint = f"write '{pattern}.*' for the layers inside" if inside else f"the model has: {_listed(found)}"
+        raise InputError(f"{what}=['{pattern}'] fits no layer; {hint}")
+
+
+def _grouped(reasons: dict[str, str]) -> str:
+    """One line for all layers, those of one reason together."""
+    groups: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        groups.setdefault(why, []).append(f"'{name}'")
+    return "; ".join(
+        f"layer {names[0]} {why}" if len(names) == 1 else f"layers {', '.join(names)}: each {why}"
+        for why, names in groups.items()
+    )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -71,20 +117,16 @@ def _listed(names: Iterable[str]) -> str:
 def _unmaskable(module: nn.Module) -> str:
     """Why a mask cannot be put on a Linear or Conv2d layer; "" where it can."""
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    if isinstance(module, MaskedLayer):
+        return "is masked already; give the plain network, or dwm_fast.merge(masked)"
+    if why := computed(module):
+        return why
     own = type(module).forward is not base.forward or "forward" in vars(module)
     if isinstance(module, nn.Conv2d):
         own = own or type(module)._conv_forward is not nn.Conv2d._conv_forward
-    weight = module._parameters.get("weight")
-    if isinstance(module, MaskedLayer):
-        return "is masked already; give the plain network, or dwm_fast.merge(masked)"
-    if weight is None:
-        return "has a computed weight (weight_norm or another parametrisation); undo that first"
     if own:
         return f"is a {type(module).__name__} with a forward of its own, which a mask would replace"
-    stored = type(weight.data).__name__
-    if not weight.is_floating_point() or stored not in _PLAIN:
-        return f"has a weight of {weight.dtype} in a {stored}; expected a real floating dtype, not quantised"
-    return ""
+    return unfit(module._parameters["weight"])
 
 
 def refuse_shared(model: nn.Module, chosen: Iterable[str]) -> None:
