@@ -104,7 +104,9 @@ def infinite_logits() -> Callable[[torch.device | str], None]:
             draw = (rng, tau, [0], [0.25], int(mode), 0)
             (masked,), _, penalty = torch.ops.dwm_fast.sample([logits], [weights], *draw, None, True)
             expected = {"TERNARY": weights * logits.sign(), "EDIT": weights + 0.25 * logits}.get(mode.name, chosen)
-            torch.testing.assert_close(masked, expected, rtol=0, atol=1e-30)
+            # A soft mask of 1 is a GPU's reciprocal of 1 (1 ulp by the PTX manual) times the weight: 3 * 2^-24.
+            rtol = 2.0**-22 if mode.name == "GUMBEL_SOFT" else 0.0
+            torch.testing.assert_close(masked, expected, rtol=rtol, atol=1e-30)
             assert 0 <= penalty.item() <= 1
             moved, first, second = logits.clone(), torch.zeros_like(logits), torch.zeros_like(logits)
             rest = (one[0], one, one[0].double(), 0.9, 0.99, 1e-8, 0.0, True)
