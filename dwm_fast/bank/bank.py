@@ -99,6 +99,7 @@ class MaskBank:
         shown = ", ".join(self.domains[:8]) + (", …" if len(self) > 8 else "")
         return f"MaskBank({type(self.backbone).__name__}, {len(self)} domains: [{shown}], active={self._active})"
 
+    @torch.inference_mode(False)
     def add(
         self,
         domain: str,

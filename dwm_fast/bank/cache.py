@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+import torch
+
 Value = TypeVar("Value")
 
 
@@ -36,7 +38,9 @@ class ByteLru(Generic[Value]):
             if key in self._values:
                 self._values.move_to_end(key)
                 return self._values[key][0]
-        value, nbytes = make()
+        # Under inference mode it would be of tensors that no later call can take a gradient through.
+        with torch.inference_mode(False), torch.no_grad():
+            value, nbytes = make()
         with self._lock:
             self._drop(key)
             if nbytes <= self.budget:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from dwm_fast import ops
@@ -105,6 +106,7 @@ class PackedConv2d(PackedLayer):
         return f"{inner * self.groups}, {out}, kernel_size={tuple(window)}, stride={self.stride}, groups={self.groups}"
 
 
+@torch.inference_mode(False)
 def pack(masked: MaskedModel) -> nn.Module:
     """A masked network for inference: every masked layer holds its weight and one bit per weight, and no logits.
 
