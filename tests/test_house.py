@@ -1,4 +1,4 @@
-"""The walls of the house: who imports whom between operations and kernels, types of launchers, long signatures."""
+"""The walls of the house: imports run one way, rooms stay small, launchers are typed, arguments travel as values."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ OPS, KERNELS = sorted((ROOT / "dwm_fast/ops").glob("*.py")), sorted((ROOT / "ker
 VALUES = {"_toolchain", "devices", "draw", "geometry", "measured", "packing", "problem"}
 """Files of ops that hold values, tables and checks, no operation: what a kernel may know of the floor above."""
 MOST_PARAMETERS = 8
+
+ABOVE = {
+    "ops": {"nn", "optim", "bank", "methods", "pacs", "cli"},
+    "nn": {"bank", "methods", "pacs", "cli"},
+    "optim": {"bank", "methods", "pacs", "cli"},
+    "bank": {"methods", "pacs", "cli"},
+    "methods": {"pacs", "cli"},
+    "pacs": {"cli"},
+}
+"""Room -> rooms that it may not import from; nn, optim and bank stand on one floor."""
+MOST_LINES, MOST_BODY, MOST_DEVICE_BODY = 400, 50, 64
+"""Of a file, of a function, and of a kernel that Triton compiles, which walks three layouts."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -67,3 +79,39 @@ def test_at_most_one_function_in_ten_takes_more_than_eight_parameters() -> None:
     long = [f"{stem}.{name}: {count}" for stem, name, count in functions if count > MOST_PARAMETERS]
     assert len(functions) > 200
     assert len(long) <= len(functions) / 10, long
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_no_room_imports_from_one_above_it(room: str) -> None:
+    found = {path: set(imports(path)) for path in (ROOT / "dwm_fast" / room).rglob("*.py")}
+    wrong = [(path.name, name) for path, names in found.items() for name in names
+             if name.startswith("dwm_fast.") and name.split(".")[1] in ABOVE[room]]  # fmt: skip
+    assert found
+    assert not wrong
+
+
+def product_files() -> list[Path]:
+    python = [path for top in ("dwm_fast", "kernels", "benchmarks") for path in (ROOT / top).rglob("*.py")]
+    return [*python, *(path for path in (ROOT / "csrc").iterdir() if path.is_file())]
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in product_files()}
+    assert len(lengths) > 150
+    assert not {name: length for name, length in lengths.items() if length > MOST_LINES}
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = []
+    for path in product_files():
+        if path.suffix != ".py":
+            continue
+        host = {id(f) for f in host_functions(path)}
+        for function in ast.walk(tree_of(path)):
+            if not isinstance(function, Function):
+                continue
+            body = function.body[1:] if ast.get_docstring(function) else function.body
+            length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            if length > (MOST_BODY if id(function) in host else MOST_DEVICE_BODY):
+                long.append((path.name, function.name, length))
+    assert not long

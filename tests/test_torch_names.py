@@ -23,6 +23,7 @@ FOLDERS = ("kernels", "dwm_fast", "benchmarks")
 CHECKED = ("torch", "triton", "torchvision")
 OURS = ("torch.ops.dwm_fast", "torch.ops.dwm_fast_cpu", "torch.ops.dwm_fast_cuda")
 """What this library's own extensions define when they are loaded; dwm_fast itself is, by the import above."""
+ABSENT = object()
 
 
 def module_names(tree: ast.AST) -> tuple[dict[str, str], list[str]]:
@@ -70,15 +71,15 @@ def missing(path: str) -> str | None:
     parts = path.split(".")
     value: object = importlib.import_module(parts[0])
     for i, part in enumerate(parts[1:], 1):
-        if not hasattr(value, part):
-            try:
-                value = importlib.import_module(".".join(parts[: i + 1]))
-                continue
+        found = getattr(value, part, ABSENT)
+        if not (isinstance(found, ModuleType) or inspect.isclass(found)):
+            if found is not ABSENT and (i == len(parts) - 1 or _follows(found, parts[i + 1])):
+                return None
+            try:  # a module that is not imported yet, or that a function of its name hides: torch.nn.utils.weight_norm
+                found = importlib.import_module(".".join(parts[: i + 1]))
             except ImportError:
-                return ".".join(parts[: i + 1])
-        value = getattr(value, part)
-        if not (isinstance(value, ModuleType) or inspect.isclass(value)):
-            return None if i == len(parts) - 1 or _follows(value, parts[i + 1]) else ".".join(parts[: i + 2])
+                return ".".join(parts[: i + 1 if found is ABSENT else i + 2])
+        value = found
     return None
 
 
@@ -110,6 +111,7 @@ def test_every_name_of_torch_and_triton_exists(folder: str) -> None:
         ("import torch.nn.functional as F\nF.linaer(1)", "torch.nn.functional.linaer"),
         ("import triton.language as tl\ntl.program_idx(0)", "triton.language.program_idx"),
         ("from torch import Tensr", "torch.Tensr"),
+        ("from torch.nn.utils.weight_norm import WeightNrm", "torch.nn.utils.weight_norm.WeightNrm"),
         ("import torch\ntorch.Tensor.pin_memry", "torch.Tensor.pin_memry"),
         ("import torch\ntorch.backends.cuda.matmul.fp32_precisio", "torch.backends.cuda.matmul.fp32_precisio"),
         ("import torch\ntorch.ops.dwm_fast.sampel", "torch.ops.dwm_fast.sampel"),

@@ -27,6 +27,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     from triton.runtime.interpreter import InterpretedFunction
 
     from dwm_fast.kernels import _pointers, _tables
+    from dwm_fast.nn import stored
     from dwm_fast.optim.folded import FoldedGradient
 
     from . import device, launches, stand_ins, tensors
@@ -46,6 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     make = torch.Tensor._make_wrapper_subclass
     made = staticmethod(functools.partial(tensors.make_wrapper_subclass, make))
     monkeypatch.setattr(torch.Tensor, "_make_wrapper_subclass", made)
+    monkeypatch.setattr(stored, "_PLAIN", (*stored._PLAIN, "DeviceTensor"))
     monkeypatch.setattr(FoldedGradient, "device", tensors.DeviceTensor.device, raising=False)
     forget()
     try:

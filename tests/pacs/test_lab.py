@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def test_fine_tuning_has_crops_of_its_own(tmp_path: Path) -> None:
     assert sizes(tune_size=12) == [(8, 8), (12, 12)]
 
 
-def test_training_never_sees_a_test_image(lab: Lab) -> None:
+def test_training_never_sees_a_test_image(tmp_path: Path, lab: Lab) -> None:
+    lab = Lab(lab.config, copy.deepcopy(lab.data), tmp_path, lab.device)
     images = lab.data.domains["photo"]
     images.images[images.test] = 255  # white: normalised channels far above those of the others
     images.images[images.train] = 0
