@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -62,17 +63,27 @@ def load_data(config: StudyConfig) -> PacsData:
     return load_pacs(config.data, config.splits, config.image_size, config.domains())
 
 
-def prepare_machine(device: torch.device) -> None:
-    """Process-wide settings: speed on a CPU, the same sums in every run on a GPU."""
+@contextlib.contextmanager
+def prepared(device: torch.device) -> Iterator[None]:
+    """Settings of the process while a study runs: speed on a CPU, the same sums in every run on a GPU."""
+    cudnn = torch.backends.cudnn
+    deterministic, benchmark, flushing = cudnn.deterministic, cudnn.benchmark, sys.float_info.min / 2 == 0
     if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
-    if device.type != "cpu":
-        return
-    # Second moments of logit gradients are often subnormal, and arithmetic on those takes a hundred times longer.
-    torch.set_flush_denormal(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+    if device.type == "cpu":
+        # Second moments of logit gradients are often subnormal, and arithmetic on those takes a hundred times longer.
+        torch.set_flush_denormal(True)
+        _keep_freed_memory()
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        torch.set_flush_denormal(flushing)
+
+
+def _keep_freed_memory() -> None:
+    """A step's tensors are many megabytes each, and fresh pages cost more than the arithmetic."""
     if platform.libc_ver()[0] == "glibc":
-        # Keep freed memory: a step's tensors are many megabytes each, and fresh pages cost more than the arithmetic.
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
@@ -100,7 +111,6 @@ class Study:
         self.config = config
         self.folder = Path(folder)
         self.device = choose_device(config.device)
-        prepare_machine(self.device)
         data = load_data(config) if data is None else data
         self.data = data.to(self.device) if self._fits(data) else data
         self.lab = self.make_lab()
@@ -170,9 +180,10 @@ class Study:
         """
         self.lab.report = report_step
         stages = list(self.stages())
-        for number, stage in enumerate(stages):
-            progress(number, len(stages), stage, None)
-            progress(number + 1, len(stages), stage, stage.run())
+        with prepared(self.device):
+            for number, stage in enumerate(stages):
+                progress(number, len(stages), stage, None)
+                progress(number + 1, len(stages), stage, stage.run())
         results = self.results()
         self.write(results)
         return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -52,7 +53,7 @@ def tiny(monkeypatch: Any) -> None:
     """Make "small" the narrow network, load the tiny data, and leave the settings of the process alone."""
     monkeypatch.setattr(backbones, "SmallResNet", NarrowNet)
     monkeypatch.setattr(study, "procedural", lambda image_size: tiny_data())
-    monkeypatch.setattr(study, "prepare_machine", lambda device: None)
+    monkeypatch.setattr(study, "prepared", contextlib.nullcontext)
 
 
 def stages(folder: Path) -> list[str]:

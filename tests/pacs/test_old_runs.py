@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -49,7 +50,7 @@ def images_by_formula() -> PacsData:
 def old(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of an old run folder, in a process that can train nothing."""
     monkeypatch.setattr("dwm_fast.pacs.backbones.SmallResNet", TwoLayers)
-    monkeypatch.setattr("dwm_fast.pacs.study.prepare_machine", lambda device: None)
+    monkeypatch.setattr("dwm_fast.pacs.study.prepared", contextlib.nullcontext)
     for draw in ("pairs.figures", "sequence.figures"):
         monkeypatch.setattr(f"dwm_fast.pacs.{draw}.draw_all", lambda results: {})
     for step in ("lab.train", "pairs.lab.train", "sequence.lab.SequenceLab._learn", "pairs.lab.PairLab._find_mask"):

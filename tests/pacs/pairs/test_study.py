@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from dwm_fast.errors import DataError, InputError
 from dwm_fast.pacs.config import METHODS, from_dict
 from dwm_fast.pacs.pairs.lab import PairLab as Lab
 from dwm_fast.pacs.pairs.lab import Run
-from dwm_fast.pacs.study import Study, choose_device
+from dwm_fast.pacs.study import Study, choose_device, prepared
 
 from ..study_for_tests import CONFIG, config, stages, tiny, tiny_data, without_seconds
 
@@ -192,6 +194,24 @@ def test_only_plain_fine_tuning_has_no_masks(tmp_path: Path, monkeypatch: pytest
     results = Study(alone, tmp_path).run()
     assert (len(results["rows"]), results["masks"], results["overlap"]) == (1, [], [])
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_study_leaves_the_settings_of_the_process_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwm_fast.pacs.study._keep_freed_memory", lambda: None)  # for good, in this process
+
+    def flushing() -> bool:
+        return sys.float_info.min / 2 == 0
+
+    assert not flushing()
+    with contextlib.suppress(KeyError), prepared(torch.device("cpu")):
+        assert flushing()
+        raise KeyError
+    assert not flushing()
+    before = torch.backends.cudnn.deterministic
+    with prepared(torch.device("cuda")):
+        assert torch.backends.cudnn.deterministic
+        assert not flushing()
+    assert torch.backends.cudnn.deterministic is before
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def test_photo_then_sketch_runs_from_the_given_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dwm_fast.pacs.study.prepare_machine", lambda device: None)
+    monkeypatch.setattr("dwm_fast.pacs.study.prepared", contextlib.nullcontext)
     draw_nothing(monkeypatch)
     published = {"piggyback": {"options": {"batch_norm": "frozen"}}}
     asked = {"data": "PACS", "sequence": "photo,sketch", "methods": "none,piggyback", "sequential": published}
