@@ -19,6 +19,7 @@ from dwm_fast.nn.kinds import kind_from_dict
 from dwm_fast.nn.model import MaskedModel, as_masked_model, mask_model
 from dwm_fast.nn.select import literal
 from dwm_fast.nn.shell import unwrapped
+from dwm_fast.ops.shards import refuse_shards
 
 _FORMAT = "dwm-fast masked model 1"
 
@@ -36,8 +37,8 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
     trace.
 
     Raises:
-        InputError: no masked model, or its state holds what is no plain tensor (extra state of a module, sparse or
-            quantized tensors): named, and nothing is written.
+        InputError: no masked model, or its state holds what is no plain tensor (extra state of a module, shards, sparse
+            or quantized tensors): named, and nothing is written.
     """
     masked = as_masked_model(masked, "save_masked")
     header = {
@@ -52,6 +53,7 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
         ),
     }
     state = {_plain_name(name): value for name, value in masked.state_dict().items()}
+    refuse_shards((value for value in state.values() if isinstance(value, Tensor)), "save_masked")
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_quantized:
             what = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__

@@ -211,8 +211,8 @@ def draw(
         baked: whether masked weights keep their weights' dtype under autocast, which otherwise gives them its own.
         sample: what is called in the place of `dwm_fast.ops.sample`.
     """
-    refuse_transforms(layer.mask_logits for layer in layers)
     learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
+    refuse_transforms(learned)
     kind, dtypes = layers[0].kind, {weight.dtype for weight in weights}
     indices = [layer.layer_index for layer in layers]
     dtype = None if baked or len(dtypes) > 1 else autocast_dtype(weights[0])

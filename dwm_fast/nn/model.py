@@ -24,6 +24,7 @@ from dwm_fast.nn.layers import (
 from dwm_fast.nn.select import literal, maskable_layers, refuse_shared
 from dwm_fast.nn.shell import Shell, unwrapped
 from dwm_fast.ops.sample import penalty
+from dwm_fast.ops.shards import refuse_shards
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -93,6 +94,7 @@ class MaskedModel(nn.Module):
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Deterministic keep mask of every layer: name -> bool tensor of the learned tensor's shape, True = keep."""
+        refuse_shards(self.mask_parameters(), "keep_masks")
         return {name: layer.keep_mask() for name, layer in self.mask_layers().items()}
 
     def fraction_kept(self) -> float:
@@ -111,6 +113,7 @@ class MaskedModel(nn.Module):
         drawn, self._drawn = self._drawn, None
         if drawn is not None and (torch.compiler.is_compiling() or self._still_differentiable(*drawn)):
             return drawn[0]
+        refuse_shards(self.mask_parameters(), "sparsity_penalty", "ask for it after a call in train(), before backward")
         return penalty([layer.mask_logits for layer in self._layers.values()], self.kind.training_mode)
 
     def _still_differentiable(self, drawn: Tensor, versions: list[int]) -> bool:
@@ -250,6 +253,7 @@ def as_masked_model(given: Any, what: str) -> MaskedModel:
     masked = unwrapped(given)
     if not isinstance(masked, MaskedModel):
         raise InputError(f"{what} got {type(masked).__name__}; expected a MaskedModel, from dwm_fast.mask_model")
+    refuse_shards(masked.mask_parameters(), what)
     return masked
 
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from dwm_fast.errors import InputError
 from dwm_fast.nn.layers import MaskedLayer
 from dwm_fast.nn.stored import computed, unfit
+from dwm_fast.ops.shards import refuse_shards
 
 
 def literal(name: str) -> str:
@@ -64,6 +65,7 @@ def _refuse_strange(model: Any) -> None:
         raise InputError(
             "the model is a ScriptModule, whose layers cannot be exchanged; give the network it was made of"
         )
+    refuse_shards(model.parameters(), "mask_model", "mask the plain network first, then fully_shard(masked)")
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         where = ", ".join(f"'{name}'" for name in dict.fromkeys(name.rpartition(".")[0] for name in lazy))

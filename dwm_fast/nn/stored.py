@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-_PLAIN = ("Tensor", "FakeTensor", "DTensor", "FunctionalTensor")
+_PLAIN = ("Tensor", "FakeTensor", "FunctionalTensor")
 """Classes of tensors whose elements are what they say; quantised ones (torchao) claim the dtype that they stand for."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

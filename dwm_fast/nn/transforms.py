@@ -1,19 +1,26 @@
-"""Transforms of torch that cannot see through a draw of masks, and what to do in their place."""
+"""What torch does to tensors that a draw of masks cannot see through, and what to do in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
+from dwm_fast.ops.shards import refuse_shards
 
 
-def refuse_transforms(learned: Iterable[Tensor]) -> None:
-    """InputError where the learned tensors are seen through torch.func, or the network is written as ONNX."""
+def refuse_transforms(learned: Sequence[Tensor]) -> None:
+    """InputError where the learned tensors are shards or seen through torch.func, or the network is written as ONNX."""
     if torch.compiler.is_dynamo_compiling():
         return
+    refuse_shards(
+        learned,
+        "a draw of masks",
+        "masks are drawn before the layers inside gather their parameters: call fully_shard on the masked model (or on "
+        "what holds it) alone, not on its layers or blocks, and call that whole",
+    )
     if (torch._C._is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
         raise InputError("a masked network cannot be exported to ONNX; export the plain one, dwm_fast.merge(masked)")
     if torch._C._functorch.maybe_current_level() is None:

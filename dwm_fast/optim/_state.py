@@ -13,6 +13,7 @@ from torch.optim import optimizer
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import pack
+from dwm_fast.ops.shards import refuse_shards
 from dwm_fast.optim._bucket import Bucket
 
 Keep = Mapping[Tensor, Tensor] | Mapping[str, Tensor] | Sequence[Tensor | None]
@@ -28,6 +29,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
     STATE: ClassVar[tuple[str, ...]] = ()
     """Names of the state tensors of a parameter."""
+    FOR_SHARDS: ClassVar[str] = "keep the network whole on every rank, under DistributedDataParallel"
+    """What to do where parameters are shards."""
 
     def __init__(self, params: Params, defaults: dict[str, Any], keep: Keep | None, compact: bool) -> None:
         self.compact = compact
@@ -62,6 +65,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             if not param.is_floating_point():
                 raise InputError(f"a parameter is {param.dtype}; expected a real floating dtype")
+        refuse_shards(group["params"], type(self).__name__, self.FOR_SHARDS)
         if keep is not None:
             for param, mask in _with_parameters(keep, [group]):
                 self._keep_one(param, mask)

@@ -41,6 +41,7 @@ class MaskAdam(DeviceOptimizer):
     """
 
     STATE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    FOR_SHARDS: ClassVar[str] = "use torch.optim.Adam(masked.mask_parameters()), or DistributedDataParallel"
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class MaskAdam(DeviceOptimizer):
         super().__init__(groups, defaults, keep=None, compact=False)
         if fold:
             for one in sources:
-                self._recorders.append(DrawRecorder())
+                self._recorders.append(DrawRecorder(one.mask_parameters()))
                 one.attach_recorder(self._recorders[-1])
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -100,12 +100,16 @@ class DrawRecorder:
     any case, it gives those at once: hooks on the logits, saved-tensor hooks, `torch.autograd.grad`, weights that
     train along, `create_graph`, compiled code.
 
+    Args:
+        owned: the logits that the optimiser steps.
+
     Attributes:
         mode: rule of the last draw; None before it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owned: Iterable[Tensor]) -> None:
         self.mode: int | None = None
+        self._owned = list(owned)
         self._spares: dict[int, FoldedGradient] = {}
 
     def sample(
@@ -129,6 +133,7 @@ class DrawRecorder:
             [0.0] * count if thresholds is None else list(thresholds), int(mode), step_offset,
         )  # fmt: skip
         self.mode = int(mode)
+        self._require_owned(logits)
         if torch.compiler.is_compiling():
             flat = draw.flat()
             masked, bits, penalty = torch.ops.dwm_fast.sample(list(logits), list(weights), *flat, dtype, pack)
@@ -137,6 +142,16 @@ class DrawRecorder:
         inside = weights if any(w.requires_grad for w in weights) else ()
         *masked, bits, penalty = _RecordedDraw.apply(self._spares, draw, list(weights), dtype, pack, *logits, *inside)
         return masked, bits, penalty
+
+    def _require_owned(self, logits: Sequence[Tensor]) -> None:
+        """InputError where the network's logits are not what the optimiser steps, and it would learn nothing."""
+        if torch.compiler.is_compiling():
+            return
+        if any(x is not mine for x, mine in zip(logits, self._owned, strict=True)):
+            raise InputError(
+                "the masked model's parameters are other tensors than when MaskAdam was made (fully_shard or a new "
+                "Parameter put them there): make the optimiser after that; for shards, torch.optim.Adam"
+            )
 
 
 _LOGITS = 5
