@@ -7,6 +7,8 @@ and ``check_options(self)`` in ``__post_init__``: ``lr is -1.0; expected a rate 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -41,6 +43,7 @@ def whole(low: int) -> Rule:
 
 EPOCHS = whole(0)
 RATE = above(0, "a rate")
+FRACTION = Rule("a fraction between 0 and 1", lambda value: 0 < value < 1)
 AREA = Rule("a fraction of the area above 0 and up to 1", lambda value: 0 < value <= 1)
 
 
@@ -60,6 +63,20 @@ def check_options(options: Any, says: str = "{name} is {shown}; expected {wanted
         if value is not None and not (finite and rule.fits(value)):
             shown = f"'{value}'" if isinstance(value, str) else value
             raise InputError(says.format(name=name, value=value, shown=shown, wanted=rule.wanted))
+
+
+def recorded(options: Any) -> dict[str, Any]:
+    """A dataclass and those in it as plain data, as the settings of a stage record it.
+
+    A field with ``metadata={"later": True}`` came after stages had been recorded without it: it is left out while it
+    has its default, so that those stages go on being found.
+    """
+    plain = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if not (field.metadata.get("later") and value == field.default):
+            plain[field.name] = recorded(value) if dataclasses.is_dataclass(value) else copy.deepcopy(value)
+    return plain
 
 
 @functools.cache

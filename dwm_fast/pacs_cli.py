@@ -40,6 +40,9 @@ SourceEpochs = Annotated[int | None, typer.Option(help="Epochs of source trainin
 SourceLr = Annotated[float | None, typer.Option(help="Rate of source training.")]
 Amp = Annotated[str | None, typer.Option(help="Precision: auto (bf16 on a GPU), bf16 or off.")]
 Device = Annotated[str | None, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:1, ...")]
+Validation = Annotated[
+    float | None, typer.Option(help="Fraction of the training images to evaluate on; test images stay unread.")
+]
 TaskEpochs = Annotated[int | None, typer.Option(help="Epochs of every later domain, for every method.")]
 
 
@@ -51,6 +54,10 @@ def pairs(
     download: Download = False,
     out: Out = Path("runs/pacs"),
     config: Config = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="search.json of a search: its chosen settings; flags win over them.")
+    ] = None,
+    validation: Validation = None,
     sources: Annotated[str | None, typer.Option(help="Source domains, comma-separated.")] = None,
     targets: Annotated[str | None, typer.Option(help="Target domains, comma-separated.")] = None,
     methods: Annotated[str | None, typer.Option(help="Some of none,naive,edit,binary.")] = None,
@@ -102,6 +109,28 @@ def pairs(
 
 
 @pacs_app.command()
+def search(
+    grid: Annotated[Path, typer.Argument(help="File of settings with a section 'search': what is tried, and why.")],
+    data: Data = None,
+    splits: Splits = None,
+    weights: Weights = None,
+    out: Annotated[Path, typer.Option(help="Folder of the search; a stopped one goes on where it was.")] = Path(
+        "runs/search"
+    ),
+    amp: Amp = None,
+    device: Device = None,
+) -> None:
+    """Choose settings on a validation part of the training images; test images are never read.
+
+    The folder holds search.json: every trial with its reason, and the choice, for 'dwm-fast pacs --settings'.
+    """
+    from dwm_fast.pacs.terminal import run_search
+
+    flags = {"data": data, "splits": splits, "weights": weights, "amp": amp, "device": device}
+    run_search(grid, {name: value for name, value in flags.items() if value is not None}, out)
+
+
+@pacs_app.command()
 def sequence(
     context: typer.Context,
     domains: Annotated[str, typer.Argument(help="At least two, comma-separated, in the order of learning.")],
@@ -136,23 +165,24 @@ def sequence(
 
 
 _LISTS = ("sequence", "sources", "targets", "methods", "inits", "seeds")
-_PLAIN = ("data", "splits", "backbone", "weights", "amp", "device")
+_PLAIN = ("data", "splits", "validation", "backbone", "weights", "amp", "device")
 _SIZES = ("image_size", "train_size", "crop_scale", "tune_size", "tune_scale", "batch_size")
 
 
 def _base(given: dict[str, Any]) -> StudyConfig:
     """What flags are put over: the file of --config, or the defaults for the images; `given` has its data ready."""
-    from dwm_fast.pacs.config import builtin_defaults, load_config, real_defaults
+    from dwm_fast.pacs.config import builtin_defaults, from_dict, load_config, real_defaults
     from dwm_fast.pacs.data import download_pacs
+    from dwm_fast.pacs.pairs.search import read_settings
 
     if given["download"]:
         if given["data"] is None:
             raise InputError("--download needs --data FOLDER, the folder to put the images in")
         given["data"] = str(download_pacs(given["data"]))
     base = builtin_defaults() if given["data"] is None else real_defaults()
-    if given["config"] is None:
-        return base
-    return load_config(given["config"], None if given["data"] is None else base)
+    if given["config"] is not None:
+        base = load_config(given["config"], None if given["data"] is None else base)
+    return base if given.get("settings") is None else from_dict(read_settings(given["settings"]), base)
 
 
 def _run(base: StudyConfig, given: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -40,6 +40,9 @@ class TrainOptions:
         batch_norm: "frozen": statistics and affine parameters stay the source's; "shared": they follow the target
             and the source is evaluated with them; "per-domain": they follow the target, and the source keeps its own.
         label_smoothing: in [0, 1).
+        start_decay: c of the penalty c/2 * |w - w0|^2 on every trained parameter, w0 its value when training begins
+            (L2-SP, Li, Grandvalet and Davoine 2018, arXiv 1802.01483). Applied apart from the gradient, as AdamW
+            applies weight decay: after each step w <- w + rate * c * (w0 - w).
     """
 
     epochs: Annotated[int, EPOCHS] = 4
@@ -49,6 +52,7 @@ class TrainOptions:
     schedule: Literal["one-cycle", "constant", "step"] = "one-cycle"
     batch_norm: BatchNormPolicy = "shared"
     label_smoothing: Annotated[float, Rule("a number from 0 to below 1", lambda value: 0 <= value < 1)] = 0.0
+    start_decay: Annotated[float, at_least(0)] = field(default=0.0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -168,6 +172,7 @@ def train(
         freeze_norms(model)
     optimizer = make_optimizer(model, options, keep)
     schedule = make_schedule(optimizer, options, steps_per_epoch * options.epochs)
+    pull = _StartDecay(model, options.start_decay)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with autocast() if autocast else contextlib.nullcontext():
@@ -176,16 +181,39 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        pull.step()
         return loss.detach()
 
     training = FastStep(step, restore=(model, optimizer))
     for epoch in range(options.epochs):
         for images, labels in batches(epoch):
+            pull.set_rate(optimizer)
             loss = training(images, labels)
             schedule.step()
             progress({"loss": loss})
     optimizer.zero_grad(set_to_none=True)
     return model.eval()
+
+
+class _StartDecay:
+    """`TrainOptions.start_decay`. What is kept equals its start and stays it to the bit: w - 0, also where w is -0."""
+
+    def __init__(self, model: nn.Module, coefficient: float) -> None:
+        self._coefficient = coefficient
+        self._trained = [p for p in model.parameters() if p.requires_grad and coefficient > 0]
+        self._start = [p.detach().clone() for p in self._trained]
+        self._share = torch.zeros((), device=self._trained[0].device) if self._trained else torch.zeros(())
+
+    def set_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the rate of the next step. On the device, where a captured step reads it."""
+        if self._trained:
+            self._share.copy_(torch.as_tensor(optimizer.param_groups[0]["lr"]).squeeze()).mul_(self._coefficient)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every trained parameter toward its start."""
+        for parameter, start in zip(self._trained, self._start, strict=True):
+            parameter.sub_((parameter - start).mul_(self._share))
 
 
 def source_view(tuned: nn.Module, source: nn.Module, policy: BatchNormPolicy) -> nn.Module:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from dwm_fast._options import AREA, Rule, above, at_least, check_options, whole
+from dwm_fast._options import AREA, FRACTION, Rule, above, at_least, check_options, whole
 from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS, EditMask, LearnedMask, SequentialMethod, TrainOptions
 from dwm_fast.pacs.config_values import read_file, replace, sequence, typed
@@ -31,6 +31,8 @@ class StudyConfig:
     Attributes:
         data: path of real PACS, or None for the built-in procedural images.
         splits: folder of the official train and crossval lists, or None.
+        validation: fraction of each class of the training images to evaluate on, in place of the test images, which are
+            then never looked at; None for the test images.
         backbone: "small" or a torchvision classifier by name.
         weights: path of a checkpoint, "torchvision" for the weights it recommends for the backbone, or None.
         image_size: side of the images held in memory and used for evaluation, in pixels.
@@ -53,6 +55,7 @@ class StudyConfig:
 
     data: str | None = None
     splits: str | None = None
+    validation: Annotated[float | None, FRACTION] = None
     backbone: str = "small"
     weights: str | None = None
     image_size: Annotated[int, whole(1)] = 32

@@ -7,7 +7,6 @@ seed derived from its own name. So a stage that was cut off is simply done again
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwm_fast._options import recorded
 from dwm_fast.methods import train
 from dwm_fast.methods.base import Batch
 from dwm_fast.pacs.backbones import build_backbone, load_weights, weights_identity
@@ -183,6 +183,6 @@ class Lab:
         return f"source-{source}-seed{seed}", {
             "source_data": self._fingerprints[source],
             "weights": self._weights,
-            "training": dataclasses.asdict(config.source),
+            "training": recorded(config.source),
             **{name: getattr(config, name) for name in _SHARED_SETTINGS},
         }

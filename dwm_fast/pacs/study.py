@@ -22,7 +22,7 @@ from dwm_fast._files import write_atomic
 from dwm_fast.errors import InputError
 from dwm_fast.pacs.backbones import LoadReport, load_weights
 from dwm_fast.pacs.config import StudyConfig
-from dwm_fast.pacs.data import PacsData, load_pacs
+from dwm_fast.pacs.data import PacsData, load_pacs, validation_part
 from dwm_fast.pacs.data.procedural import procedural
 from dwm_fast.pacs.lab import Lab, Planned
 
@@ -58,9 +58,10 @@ def choose_device(name: str) -> torch.device:
 
 def load_data(config: StudyConfig) -> PacsData:
     """The images a configuration asks for: real PACS from `config.data`, or the built-in procedural ones."""
-    if config.data is None:
-        return procedural(image_size=config.image_size)
-    return load_pacs(config.data, config.splits, config.image_size, config.domains())
+    if config.data is not None:
+        return load_pacs(config.data, config.splits, config.image_size, config.domains(), validation=config.validation)
+    data = procedural(image_size=config.image_size)
+    return data if config.validation is None else validation_part(data, config.validation)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dwm_fast._screen import Screen
 from dwm_fast.pacs.config import StudyConfig
+from dwm_fast.pacs.pairs.search import RECORD, Search, read_grid
 from dwm_fast.pacs.study import Stage, Study
 
 _SECONDS_BETWEEN_FIGURES = 0.5
@@ -54,6 +56,22 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
     for sentence in sentences:
         console.print(sentence)
     _line(console, f"{time.perf_counter() - begun:.0f} s; report: {folder / 'report.html'}")
+
+
+def run_search(grid: Path, flags: Mapping[str, Any], folder: Path) -> None:
+    """Run a search and show each trial's accuracies on the validation images, then the choice."""
+    console = Screen()
+    search = Search(*read_grid(grid, flags), folder)
+    _line(console, f"images: {search.data.name}; test images are not read")
+    record = search.run(lambda text: _line(console, text))
+    for method, number in record["chosen"].items():
+        trial = record["trials"][number]
+        _line(
+            console,
+            f"{method}: trial {number + 1}, {trial['settings']}: source {trial['source_after']:.3f}, "
+            f"target {trial['target_after']:.3f} on validation images",
+        )
+    _line(console, f"record: {folder / RECORD}; 'dwm-fast pacs --settings {folder / RECORD}' takes the choice")
 
 
 def _line(console: Screen, text: str) -> None:

@@ -1,6 +1,7 @@
 """The stages around a mask: frozen means frozen, every policy does what it says, nothing is forgotten."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -320,3 +321,26 @@ def test_gpu_captured_and_eager_training_agree(policy, optimizer, masked, monkey
         if keep is not None:
             mask = keep[name].cpu()
             assert torch.equal(bits(one.cpu())[mask], bits(source.get_submodule(name).weight)[mask])
+
+
+def test_start_decay_pulls_what_is_trained_toward_its_start_by_rate_times_c():
+    """Against the formula, after a step of plain SGD; kept weights, one of them -0.0, stay to the bit."""
+    net = conv_net()
+    with torch.no_grad():
+        net.conv2.weight[0, 0, 0, 0] = -0.0
+    keep = {"conv2": torch.zeros(8, 6, 3, 3, dtype=torch.bool)}
+    keep["conv2"][0] = True
+    start = copy.deepcopy(net.state_dict())
+    plain, pulled = copy.deepcopy(net), copy.deepcopy(net)
+    for each, decay in ((plain, 0.0), (pulled, 3.0)):
+        options = TrainOptions(
+            epochs=1, lr=0.05, optimizer="sgd", schedule="constant", weight_decay=0.0, start_decay=decay
+        )
+        train(each, lambda epoch: itertools.islice(image_batches()(epoch), 1), 1, options, keep=keep)
+    for name, parameter in pulled.named_parameters():
+        moved = plain.get_parameter(name).detach()
+        expected = moved - (moved - start[name]) * torch.tensor(0.05).mul(3.0)
+        assert torch.equal(parameter.detach(), expected)
+    kept = pulled.conv2.weight.detach()[0]
+    assert torch.equal(kept.view(torch.int32), start["conv2.weight"][0].view(torch.int32))
+    assert not torch.equal(pulled.conv2.weight[1:], plain.conv2.weight[1:])

@@ -1,7 +1,7 @@
 """The images of a study: PACS from disk in any of its layouts, or the built-in procedural stand-in."""
 
 from dwm_fast.pacs.data.layouts import CLASSES, DOMAINS, canonical_domain
-from dwm_fast.pacs.data.load import DomainSet, PacsData, download_pacs, fingerprint, load_pacs
+from dwm_fast.pacs.data.load import DomainSet, PacsData, download_pacs, fingerprint, load_pacs, validation_part
 
 __all__ = [
     "CLASSES",
@@ -12,4 +12,5 @@ __all__ = [
     "download_pacs",
     "fingerprint",
     "load_pacs",
+    "validation_part",
 ]

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import DataError, InputError
-from dwm_fast.pacs.data.layouts import CLASSES, DOMAINS, canonical_domain, read_layout
+from dwm_fast.pacs.data.layouts import CLASSES, DOMAINS, Record, canonical_domain, read_layout
 from dwm_fast.pacs.data.pixels import Progress, decode_all
-from dwm_fast.pacs.data.splits import holdout_split, official_split
+from dwm_fast.pacs.data.splits import holdout_split, official_split, train_list
 
 HUB_DATASET = "flwrlabs/pacs"
+VALIDATION = ", validation part of the training images"
+"""What the name of a data set says where its test images stayed unread."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def load_pacs(
     holdout: float = 0.1,
     seed: int = 0,
     progress: Progress | None = None,
+    validation: float | None = None,
 ) -> PacsData:
     """Load PACS from any of its usual layouts, recognised by themselves.
 
@@ -88,6 +91,9 @@ def load_pacs(
         holdout: fraction of each class held out for testing where no lists are used, in (0, 1).
         seed: chooses the own hold-out.
         progress: called as ``progress(done, total)`` while images are decoded.
+        validation: fraction of each class of the TRAINING images held out in place of the test images, in (0, 1); the
+            test images are then not decoded, and an official crossval list is not read. What is held out depends on
+            `seed` and the images' names alone.
 
     Raises:
         InputError: unknown domain, impossible `image_size` or `holdout`.
@@ -102,10 +108,14 @@ def load_pacs(
     layout = read_layout(Path(path), wanted)
     lists = layout.splits if splits is None else Path(splits)
     groups = {d: sorted((r for r in layout.records if r.domain == d), key=lambda r: r.name) for d in wanted}
-    positions = {
-        d: holdout_split(records, holdout, seed) if lists is None else official_split(lists, d, records)
-        for d, records in groups.items()
-    }
+    positions = {}
+    for d, records in groups.items():
+        if validation is None:
+            positions[d] = holdout_split(records, holdout, seed) if lists is None else official_split(lists, d, records)
+            continue
+        train = holdout_split(records, holdout, seed)[0] if lists is None else train_list(lists, d, records)
+        groups[d] = [records[i] for i in train]
+        positions[d] = holdout_split(groups[d], validation, seed)
     pixels = decode_all([r for records in groups.values() for r in records], image_size, progress)
     sets: dict[str, DomainSet] = {}
     start = 0
@@ -120,7 +130,26 @@ def load_pacs(
             test=torch.tensor(test),
             names=[r.name for r in records],
         )
-    return PacsData("PACS", True, sets, CLASSES, image_size, fingerprint(sets), layout.left_out)
+    name = "PACS" if validation is None else f"PACS{VALIDATION}"
+    return PacsData(name, True, sets, CLASSES, image_size, fingerprint(sets), layout.left_out)
+
+
+def validation_part(data: PacsData, fraction: float, seed: int = 0) -> PacsData:
+    """The training images alone, a part of each class held out for evaluation in place of the test images.
+
+    Args:
+        data: any images in memory; `load_pacs` does the same without decoding the test images.
+        fraction: of each class, in (0, 1).
+        seed: chooses, by the images' names, as in `load_pacs`.
+    """
+    sets = {}
+    for name, domain in data.domains.items():
+        positions = domain.train.tolist()
+        names, labels = [domain.names[i] for i in positions], domain.labels[domain.train]
+        records = [Record(name, int(k), n, b"", n) for n, k in zip(names, labels, strict=True)]
+        train, held = holdout_split(records, fraction, seed)
+        sets[name] = DomainSet(domain.images[domain.train], labels, torch.tensor(train), torch.tensor(held), names)
+    return replace(data, name=data.name + VALIDATION, domains=sets, fingerprint=fingerprint(sets))
 
 
 def fingerprint(domains: Mapping[str, DomainSet]) -> str:

@@ -23,7 +23,7 @@ def holdout_split(records: Sequence[Record], fraction: float, seed: int) -> tupl
     images.
     """
     if not 0.0 < fraction < 1.0:
-        raise InputError(f"holdout={fraction}: expected a fraction of the images between 0 and 1, such as 0.1")
+        raise InputError(f"a hold-out of {fraction}: expected a fraction of the images between 0 and 1, such as 0.1")
     held: set[int] = set()
     for label, name in enumerate(CLASSES):
         members = [i for i, r in enumerate(records) if r.label == label]
@@ -44,7 +44,21 @@ def official_split(folder: Path, domain: str, records: Sequence[Record]) -> tupl
     list, a line of another form, a label of another base, an image that is not among `records`, or one named
     twice.
     """
-    lists = _find_lists(folder, domain)
+    lists = _find_lists(folder, domain, ("train", "crossval"))
+    position = _positions(folder, records)
+    seen: dict[int, str] = {}
+    halves = tuple(_read_list(lists[kind], domain, records, position, seen) for kind in ("train", "crossval"))
+    return halves[0], halves[1]
+
+
+def train_list(folder: Path, domain: str, records: Sequence[Record]) -> list[int]:
+    """Positions of the official train list alone; the crossval list is never read. Errors as `official_split`."""
+    file = _find_lists(folder, domain, ("train",))["train"]
+    return _read_list(file, domain, records, _positions(folder, records), {})
+
+
+def _positions(folder: Path, records: Sequence[Record]) -> dict[str, int]:
+    """Position of every record by the name that lists give it."""
     nameless = next((r for r in records if not r.has_file_name), None)
     if nameless is not None:
         raise DataError(
@@ -56,12 +70,10 @@ def official_split(folder: Path, domain: str, records: Sequence[Record]) -> tupl
         if position.setdefault(record.name, i) != i:
             other = records[position[record.name]].origin
             raise DataError(f"{record.origin}: same name as {other}; the lists cannot tell them apart, drop --splits")
-    seen: dict[int, str] = {}
-    halves = tuple(_read_list(lists[kind], domain, records, position, seen) for kind in ("train", "crossval"))
-    return halves[0], halves[1]
+    return position
 
 
-def _find_lists(folder: Path, domain: str) -> dict[str, Path]:
+def _find_lists(folder: Path, domain: str, kinds: Sequence[str]) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected <domain>_train{_SUFFIX} and <domain>_crossval{_SUFFIX}")
     found: dict[str, Path] = {}
@@ -73,7 +85,7 @@ def _find_lists(folder: Path, domain: str) -> dict[str, Path]:
                     f"{file}: a second {kind} list of domain {domain!r} beside {found[kind].name}; keep one"
                 )
             found[kind] = file
-    missing = [kind for kind in ("train", "crossval") if kind not in found]
+    missing = [kind for kind in kinds if kind not in found]
     if missing:
         trap = ""
         if "test" in found:

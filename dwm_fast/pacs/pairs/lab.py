@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dwm_fast import ops
+from dwm_fast._options import recorded
 from dwm_fast.methods import (
     Binary,
     EditMask,
@@ -116,8 +117,8 @@ class PairLab(Lab):
 
     def mask_stage(self, source: str, method: str, seed: int) -> Planned:
         """As `source_stage`."""
-        options = dataclasses.asdict(self.method(method))  # type: ignore[call-overload]
-        return f"mask-{method}-{source}-seed{seed}", {**self.source_stage(source, seed)[1], method: options}
+        own = {method: recorded(self.method(method))}
+        return f"mask-{method}-{source}-seed{seed}", {**self.source_stage(source, seed)[1], **own}
 
     def rows(self, run: Run) -> list[dict[str, Any]]:
         """Fine-tune on the target in each of the method's ways; one row a way and view (`shared`, `masked`)."""
@@ -140,7 +141,7 @@ class PairLab(Lab):
         return [
             (
                 f"{run.name}-{options.batch_norm}-lr{options.lr:g}-seed{run.seed}",
-                {**shared, "fine-tuning": dataclasses.asdict(options)},
+                {**shared, "fine-tuning": recorded(options)},
             )
             for options in self.config.tune[run.method]
         ]

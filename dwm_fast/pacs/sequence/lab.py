@@ -6,13 +6,13 @@ learner that takes back the state which the stage before left in its file, also 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dwm_fast._options import recorded
 from dwm_fast.errors import InputError
 from dwm_fast.methods.sequence import Learner, Task
 from dwm_fast.pacs.lab import Lab, Planned, stage_seed
@@ -46,7 +46,7 @@ class SequenceLab(Lab):
     def task_stage(self, method: str, position: int, seed: int) -> Planned:
         """As `Lab.source_stage`. The name holds the domains learned so far: sequences that begin alike share stages."""
         seen = self.sequence[: position + 1]
-        options = dataclasses.asdict(self.config.sequential_method(method))  # type: ignore[call-overload]
+        options = recorded(self.config.sequential_method(method))
         return f"sequence-{method}-{'-'.join(seen)}-seed{seed}", {
             **self.source_stage(seen[0], seed)[1],
             method: options,
