@@ -11,6 +11,7 @@ import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,9 @@ PRECISION = 24
 _TOTAL = 1 << PRECISION
 LEVELS = 64
 _CHUNK = 1 << 18
+"""Weights that are coded, or put in order, in one piece; a multiple of 8."""
+_BLOCK = 1 << 21
+"""Weights whose channels are put in order in one piece: the more, the longer the runs of bytes that are read."""
 _STATE_BITS = 64
 
 
@@ -155,26 +159,60 @@ def decode(stored: Bytes, shape: tuple[int, ...], plan: Plan) -> Bytes:
 
 
 def _decode_channels(coder: _Coder, levels: Bytes, shape: tuple[int, ...], axis: int, packed: Bytes) -> None:
-    """Set the ones of every channel in `packed`, whose bits are zero, in the order in which they were coded."""
+    """Fill `packed` with the bits of all channels."""
     if levels.size and levels.max() >= LEVELS:
         raise Undecodable(f"a channel level is beyond {LEVELS - 1}")
-    inner = math.prod(shape[axis + 1 :])
-    width = math.prod(shape[:axis]) * inner
-    for level in np.unique(levels):
-        channels = np.flatnonzero(levels == level)
-        for start, run in _decode_runs(coder, channels.size * width, LEVEL_FREQUENCIES[level]):
-            which, place = np.divmod(np.flatnonzero(run) + start, width)
-            outer, rest = np.divmod(place, inner)
-            _set_bits(packed, (outer * levels.size + channels[which]) * inner + rest)
-
-
-def _set_bits(packed: Bytes, places: NDArray[np.int64]) -> None:
-    if places.size == 0:
+    if packed.size == 0:
         return
-    places = np.sort(places, kind="stable")
-    byte = places >> 3
-    first = np.flatnonzero(np.diff(byte, prepend=-1))
-    packed[byte[first]] |= np.bitwise_or.reduceat((1 << (places & 7)).astype(np.uint8), first)
+    outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    rows = _decode_rows(coder, levels, outer * inner)
+    done, rest = 0, np.zeros(0, dtype=np.uint8)
+    for bits in _in_order(rows, outer, inner):
+        bits = np.concatenate([rest, bits])
+        whole = bits.size // 8
+        packed[done : done + whole] = np.packbits(bits[: 8 * whole], bitorder="little")
+        done, rest = done + whole, bits[8 * whole :]
+    packed[done:] = np.packbits(rest, bitorder="little")
+
+
+def _decode_rows(coder: _Coder, levels: Bytes, width: int) -> Bytes:
+    """The packed bits of every channel, (channels, ceil(width / 8)), read in the order in which they were coded."""
+    rows = np.empty((levels.size, (width + 7) // 8), dtype=np.uint8)
+    together = max(1, _CHUNK // width)
+    order, counts = np.argsort(levels, kind="stable"), np.bincount(levels)
+    for level, channels in zip(range(counts.size), np.split(order, np.cumsum(counts)[:-1]), strict=True):
+        model = _model(LEVEL_FREQUENCIES[level])
+        for first in range(0, channels.size, together):
+            some = channels[first : first + together]
+            for start in range(0, width, _CHUNK):  # more than one where a channel alone is larger
+                stop = min(start + _CHUNK, width)
+                bits = coder.decode(model, some.size * (stop - start)).astype(np.uint8).reshape(some.size, -1)
+                rows[some, start // 8 : (stop + 7) // 8] = np.packbits(bits, axis=1, bitorder="little")
+    return rows
+
+
+def _in_order(rows: Bytes, outer: int, inner: int) -> Iterator[Bytes]:
+    """The bits of channels of shape (outer, inner), row by row as (outer, channels, inner), in pieces."""
+    channels = len(rows)
+    if 8 * channels * inner <= _BLOCK:
+        step = 8 * (_BLOCK // (8 * channels * inner))  # whole bytes of every channel
+        for start in range(0, outer, step):
+            stop = min(start + step, outer)
+            bits = _unpacked(rows, start * inner, stop * inner).reshape(channels, stop - start, inner)
+            yield bits.transpose(1, 0, 2).reshape(-1)
+        return
+    together = max(1, _CHUNK // inner)
+    for place in range(0, outer * inner, inner):
+        for first in range(0, channels, together):
+            for start in range(place, place + inner, _CHUNK):
+                stop = min(start + _CHUNK, place + inner)
+                yield _unpacked(rows[first : first + together], start, stop).reshape(-1)
+
+
+def _unpacked(rows: Bytes, start: int, stop: int) -> Bytes:
+    """Bits start .. stop of every packed row."""
+    bits = np.unpackbits(rows[:, start // 8 : (stop + 7) // 8], axis=1, bitorder="little")
+    return bits[:, start % 8 : start % 8 + stop - start]
 
 
 def _encode_run(coder: _Coder, keep: Bytes, frequency: int) -> None:
@@ -190,6 +228,7 @@ def _decode_runs(coder: _Coder, amount: int, frequency: int) -> Iterator[tuple[i
         yield start, coder.decode(model, min(_CHUNK, amount - start)).astype(np.uint8)
 
 
+@lru_cache(maxsize=LEVELS)
 def _model(frequency: int) -> Any:
     return _constriction().model.Bernoulli(frequency / _TOTAL, perfect=True)
 
