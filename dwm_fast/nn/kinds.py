@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
 from dwm_fast.ops.kernel_soft import kernel_shape, kernel_soft, soft_values
+
+Drawn = tuple[list[Tensor], Tensor, Tensor]
+"""Masked weights, keep bits and penalty, as `dwm_fast.ops.sample` gives them."""
 
 INIT_SCHEMES = ("1s", "uniform", "weight_based_1s")
 """How `Threshold` starts (names of Piggyback's code)."""
@@ -99,25 +103,29 @@ class MaskKind:
         """Shape of the learned tensor for a weight's shape."""
         return tuple(weight)
 
+    def draw(
+        self, learned: Sequence[Tensor], weights: Sequence[Tensor], rng_state: Tensor, tau: Tensor, *, training: bool,
+        samples: int = 1, sample: Callable[..., Drawn] | None = None, **options: Any,
+    ) -> Drawn:  # fmt: skip
+        """Masked weights, bits if asked for, and the penalty, of all layers of a network.
+
+        Args:
+            learned, weights, rng_state: as in `dwm_fast.ops.sample`, whose `options` are layers, thresholds,
+                step_offset and dtype.
+            tau: the temperature, unless a schedule changes it.
+            training: whether the training rule is in force, or the deterministic one.
+            samples: masks drawn at each step of the schedule.
+            sample: what is called in the place of `dwm_fast.ops.sample`.
+        """
+        if training:
+            tau = self.current_tau(tau, rng_state, samples)
+        mode = self.training_mode if training else self.eval_mode
+        return (sample or ops.sample)(learned, weights, rng_state, tau, mode=mode, **options)
+
     @property
     def draws_itself(self) -> bool:
-        """Whether masked weights come from the kind's own `draw`, and not from `dwm_fast.ops.sample` and products."""
+        """Whether the rule is none of `Mode`, so that products cannot draw it either."""
         return type(self).draw is not MaskKind.draw
-
-    def draw(
-        self, learned: Sequence[Tensor], weights: Sequence[Tensor], rng_state: Tensor, *, training: bool, **options: Any
-    ) -> list[Tensor]:
-        """Masked weights by a rule that is none of `Mode`; options: layers, step_offset, dtype of `ops.sample`."""
-        raise AssertionError("this kind is drawn by dwm_fast.ops.sample")
-
-    @property
-    def scheduled(self) -> bool:
-        """Whether the temperature follows the training forwards."""
-        return type(self).temperature is not MaskKind.temperature
-
-    def temperature(self, forwards: Tensor) -> Tensor | None:
-        """Temperature after `forwards` training forwards; None where it never changes."""
-        return None
 
     @property
     def initial_tau(self) -> float:
@@ -125,11 +133,8 @@ class MaskKind:
         return 1.0
 
     def current_tau(self, tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
-        """Temperature of the next draw, 0-dim fp32, on the device: the schedule's, or the fixed one."""
-        if not self.scheduled:
-            return tau
-        scheduled = self.temperature(torch.div(rng_state[1], samples, rounding_mode="floor"))
-        return tau if scheduled is None else scheduled
+        """Temperature of the next draw, 0-dim fp32, on the device: the schedule's, or `tau` where there is none."""
+        return tau
 
     def keep(self, logits: Tensor) -> Tensor:
         """Deterministic keep mask, bool, of the logits' shape."""
@@ -188,12 +193,10 @@ class GumbelSigmoid(MaskKind):
     def initial_tau(self) -> float:
         return self.tau.start if isinstance(self.tau, TauSchedule) else self.tau
 
-    @property
-    def scheduled(self) -> bool:
-        return isinstance(self.tau, TauSchedule)
-
-    def temperature(self, forwards: Tensor) -> Tensor | None:
-        return self.tau.at(forwards) if isinstance(self.tau, TauSchedule) else None
+    def current_tau(self, tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
+        if not isinstance(self.tau, TauSchedule):
+            return tau
+        return self.tau.at(torch.div(rng_state[1], samples, rounding_mode="floor"))
 
 
 @dataclass(frozen=True)
@@ -335,11 +338,13 @@ class KernelSoft(MaskKind):
         _check_flags("KernelSoft", noisy=self.noisy)
 
     def draw(
-        self, learned: Sequence[Tensor], weights: Sequence[Tensor], rng_state: Tensor, *, training: bool, **options: Any
-    ) -> list[Tensor]:
-        return kernel_soft(
-            learned, weights, rng_state, threshold=self.threshold, noisy=self.noisy and training, **options
-        )
+        self, learned: Sequence[Tensor], weights: Sequence[Tensor], rng_state: Tensor, tau: Tensor, *, training: bool,
+        samples: int = 1, sample: Callable[..., Drawn] | None = None, thresholds: Sequence[float] = (), **options: Any,
+    ) -> Drawn:  # fmt: skip
+        """As every kind's, by an operation of its own, which knows no temperature and no bits."""
+        noisy = self.noisy and training
+        masked = kernel_soft(learned, weights, rng_state, threshold=self.threshold, noisy=noisy, **options)
+        return masked, rng_state.new_empty(0, dtype=torch.uint8), torch.zeros((), device=rng_state.device)
 
     @property
     def training_mode(self) -> Mode:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,10 @@ from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind, checked_kind
+from dwm_fast.nn.recast import keep_dtype, recast
 from dwm_fast.nn.stored import computed
-from dwm_fast.nn.transforms import refuse_transforms
 from dwm_fast.ops.autocast import autocast_dtype
+from dwm_fast.ops.shards import refuse_shards
 
 
 def new_rng_state(seed: int | None, device: torch.device | str | None = None) -> Tensor:
@@ -105,7 +107,8 @@ class MaskedLayer(nn.Module):
         staged: Tensor | None = self.__dict__.get("_staged")
         if staged is None:
             return recompute.recall(self, draws=self.__dict__["_buffers"].get("rng_state") is not None)
-        recompute.remember(self, staged)
+        if not torch.compiler.is_compiling() and recompute.saved_tensors_hooks() is not None:
+            recompute.remember(self, staged)
         return staged
 
     @property
@@ -125,23 +128,24 @@ class MaskedLayer(nn.Module):
 
     def _in_compute_dtype(self, given: Tensor | None) -> Tensor:
         """The masked weight: `given`, or the layer's own draw."""
-        if given is not None:
-            dtype = autocast_dtype(self.frozen_weight)
-            return given if given.dtype == dtype else given.to(dtype)
-        state, tau = self._noise()
-        masked, _, _ = draw([self], state, tau, training=self.training)
-        return masked[0]
+        if given is None:
+            state, tau = self._noise()
+            masked, _, _ = draw([self], state, tau, training=self.training)
+            return masked[0]
+        if given.dtype == self.frozen_weight.dtype:
+            return given  # autocast, where it is on, does the rest
+        return given.to(autocast_dtype(self.frozen_weight))
 
     def _noise(self) -> tuple[Tensor, Tensor]:
-        """Noise state and temperature of this pass's own draw."""
+        """Noise state of this pass's own draw, and the temperature that the kind may change by it."""
         if self.rng_state is None or self.tau is None:
             raise InputError(
                 "this layer belongs to a masked model, which draws its masks; call the masked model, or give "
                 "the layer its own noise with `layer.stand_alone()`"
             )
         rng_state = self.rng_state
-        state = recompute.pinned(self, lambda: ops.advance(rng_state)) if self.training else rng_state.clone()
-        return state, self.kind.current_tau(self.tau, state)
+        state = recompute.pinned(self, partial(ops.advance, rng_state)) if self.training else rng_state.clone()
+        return state, self.tau
 
     def draws_in_product(self) -> bool:
         """Whether forward hands logits to the product, which then draws the mask where it multiplies.
@@ -157,7 +161,7 @@ class MaskedLayer(nn.Module):
         mode = self.kind.training_mode if self.training else self.kind.eval_mode
         return {
             "rng_state": state,
-            "tau": tau,
+            "tau": self.kind.current_tau(tau, state),
             "layer": self.layer_index,
             "threshold": self.unit,
             "mode": mode,
@@ -199,39 +203,56 @@ class MaskedLayer(nn.Module):
 
 
 def draw(
-    layers: Sequence[MaskedLayer], state: Tensor, tau: Tensor, *, training: bool, step_offset: int = 0,
-    baked: bool = False, sample: Callable[..., tuple[list[Tensor], Tensor, Tensor]] | None = None,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    layers: Sequence[MaskedLayer], state: Tensor, tau: Tensor, *, baked: bool = False, **how: Any
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """What the kind of `layers` (one kind) draws for them: masked weights, no bits, and the penalty.
 
     Args:
         layers: masked layers.
-        state, tau, step_offset: as in `dwm_fast.ops.sample`.
-        training: whether the kind's training rule is in force, or its deterministic one.
+        state, tau: as in `MaskKind.draw`, whose options `how` are.
         baked: whether masked weights keep their weights' dtype under autocast, which otherwise gives them its own.
-        sample: what is called in the place of `dwm_fast.ops.sample`.
     """
     learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
-    refuse_transforms(learned)
-    kind, dtypes = layers[0].kind, {weight.dtype for weight in weights}
-    indices = [layer.layer_index for layer in layers]
-    dtype = None if baked or len(dtypes) > 1 else autocast_dtype(weights[0])
-    if kind.draws_itself:
-        masked = kind.draw(
-            learned, weights, state, training=training, layers=indices, step_offset=step_offset, dtype=dtype
+    _refuse_transforms(learned)
+    of_each: dict[str, Any] = {
+        "layers": [layer.layer_index for layer in layers],
+        "thresholds": [layer.unit for layer in layers],
+    }
+    mixed = any(weight.dtype != weights[0].dtype for weight in weights)
+    dtype = None if baked or mixed else autocast_dtype(weights[0])
+    return layers[0].kind.draw(learned, weights, state, tau, **of_each, **how, dtype=dtype)
+
+
+def stage(layers: Sequence[MaskedLayer], weights: Sequence[Tensor | None]) -> None:
+    """Give each layer the masked weight that it is to multiply with, or take it back (None)."""
+    compiling = torch.compiler.is_compiling()
+    for layer, weight in zip(layers, weights, strict=True):
+        if compiling:
+            layer._staged = weight
+        else:
+            layer.__dict__["_staged"] = weight  # past nn.Module's __setattr__, which costs 4 us a layer
+
+
+def _refuse_transforms(learned: Sequence[Tensor]) -> None:
+    """InputError where the learned tensors are shards or seen through torch.func, or the network is written as ONNX."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    if any(type(tensor) is not nn.Parameter for tensor in learned):
+        refuse_shards(
+            learned,
+            "a draw of masks",
+            "masks are drawn before the layers inside gather their parameters: call fully_shard on the masked model "
+            "(or on what holds it) alone, not on its layers or blocks, and call that whole",
         )
-        return masked, state.new_empty(0, dtype=torch.uint8), torch.zeros((), device=state.device)
-    return (sample or ops.sample)(
-        learned,
-        weights,
-        state,
-        tau,
-        mode=kind.training_mode if training else kind.eval_mode,
-        layers=indices,
-        thresholds=[layer.unit for layer in layers],
-        step_offset=step_offset,
-        dtype=dtype,
-    )
+    if (torch._C._is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+        raise InputError("a masked network cannot be exported to ONNX; export the plain one, dwm_fast.merge(masked)")
+    if torch._C._functorch.maybe_current_level() is None:
+        return
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in learned):
+        raise InputError(
+            "torch.func cannot transform a network in its mask parameters; use loss.backward(), or transform the "
+            "plain network, dwm_fast.merge(masked), in its weights"
+        )
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -265,7 +286,6 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Linear):
             raise InputError(f"from_linear got {type(layer).__name__}; expected a torch.nn.Linear")
-        _refuse_computed(layer)
         return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -328,7 +348,6 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Conv2d):
             raise InputError(f"from_conv got {type(layer).__name__}; expected a torch.nn.Conv2d")
-        _refuse_computed(layer)
         return _adopt(recast(layer, cls), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -354,45 +373,13 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return f"{plain}, {self._mask_repr()}"
 
 
-_Module = TypeVar("_Module", bound=nn.Module)
 _Masked = TypeVar("_Masked", bound=MaskedLayer)
-
-
-def recast(layer: nn.Module, cls: type[_Module]) -> _Module:
-    """A module of class `cls` with the parameters, hooks and attributes of `layer`, in tables of its own."""
-    module = cls.__new__(cls)
-    module.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
-    return module
-
-
-def drop_mask(layer: nn.Module) -> None:
-    """Take from a recast masked layer what only a masked layer has."""
-    for name in ("mask_logits", "rng_state", "tau", "kind", "layer_index", "unit", "_staged"):
-        delattr(layer, name)
-    for name in ("_seed", "_awaits_weights"):
-        vars(layer).pop(name, None)
-
-
-def keep_dtype(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """`fn` as `nn.Module._apply` takes it, except that the tensors of `kept` go without a change of dtype."""
-    kept_ids = {id(t) for t in kept}
-
-    def moved(tensor: Tensor) -> Tensor:
-        out = fn(tensor)
-        if id(tensor) not in kept_ids or out.dtype == tensor.dtype:
-            return out
-        return torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
-
-    return moved
-
-
-def _refuse_computed(layer: nn.Module) -> None:
-    if why := computed(layer):
-        raise InputError(f"the layer {why}")
 
 
 def _adopt(masked: _Masked, kind: MaskKind | None, seed: int | None) -> _Masked:
     """Make a recast plain layer a masked one: weight shared, bias its own."""
+    if why := computed(masked):
+        raise InputError(f"the layer {why}")
     masked.weight = nn.Parameter(masked.weight.detach(), requires_grad=False)
     if masked.bias is not None:
         masked.bias = nn.Parameter(masked.bias.detach().clone(), requires_grad=masked.bias.requires_grad)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dwm_fast.errors import InputError
-from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw, drop_mask, recast
+from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw
 from dwm_fast.nn.model import MaskedModel, as_masked_model
+from dwm_fast.nn.recast import drop_mask, recast
 from dwm_fast.nn.shell import Shell
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,11 @@ from dwm_fast.nn.layers import (
     MaskedLayer,
     MaskedLinear,
     draw,
-    keep_dtype,
     new_rng_state,
     new_tau,
+    stage,
 )
+from dwm_fast.nn.recast import keep_dtype
 from dwm_fast.nn.select import literal, maskable_layers, refuse_shared
 from dwm_fast.nn.shell import Shell, unwrapped
 from dwm_fast.ops.sample import penalty
@@ -144,41 +146,36 @@ class MaskedModel(nn.Module):
         """Draw for training by `recorder.sample`, not `dwm_fast.ops.sample`, from now on; None: as before."""
         self._recorder = recorder
 
-    def _draw(self, state: Tensor, step_offset: int) -> list[Tensor]:
-        """Masked weights of every layer for one mask sample; leaves the penalty behind in train()."""
+    def _run(
+        self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], step_offset: int = 0, repeated: bool = False
+    ) -> Any:
+        """The network under one mask sample, drawn now; a first pass in train() leaves the penalty behind."""
         layers = list(self._layers.values())
-        tau = self.kind.current_tau(self.tau, state, self.mask_samples) if self.training else self.tau
-        masked, _, drawn = draw(
-            layers,
-            state,
-            tau,
-            training=self.training,
-            step_offset=step_offset,
-            sample=self._recorder.sample if self._recorder is not None and self.training else None,
-        )
-        if self.training and not recompute.in_backward():
-            self._drawn = drawn, [layer._parameters["mask_logits"]._version for layer in layers]  # type: ignore[union-attr]
-        return masked
-
-    def _run(self, state: Tensor, step_offset: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layers = list(self._layers.values())
-        _stage(layers, self._draw(state, step_offset))
+        versions = [layer._parameters["mask_logits"]._version for layer in layers]  # type: ignore[union-attr]
+        options: dict[str, Any] = {"samples": self.mask_samples} if self.training else {}
+        if self.training and self._recorder is not None:
+            options["sample"] = self._recorder.sample
+        masked, _, drawn = draw(layers, state, self.tau, training=self.training, step_offset=step_offset, **options)
+        if self.training and not repeated:
+            self._drawn = drawn, versions
+        stage(layers, masked)
         try:
             return self.model(*args, **kwargs)
         finally:
-            _stage(layers, [None] * len(layers))
+            stage(layers, [None] * len(layers))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._require_layers()
         if not self.training:
-            return self._run(self.rng_state.clone(), 0, args, kwargs)
-        state = recompute.pinned(self, lambda: ops.advance(self.rng_state, self.mask_samples))
+            return self._run(self.rng_state.clone(), args, kwargs)
+        repeated = recompute.in_backward()
+        state = recompute.pinned(self, partial(ops.advance, self.rng_state, self.mask_samples))
         if self.mask_samples == 1:
-            return self._run(state, 0, args, kwargs)
-        return self._run_split(state, args, kwargs)
+            return self._run(state, args, kwargs, repeated=repeated)
+        return self._run_split(state, args, kwargs, repeated)
 
-    def _run_split(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _run_split(self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], repeated: bool) -> Tensor:
         samples = self.mask_samples
         if kwargs or not args or not all(isinstance(a, Tensor) and a.dim() > 0 for a in args):
             raise InputError(
@@ -187,7 +184,7 @@ class MaskedModel(nn.Module):
             )
         samples = max(1, min(samples, len(args[0])))
         parts = zip(*(a.tensor_split(samples) for a in args), strict=True)
-        outputs = [self._run(state, j, part, {}) for j, part in enumerate(parts)]
+        outputs = [self._run(state, part, {}, j, repeated) for j, part in enumerate(parts)]
         if not all(isinstance(output, Tensor) for output in outputs):
             raise InputError(
                 f"mask_samples > 1 joins the outputs of the parts and got a {type(outputs[0]).__name__}; "
@@ -224,16 +221,6 @@ class MaskedModel(nn.Module):
             f"kind={self.kind.name}, masked_layers={len(self._layers)}, masked_weights={total:,}, "
             f"mask_samples={self.mask_samples}, batch_norm={self.batch_norm}"
         )
-
-
-def _stage(layers: Sequence[MaskedLayer], weights: Sequence[Tensor | None]) -> None:
-    """Give each layer its masked weight; past nn.Module's __setattr__, which costs 4 us a layer."""
-    compiling = torch.compiler.is_compiling()
-    for layer, weight in zip(layers, weights, strict=True):
-        if compiling:
-            layer._staged = weight
-        else:
-            layer.__dict__["_staged"] = weight
 
 
 def _places(

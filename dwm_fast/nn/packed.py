@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear, drop_mask, recast
+from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.model import MaskedModel, as_masked_model
+from dwm_fast.nn.recast import drop_mask, recast
 from dwm_fast.nn.shell import Shell
 
 

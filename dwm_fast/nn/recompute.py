@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,8 @@ from dwm_fast.errors import InputError
 
 _FILE = torch.utils.checkpoint.__file__
 
+saved_tensors_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
+"""The hooks in force, or None; a checkpoint that is not reentrant runs under some. Every layer asks, so it is cheap."""
 
 _UNKNOWN = (
     "a masked weight was asked for during a backward pass, and it is not known which forward pass is being repeated; "
@@ -77,10 +80,6 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _under_hooks() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def pinned(owner: object, draw: Callable[[], Tensor]) -> Tensor:
     """What `draw()` gives; where a checkpoint runs the owner's forward again, what it gave the first time.
 
@@ -89,7 +88,9 @@ def pinned(owner: object, draw: Callable[[], Tensor]) -> Tensor:
     """
     repeated = in_backward()
     # A reentrant checkpoint runs without gradients, the other kind under saved-tensor hooks.
-    if torch.compiler.is_compiling() or not (repeated or _under_hooks() or not torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or not (
+        repeated or saved_tensors_hooks() is not None or not torch.is_grad_enabled()
+    ):
         return draw()
     first, again = _enclosing()
     value = again.again((id(owner), "draw")) if again is not None else None
@@ -103,10 +104,9 @@ def pinned(owner: object, draw: Callable[[], Tensor]) -> Tensor:
 
 
 def remember(owner: object, weight: Tensor) -> None:
-    """Take down the masked weight that a masked model made for its layer `owner`, where the layer may run again."""
-    if not torch.compiler.is_compiling() and _under_hooks():
-        for call in _enclosing()[0]:
-            call.values.setdefault((id(owner), "weight"), []).append(weight)
+    """Take down the masked weight that a masked model made for its layer `owner`, should a checkpoint run it again."""
+    for call in _enclosing()[0]:
+        call.values.setdefault((id(owner), "weight"), []).append(weight)
 
 
 def recall(owner: object, draws: bool) -> Tensor | None:
@@ -115,7 +115,7 @@ def recall(owner: object, draws: bool) -> Tensor | None:
     Raises:
         InputError: the weight is not known, and the owner does not draw for itself.
     """
-    if torch.compiler.is_compiling() or not (in_backward() or _under_hooks()):
+    if torch.compiler.is_compiling() or not (in_backward() or saved_tensors_hooks() is not None):
         return None
     first, again = _enclosing()
     weight = again.again((id(owner), "weight")) if again is not None else None

@@ -159,25 +159,22 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def chosen(op: str, device_type: str) -> str:
     """Name of the backend that computes `op` for tensors on `device_type` ("cpu", "cuda", ...)."""
-    name = forced_backend()
-    if name is not None:
-        return _checked(op, name, device_type)
+    return chosen_for(op, device_type)[0]
+
+
+def chosen_for(op: str, device_type: str) -> tuple[str, Implementation]:
+    """The chosen backend's name, and the function by which it computes `op`."""
+    forced = forced_backend()
+    if forced is not None:
+        return forced, _asked_for(op, forced, device_type)
     bits_on_gpu = device_type == "cuda" and op in BIT_OPS
     for name in _ORDER_OF_BITS if bits_on_gpu else _ORDER.get(device_type, ("reference",)):
         found = _loaded(name)
         if isinstance(found, str):
             _warn_once(name, found)
         elif op in found:
-            return name
+            return name, found[op]
     raise BackendUnavailable(f"no backend can run '{op}' here; 'reference' does not have it")
-
-
-def chosen_for(op: str, device_type: str) -> tuple[str, Implementation]:
-    """The chosen backend's name, and the function by which it computes `op`."""
-    name = chosen(op, device_type)
-    found = _loaded(name)
-    assert not isinstance(found, str), found
-    return name, found[op]
 
 
 def _devices(name: str) -> tuple[str, ...]:
@@ -187,8 +184,8 @@ def _devices(name: str) -> tuple[str, ...]:
     return {"cpp": ("cpu",), "cuda": ("cuda",)}.get(name, ())
 
 
-def _checked(op: str, name: str, device_type: str) -> str:
-    """`name`, a backend that a user asked for, or BackendUnavailable: why it cannot compute `op` there."""
+def _asked_for(op: str, name: str, device_type: str) -> Implementation:
+    """How `name`, a backend that a user asked for, computes `op`; BackendUnavailable: why it cannot there."""
     devices = _devices(name)
     if devices and device_type not in devices:
         hint = " or set TRITON_INTERPRET=1 before the start" if name == "triton" else ""
@@ -203,7 +200,7 @@ def _checked(op: str, name: str, device_type: str) -> str:
         raise BackendUnavailable(
             f"backend '{name}' was asked for and has no '{op}'; leave the choice open or use 'reference'"
         )
-    return name
+    return found[op]
 
 
 def availability(op: str) -> dict[str, str]:
