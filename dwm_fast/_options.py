@@ -7,11 +7,10 @@ and ``check_options(self)`` in ``__post_init__``: ``lr is -1.0; expected a rate 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -65,18 +64,18 @@ def check_options(options: Any, says: str = "{name} is {shown}; expected {wanted
             raise InputError(says.format(name=name, value=value, shown=shown, wanted=rule.wanted))
 
 
-def recorded(options: Any) -> dict[str, Any]:
-    """A dataclass and those in it as plain data, as the settings of a stage record it.
+def recorded(options: Any) -> Any:
+    """A dataclass, and those in its containers, as plain data: what stages and files of settings record.
 
     A field with ``metadata={"later": True}`` came after stages had been recorded without it: it is left out while it
     has its default, so that those stages go on being found.
     """
-    plain = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if not (field.metadata.get("later") and value == field.default):
-            plain[field.name] = recorded(value) if dataclasses.is_dataclass(value) else copy.deepcopy(value)
-    return plain
+    if dataclasses.is_dataclass(options):
+        named = ((field, getattr(options, field.name)) for field in dataclasses.fields(options))
+        return {f.name: recorded(v) for f, v in named if not (f.metadata.get("later") and v == f.default)}
+    if isinstance(options, Mapping):
+        return {key: recorded(value) for key, value in options.items()}
+    return [recorded(value) for value in options] if isinstance(options, (list, tuple)) else options
 
 
 @functools.cache

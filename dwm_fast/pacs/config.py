@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from dwm_fast._options import AREA, FRACTION, Rule, above, at_least, check_options, whole
+from dwm_fast._options import AREA, FRACTION, Rule, above, at_least, check_options, recorded, whole
 from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS, EditMask, LearnedMask, SequentialMethod, TrainOptions
 from dwm_fast.pacs.config_values import read_file, replace, sequence, typed
@@ -55,7 +55,7 @@ class StudyConfig:
 
     data: str | None = None
     splits: str | None = None
-    validation: Annotated[float | None, FRACTION] = None
+    validation: Annotated[float | None, FRACTION] = field(default=None, metadata={"later": True})
     backbone: str = "small"
     weights: str | None = None
     image_size: Annotated[int, whole(1)] = 32
@@ -130,7 +130,7 @@ class StudyConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back: the entries that this kind of study reads."""
         others = of_sequences.ENTRIES if self.sequence is None else of_pairs.ENTRIES
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        plain: dict[str, Any] = json.loads(json.dumps(recorded(self)))
         return {key: value for key, value in plain.items() if key not in others}
 
 

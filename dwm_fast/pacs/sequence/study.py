@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dwm_fast._options import recorded
 from dwm_fast.pacs.sequence import figures, report, table
 from dwm_fast.pacs.sequence.finding import finding
 from dwm_fast.pacs.sequence.lab import SequenceLab
@@ -54,7 +54,7 @@ class SequenceStudy(Study):
             for row in one["rows"]
         ]
         tasks = [_task(one, learned) for one in learned]
-        options = {m: dataclasses.asdict(self.config.sequential_method(m)) for m in methods}  # type: ignore[call-overload]
+        options = {m: recorded(self.config.sequential_method(m)) for m in methods}
         return {
             "format": 1,
             "kind": "sequence",
