@@ -5,7 +5,6 @@ for a matrix instruction. A single row takes no matrix instruction at all. Where
 the sum is split over programs, whose parts a second launch adds in a fixed order: the same result at every run.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from dwm_fast.kernels._product_launch import (
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, activated, load_tile, masked_tile, product
 from dwm_fast.kernels.philox import seed_and_step
 from dwm_fast.ops.draw import Draw
-from dwm_fast.ops.problem import ACTIVATIONS, Problem
+from dwm_fast.ops.problem import ACTIVATIONS, Problem, rows_of
 
 
 @triton.jit(do_not_specialize=["layer", "step_offset"])
@@ -183,11 +182,6 @@ def multiply(
                 ACTIVATION=activation, BLOCK=PARTS_BLOCK, **OPTIONS,
             )  # fmt: skip
     return y
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x (..., K) as a matrix, whatever is empty."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear(problem: Problem, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, draw: Draw) -> Tensor:

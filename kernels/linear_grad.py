@@ -16,10 +16,9 @@ from dwm_fast.kernels._masks import logit_gradient, weight_gradient
 from dwm_fast.kernels._math import bound, narrow
 from dwm_fast.kernels._product_launch import gradient_tiles, index_dtype, precision, run_of, words_of
 from dwm_fast.kernels._products import CLAMP, FULL, PACKED, ZERO, kept_tile, load_tile, noise_tile, product
-from dwm_fast.kernels.linear import rows_of
 from dwm_fast.kernels.philox import seed_and_step
 from dwm_fast.ops.draw import Draw
-from dwm_fast.ops.problem import Problem
+from dwm_fast.ops.problem import Problem, rows_of
 
 
 @triton.jit(do_not_specialize=["layer", "step_offset"])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwm_fast.ops.bank import bank_conv2d, bank_linear, is_large, multiplies_bits
+from dwm_fast.ops.conv2d import padded
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -121,21 +122,12 @@ class BankConv2d:
     """A Conv2d whose weight is shared and masked per domain; geometry and padding mode are those of `conv`."""
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bits: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bits, self.bias = weight, bits, bias
-        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-        left, right, top, bottom = conv._reversed_padding_repeated_twice
-        zeros = conv.padding_mode == "zeros"
-        self.by_hand = not (zeros and left == right and top == bottom)
-        self.padding = (0, 0) if self.by_hand else (top, left)
-        self.sides = [left, right, top, bottom]
-        self.mode = "constant" if zeros else conv.padding_mode
+        self.conv, self.weight, self.bits, self.bias = conv, weight, bits, bias
 
     def __call__(self, input: Tensor) -> Tensor:
         batch = current_batch.get()
         batch.check(input.shape[0])
-        x = input.to(_compute_dtype(input))
-        if self.by_hand:
-            x = F.pad(x, self.sides, mode=self.mode)
+        x, padding = padded(input.to(_compute_dtype(input)), self.conv)
         return bank_conv2d(
             x,
             self.weight,
@@ -143,10 +135,10 @@ class BankConv2d:
             _cast(self.bias, x),
             batch.offsets,
             batch.samples,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
+            stride=self.conv.stride,
+            padding=padding,
+            dilation=self.conv.dilation,
+            groups=self.conv.groups,
         )
 
 

@@ -12,7 +12,7 @@ from dwm_fast.bank.layers import BankConv2d, BankLinear, BankNorm, Layer, OwnLin
 from dwm_fast.bank.record import DomainMasks, network_bits
 from dwm_fast.nn.shell import Shell, aliases
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Modules whose code reads their children's weights instead of calling them."""
 _UNUSED_IN_EVAL = "num_batches_tracked"
@@ -81,7 +81,7 @@ class _Builder:
             if names["bias"] not in self._state:
                 return SameLayer(module.forward)
             return self._own_linear(names, module) if type(module) is nn.Linear else None
-        if isinstance(module, _NORMS) and module.running_mean is not None:
+        if isinstance(module, _BATCH_NORMS) and module.running_mean is not None:
             return self._norm(path, module)
         return None
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dwm_fast._options import EPOCHS, RATE, at_least, check_options
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import NORM_LAYERS
 from dwm_fast.nn import MaskedModel, MaskKind, mask_model
+from dwm_fast.nn.model import NORM_LAYERS
 from dwm_fast.nn.select import literal
 from dwm_fast.optim import FrozenAdamW
 

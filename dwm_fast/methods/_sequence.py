@@ -14,8 +14,8 @@ from dwm_fast.bank import MaskBank
 from dwm_fast.errors import InputError
 from dwm_fast.methods.base import SourceTask
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import NORM_LAYERS
 from dwm_fast.nn import maskable_layers
+from dwm_fast.nn.model import NORM_LAYERS
 from dwm_fast.nn.select import literal
 
 Tensors = dict[str, Tensor]

@@ -16,7 +16,8 @@ from dwm_fast._options import EPOCHS, RATE, Rule, above, at_least, check_options
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods._sequence import SequenceLearner, Tensors, norm_names, part, seeded
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import NORM_LAYERS, BatchNormPolicy, freeze_norms
+from dwm_fast.methods.transfer import BatchNormPolicy, freeze_norms
+from dwm_fast.nn.model import NORM_LAYERS
 from dwm_fast.ops.soft_mask import raise_importance, soft_masked_sgd
 
 

@@ -16,14 +16,13 @@ from dwm_fast._options import EPOCHS, RATE, Rule, at_least, check_options
 from dwm_fast.errors import InputError
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.base import Batch
+from dwm_fast.nn.model import NORM_LAYERS
 from dwm_fast.optim import FrozenAdamW, FrozenSGD
 
 Init = Literal["S_start", "S_end", "random"]
 INITS: tuple[Init, ...] = ("S_start", "S_end", "random")
 BatchNormPolicy = Literal["frozen", "shared", "per-domain"]
 BATCH_NORM_POLICIES: tuple[BatchNormPolicy, ...] = ("frozen", "shared", "per-domain")
-
-NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from dwm_fast.nn.shell import Shell, unwrapped
 from dwm_fast.ops.sample import penalty
 from dwm_fast.ops.shards import refuse_shards
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+"""Layers that normalise by statistics which they may keep; what `batch_norm` means wherever it is asked for."""
 
 
 class Sampler(Protocol):
@@ -196,7 +197,7 @@ class MaskedModel(nn.Module):
         super().train(mode)
         if self.batch_norm == "frozen":
             for module in self.model.modules():
-                if isinstance(module, _NORMS):
+                if isinstance(module, NORM_LAYERS):
                     module.eval()
         return self
 

@@ -23,9 +23,9 @@ from dwm_fast.ops.bank import segments  # noqa: E402
 from dwm_fast.ops.blocks import multiply_by_blocks  # noqa: E402
 from dwm_fast.ops.draw import Draw  # noqa: E402
 from dwm_fast.ops.layout import PACKABLE, in_orders, known, order_of, restored  # noqa: E402
-from dwm_fast.ops.linear import activated, rows_of  # noqa: E402
+from dwm_fast.ops.linear import activated  # noqa: E402
 from dwm_fast.ops.packing import COMBINATIONS, packed_nbytes  # noqa: E402 - only where the extension loads
-from dwm_fast.ops.problem import FLOATS, Problem, cpu_problem  # noqa: E402
+from dwm_fast.ops.problem import FLOATS, Problem, cpu_problem, rows_of  # noqa: E402
 from dwm_fast.ops.ways import one_pass  # noqa: E402
 
 TensorList = Sequence[Tensor]

@@ -7,7 +7,6 @@ they are differentiable no further.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from dwm_fast.ops.bits import apply as apply_bits
 from dwm_fast.ops.blocks import product_by_blocks
 from dwm_fast.ops.draw import Draw
 from dwm_fast.ops.packing import check_length
-from dwm_fast.ops.problem import ACTIVATIONS
+from dwm_fast.ops.problem import ACTIVATIONS, rows_of
 from dwm_fast.ops.registration import define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
 
@@ -48,11 +47,6 @@ def masked_weight(weight: Tensor, logits: Tensor, draw: Draw, dtype: torch.dtype
 def kept_weight(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight under packed bits in `dtype`, by `apply`."""
     return apply_bits(bits, [weight])[0].to(dtype)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x (..., K) as a matrix (rows, K), whatever is empty."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear_reference(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, draw: Draw) -> Tensor:

@@ -21,6 +21,11 @@ PACKED_ROWS = 64
 _MAX_PIXELS = 2**31 - 2**16
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., K) as a matrix (M, K), whatever is empty."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 @dataclass(frozen=True)
 class Problem:
     """One masked product: M rows of N outputs, each a sum over K (input gradients: of K outputs over N).
