@@ -20,9 +20,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).with_name("gpu_only.toml")
 AREAS = (
-    "kernels", "dwm_fast/ops", "dwm_fast/optim", "dwm_fast/nn", "dwm_fast/bank", "dwm_fast/graphs.py",
+    "kernels",
+    "dwm_fast/ops",
+    "dwm_fast/optim",
+    "dwm_fast/nn",
+    "dwm_fast/bank",
+    "dwm_fast/graphs.py",
     "dwm_fast/doctor.py",
-)  # fmt: skip
+)
 TIER = "tests.cuda."
 
 _NAMES = ("is_cuda", "capturing", "cuda_stream")

@@ -66,9 +66,12 @@ def sgd_scalars(lr_ptr, parts, STATE: tl.constexpr):
     lr = tl.load(lr_ptr).to(tl.float64)
     momentum, dampening, decay = double(parts, 0), double(parts, 1), double(parts, 2)
     return (
-        (-lr).to(STATE), (1.0 - lr * decay).to(STATE), momentum.to(STATE), (1.0 - dampening).to(STATE),
+        (-lr).to(STATE),
+        (1.0 - lr * decay).to(STATE),
+        momentum.to(STATE),
+        (1.0 - dampening).to(STATE),
         decay.to(STATE),
-    )  # fmt: skip
+    )
 
 
 @triton.jit

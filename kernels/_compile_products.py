@@ -35,9 +35,12 @@ def product_configurations() -> Iterator[Configuration]:
     yield _product(_HARD, _BF16, 16, back=True)
     yield _product(_HARD, _FP32, 16, tf32=True)
     yield Configuration(
-        "linear parts", linear.parts_kernel, ("*fp32", "*bf16", "*bf16", *("i32",) * 4),
-        {"HAS_BIAS": True, "ACTIVATION": 2, "BLOCK": linear.PARTS_BLOCK, "y_r": 1}, 4,
-    )  # fmt: skip
+        "linear parts",
+        linear.parts_kernel,
+        ("*fp32", "*bf16", "*bf16", *("i32",) * 4),
+        {"HAS_BIAS": True, "ACTIVATION": 2, "BLOCK": linear.PARTS_BLOCK, "y_r": 1},
+        4,
+    )
     yield _gradient(_HARD, 64)
     yield _gradient(_BITS, 64)
     yield from _convolutions()
@@ -110,10 +113,13 @@ def _convolutions() -> Iterator[Configuration]:
     types = ("*bf16", "*bf16", "*fp32", "*fp32", "*fp32", "*fp32", "*i64", "*fp32", "i32", pair, pair, *("i32",) * 4,
              *(four,) * 6, pair, pair, pair, "i32", "fp32", "i32")  # fmt: skip
     yield Configuration(
-        _name("conv2d gradient", _HARD, _BF16), conv.conv_mask_gradient_kernel, types,
+        _name("conv2d gradient", _HARD, _BF16),
+        conv.conv_mask_gradient_kernel,
+        types,
         {"MODE": _HARD, "NEED_LOGITS": True, "NEED_WEIGHT": False, **_convolution_constants(problem, tiles)},
-        tiles.num_warps, matrix=True,
-    )  # fmt: skip
+        tiles.num_warps,
+        matrix=True,
+    )
 
 
 def _convolution_constants(problem: Problem, tiles: Tiles) -> dict[str, Any]:

@@ -68,8 +68,9 @@ def faults(configuration: Configuration, usage: Usage, target: int) -> dict[str,
     if usage.shared > MAX_SHARED[target]:
         found["too much shared memory"] = f"{usage.shared} bytes; a block has {MAX_SHARED[target]}"
     for kind, (width, least), counts in (
-        ("narrow loads", configuration.loads, usage.loads), ("narrow stores", configuration.stores, usage.stores)
-    ):  # fmt: skip
+        ("narrow loads", configuration.loads, usage.loads),
+        ("narrow stores", configuration.stores, usage.stores),
+    ):
         if counts.get(width, 0) < least:
             found[kind] = f"{counts.get(width, 0)} of {width} bits, expected {least}"
     most = configuration.barriers

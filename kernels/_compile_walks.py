@@ -55,11 +55,13 @@ def _sample() -> Iterator[Configuration]:
         fp32 = torch.float32
         meant = _meant(launch, which, 1 + (weight == fp32), int(out == fp32)) | {"barriers": None}
         yield Configuration(
-            f"sample {_MODES[mode]} {_short(weight)}->{_short(out)} {layout}", sample.sample_fwd_kernel,
+            f"sample {_MODES[mode]} {_short(weight)}->{_short(out)} {layout}",
+            sample.sample_fwd_kernel,
             (*_TABLES, _POINTER[out], "*i32", "*fp32", "*i64", "*fp32", "i32"),
-            {"WEIGHT": TL_DTYPES[weight], "MODE": mode, "PACK": True, **_walk(launch, taps, rank)}, launch.num_warps,
+            {"WEIGHT": TL_DTYPES[weight], "MODE": mode, "PACK": True, **_walk(launch, taps, rank)},
+            launch.num_warps,
             **meant,
-        )  # fmt: skip
+        )
     yield Configuration("penalty", sample.penalty_fwd_kernel, ("*fp32", "*fp32", "i32", "i32"), {"BLOCK": 1024}, 4)
 
 
@@ -107,10 +109,13 @@ def _bits() -> Iterator[Configuration]:
         masks = _meant(launch, which, 1)["loads"][1]
         for mask in (torch.bool, torch.float32) if taps else (torch.bool,):
             yield Configuration(
-                f"pack {str(mask)[6:]} {layout}", bits.pack_kernel, (*_TABLES, "*i32"),
-                {"mask_dtype": TL_DTYPES[mask], **walk}, warps,
+                f"pack {str(mask)[6:]} {layout}",
+                bits.pack_kernel,
+                (*_TABLES, "*i32"),
+                {"mask_dtype": TL_DTYPES[mask], **walk},
+                warps,
                 loads=(32 if mask == torch.bool else 128, masks),
-            )  # fmt: skip
+            )
         for dtype in (torch.bfloat16, torch.float32) if taps else (torch.float32,):
             types = (*_TABLES, "*i32", _POINTER[dtype])
             wide = int(dtype == torch.float32)
@@ -181,14 +186,19 @@ def _kernel_soft() -> Iterator[Configuration]:
         )
         for weight, other in ((fp32, bf16), (fp32, fp32), (bf16, bf16)):
             yield Configuration(
-                f"kernel_soft {_short(weight)}->{_short(other)}{name}", kernel_soft.kernel_soft_fwd_kernel,
-                (*tables, "*fp32", _POINTER[other], *scalars), {"WEIGHT": TL_DTYPES[weight], "SPAN": 512, **noise},
+                f"kernel_soft {_short(weight)}->{_short(other)}{name}",
+                kernel_soft.kernel_soft_fwd_kernel,
+                (*tables, "*fp32", _POINTER[other], *scalars),
+                {"WEIGHT": TL_DTYPES[weight], "SPAN": 512, **noise},
                 warps,
-            )  # fmt: skip
+            )
             yield Configuration(
-                f"kernel_soft_backward {_short(weight)},{_short(other)}{name}", kernel_soft.kernel_soft_bwd_kernel,
-                (*tables, "*fp32", *scalars), {"WEIGHT": TL_DTYPES[weight], "GRAD": TL_DTYPES[other], **noise}, warps,
-            )  # fmt: skip
+                f"kernel_soft_backward {_short(weight)},{_short(other)}{name}",
+                kernel_soft.kernel_soft_bwd_kernel,
+                (*tables, "*fp32", *scalars),
+                {"WEIGHT": TL_DTYPES[weight], "GRAD": TL_DTYPES[other], **noise},
+                warps,
+            )
 
 
 def _soft_mask() -> Iterator[Configuration]:
@@ -201,17 +211,20 @@ def _soft_mask() -> Iterator[Configuration]:
         meant = _meant(update, which, 1 + 2 * pieces, pieces) | ({"barriers": None} if dtype == fp64 else {})
         wide = TL_DTYPES[torch.promote_types(dtype, fp32)]
         yield Configuration(
-            f"soft_masked_sgd {_short(dtype)} {layout}", soft_mask.soft_masked_sgd_kernel, (*_TABLES, "*fp64"),
+            f"soft_masked_sgd {_short(dtype)} {layout}",
+            soft_mask.soft_masked_sgd_kernel,
+            (*_TABLES, "*fp64"),
             {"WEIGHT": TL_DTYPES[dtype], "GRAD": TL_DTYPES[dtype], "WIDE": wide, **_walk(update, taps, rank)},
-            update.num_warps, **meant,
-        )  # fmt: skip
+            update.num_warps,
+            **meant,
+        )
     for which in (("flat", False, 0), ("flat+strided4", False, 4), ("taps+strided", True, 3)):
         layout, taps, rank = which
         walk = _walk(launch, taps, rank)
         for name, kernel, span, meant in (
             ("moments", soft_mask.moments_kernel, {}, _meant(launch, which, 1)),
             ("importance", soft_mask.importance_kernel, {"SPAN": 256}, _meant(launch, which, 2, 1, rolled=True)),
-        ):  # fmt: skip
+        ):
             yield Configuration(
                 f"{name} {layout}", kernel, (*_TABLES, "*fp64"), {"GRAD": TL_DTYPES[fp32], **span, **walk},
                 launch.num_warps, **(meant | {"barriers": None}),

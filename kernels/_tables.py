@@ -318,8 +318,11 @@ def to_device(
     rows: list[list[int]], geometry: list[list[int]], blocks: list[tuple[int, int]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, geometry and blocks (int32) in device memory by one copy, waited for."""
-    parts = [torch.tensor(rows, dtype=torch.int64), torch.tensor(geometry, dtype=torch.int64),
-             torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2).view(torch.int64)]  # fmt: skip
+    parts = [
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(geometry, dtype=torch.int64),
+        torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2).view(torch.int64),
+    ]
     host = torch.cat([part.reshape(-1) for part in parts])
     if device.type == "cuda":
         flat = host.pin_memory().to(device, non_blocking=True)

@@ -115,7 +115,7 @@ def product_step(
 @triton.jit(do_not_specialize=["splits"])
 def parts_kernel(
     parts, bias, y, splits, M, R, y_m, y_r, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """y (M, R) from fp32 parts (splits, M, R), added in order; then bias and activation."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = M * R + tl.zeros([], tl.int64)
@@ -161,9 +161,11 @@ def multiply(
     block_r, block_c = (tiles.block_k, tiles.block_n) if back else (tiles.block_n, tiles.block_k)
     strides = (*weight.stride(), *(source.stride() if source.dim() == 2 else (0, 0)))
     index = index_dtype(
-        (block_c, tiles.block_m, x.stride(1), x.stride(0)), (tiles.block_n, tiles.block_k, *strides[:2]),
-        (tiles.block_n, tiles.block_k, *strides[2:]), (tiles.block_n, tiles.block_k, k, 1),
-    )  # fmt: skip
+        (block_c, tiles.block_m, x.stride(1), x.stride(0)),
+        (tiles.block_n, tiles.block_k, *strides[:2]),
+        (tiles.block_n, tiles.block_k, *strides[2:]),
+        (tiles.block_n, tiles.block_k, k, 1),
+    )
     words = source.numel() if draw.mode == PACKED.value else 0
     parts, start = y, y if bias is None else bias.contiguous()
     if tiles.splits > 1:

@@ -104,9 +104,11 @@ def gradients(
     block_n, block_k, block_m = tiles.block_n, tiles.block_k, max(tiles.block_m, 16)
     strides = [t.stride() if t.dim() == 2 else (0, 0) for t in (weight, source, dsource, dweight)]
     index = index_dtype(
-        (block_m, block_n, *grad.stride()), (block_m, block_k, *x.stride()), (block_n, block_k, k, 1),
+        (block_m, block_n, *grad.stride()),
+        (block_m, block_k, *x.stride()),
+        (block_n, block_k, k, 1),
         *((block_n, block_k, *pair) for pair in strides),
-    )  # fmt: skip
+    )
     with _tables.device_guard(x.device):
         mask_gradient_kernel[(triton.cdiv(n, block_n) * triton.cdiv(k, block_k),)](
             grad, x, weight, source, dsource, dweight, draw.rng_state, draw.tau, m, n, k,

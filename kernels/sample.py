@@ -198,10 +198,13 @@ def sample(
         for indices in groups_of(weights):
             roles = [pick(logits, indices), pick(weights, indices)]
             plan = _tables.plan(
-                roles, launch, outputs=(1,), layers=pick(draw.layers, indices),
+                roles,
+                launch,
+                outputs=(1,),
+                layers=pick(draw.layers, indices),
                 thresholds=pick(draw.thresholds, indices),
                 words=pick(words, indices),
-            )  # fmt: skip
+            )
             calls.append((indices, roles, plan))
         count = sum(plan.num_blocks for _, _, plan in calls)
         partials = _tables.empty(count, dtype=torch.float32, device=device)
@@ -239,17 +242,21 @@ def sample_backward(
     """Gradients of logits (fp32) and of weights (their dtype), each with its tensor's strides; [] where not needed."""
     require_fp32(logits)
     launch, total = launch_parameters("sample_backward"), sum(x.numel() for x in logits)
-    results: list[list[Tensor]] = [[draw.rng_state] * len(x) if need else [] for x, need in (
-        (logits, need_logits), (weights, need_weights))]  # fmt: skip
+    results: list[list[Tensor]] = [
+        [draw.rng_state] * len(x) if need else [] for x, need in ((logits, need_logits), (weights, need_weights))
+    ]
     if not (need_logits or need_weights):
         return results[0], results[1]
     with _tables.device_guard(draw.rng_state.device):
         for indices in groups_of(weights, grads):
             roles = [pick(logits, indices), pick(weights, indices), pick(grads, indices)]
             plan = _tables.plan(
-                roles, launch, outputs=(0, 1), layers=pick(draw.layers, indices),
+                roles,
+                launch,
+                outputs=(0, 1),
+                layers=pick(draw.layers, indices),
                 thresholds=pick(draw.thresholds, indices),
-            )  # fmt: skip
+            )
             flats = []
             for which, needed in enumerate((need_logits, need_weights)):
                 flat, views = plan.outputs(which, roles[which][0].dtype) if needed else (draw.rng_state, [])

@@ -68,8 +68,11 @@ def soft_masked_sgd_kernel(
         soft_lanes(
             loose(weights, WEIGHT) + strided_offsets(geometry, tensor, places, 0, RANK, 3),
             loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 3),
-            loose(gammas, tl.float32) + strided_offsets(geometry, tensor, places, 2, RANK, 3), mask, lr, WIDE,
-        )  # fmt: skip
+            loose(gammas, tl.float32) + strided_offsets(geometry, tensor, places, 2, RANK, 3),
+            mask,
+            lr,
+            WIDE,
+        )
 
 
 @triton.jit

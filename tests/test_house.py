@@ -84,8 +84,12 @@ def test_at_most_one_function_in_ten_takes_more_than_eight_parameters() -> None:
 @pytest.mark.parametrize("room", ABOVE)
 def test_no_room_imports_from_one_above_it(room: str) -> None:
     found = {path: set(imports(path)) for path in (ROOT / "dwm_fast" / room).rglob("*.py")}
-    wrong = [(path.name, name) for path, names in found.items() for name in names
-             if name.startswith("dwm_fast.") and name.split(".")[1] in ABOVE[room]]  # fmt: skip
+    wrong = [
+        (path.name, name)
+        for path, names in found.items()
+        for name in names
+        if name.startswith("dwm_fast.") and name.split(".")[1] in ABOVE[room]
+    ]
     assert found
     assert not wrong
 

@@ -98,8 +98,11 @@ def choose(problem: Problem) -> Choice:
     row = nearest(problem)
     if row is not None:
         way = ONE_PASS if row["one_pass_us"] <= row["staged_us"] else STAGED
-        return Choice(way, f"measured on {problem.name} at M={row['m']}, N={row['n']}, K={row['k']}: one pass "
-                           f"{row['one_pass_us']:.1f} us, staged {row['staged_us']:.1f} us")  # fmt: skip
+        return Choice(
+            way,
+            f"measured on {problem.name} at M={row['m']}, N={row['n']}, K={row['k']}: one pass "
+            f"{row['one_pass_us']:.1f} us, staged {row['staged_us']:.1f} us",
+        )
     return _by_theory(problem)
 
 

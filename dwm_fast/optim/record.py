@@ -129,9 +129,13 @@ class DrawRecorder:
         """As `dwm_fast.ops.sample`: masked weights, keep bits, penalty; differentiable in logits and weights."""
         count = len(weights)
         draw = Draw(
-            rng_state, tau, list(range(count) if layers is None else layers),
-            [0.0] * count if thresholds is None else list(thresholds), int(mode), step_offset,
-        )  # fmt: skip
+            rng_state,
+            tau,
+            list(range(count) if layers is None else layers),
+            [0.0] * count if thresholds is None else list(thresholds),
+            int(mode),
+            step_offset,
+        )
         self.mode = int(mode)
         self._require_owned(logits)
         if torch.compiler.is_compiling():

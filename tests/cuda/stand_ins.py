@@ -51,9 +51,13 @@ class FakeCapture:
     """torch.cuda.graph: nothing of what is recorded happens."""
 
     def __init__(
-        self, cuda_graph: FakeGraph, pool: Any = None, stream: FakeStream | None = None,
-        capture_error_mode: str = "global", **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        cuda_graph: FakeGraph,
+        pool: Any = None,
+        stream: FakeStream | None = None,
+        capture_error_mode: str = "global",
+        **kwargs: Any,
+    ) -> None:
         self.cuda_graph = cuda_graph
         self.capture_stream = stream
 

@@ -36,9 +36,14 @@ class DeviceTensor(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> DeviceTensor:
         made: DeviceTensor = torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device="meta", requires_grad=False,
-        )  # fmt: skip
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="meta",
+            requires_grad=False,
+        )
         made.inner, made.where = inner, device
         return made
 
@@ -129,9 +134,14 @@ class DeviceMode(TorchDispatchMode):
         return pinned
 
     def _compute(
-        self, func: Any, args: Any, kwargs: Any, given: list[Tensor], mine: list[DeviceTensor],
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        given: list[Tensor],
+        mine: list[DeviceTensor],
         where: torch.device | None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         name = func._schema.name.partition("::")[2]
         stream = self.gpu.stream(mine[0].device if mine else where)
         if func is aten._to_copy.default:

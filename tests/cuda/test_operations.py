@@ -65,9 +65,16 @@ def mask_adam(d: Draws) -> list[Tensor]:
     state = d.each(), d.each(), d.each(), d.zeros(), d.zeros()
     one = d.put(torch.ones(()))
     ops.mask_adam(
-        *state, *d.noise(), one / 100, one.expand(3).contiguous(), one.double() / 10, mode=0, layers=[0, 1, 2],
-        thresholds=[0.0] * 3, weight_decay=0.01,
-    )  # fmt: skip
+        *state,
+        *d.noise(),
+        one / 100,
+        one.expand(3).contiguous(),
+        one.double() / 10,
+        mode=0,
+        layers=[0, 1, 2],
+        thresholds=[0.0] * 3,
+        weight_decay=0.01,
+    )
     return [*state[0], *state[3], *state[4]]
 
 

@@ -34,8 +34,9 @@ SERIALISED = (
     "non wgmma instructions defining accumulator registers in the function 'kernel'\n"
 )
 SOUND = Usage(100, 40, 0, 0, {128: 8}, {128: 4}, barriers=0, copies=6, matrix=4)
-MEANT = Configuration("a kernel", None, (), {}, 4, loads=(128, 8), stores=(128, 4), barriers=0, matrix=True,
-                      pipelined=True)  # fmt: skip
+MEANT = Configuration(
+    "a kernel", None, (), {}, 4, loads=(128, 8), stores=(128, 4), barriers=0, matrix=True, pipelined=True
+)
 
 
 def test_accesses_barriers_and_matrix_instructions_are_counted():
