@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dwm_fast.pacs.pairs import report
-from dwm_fast.pacs.pairs.finding import finding
+from dwm_fast.pacs.pairs.finding import finding, interval
 
 from ..results_for_tests import STAND_IN, results, row, two_seeds
 
@@ -276,3 +277,27 @@ def test_finding_claims_nothing_without_a_comparison(rows, words):
     said = finding(results(rows))
     assert len(said) == 1
     assert words in said[0]
+
+
+def test_finding_says_how_sure_the_differences_are_from_six_paired_runs_on():
+    gains, drops = (0.1, 0.3, 0.2, 0.2, 0.1, 0.3), (0.01, -0.02, 0.01, 0.0, -0.01, 0.02)
+    runs = [("none", 0.0, 0.0, k) for k in range(6)] + [
+        ("binary", g, d, k) for k, (g, d) in enumerate(zip(gains, drops, strict=True))
+    ]
+    rows = [row("photo", "sketch", method, seed, gain, drop) for method, gain, drop, seed in runs]
+    said = " ".join(finding(results(rows, real=True)))
+    (low, high), (worst, best) = interval(gains), interval(drops)
+    assert "Over 6 paired runs the means lie, with 95 % confidence (bootstrap)" in said
+    assert (
+        f"S gain from {low:+.3f} to {high:+.3f}, which excludes 0; "
+        f"T drop from {worst:+.3f} to {best:+.3f}, which holds 0." in said
+    )
+    assert "95 %" not in " ".join(finding(results([r for r in rows if r["seed"] < 5], real=True)))
+
+
+def test_an_interval_is_that_of_all_resamples():
+    """Three differences have 27 resamples; the quantiles of 9999 draws are those of all."""
+    values = (0.0, 1.0, 5.0)
+    means = [sum(chosen) / 3 for chosen in itertools.product(values, repeat=3)]
+    assert interval(values) == pytest.approx((min(means), max(means)))  # 1/27 of the draws lie at each end
+    assert interval([0.2] * 8) == pytest.approx((0.2, 0.2))
