@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,10 @@ class LearnedMask:
         clip_norm: bound on the gradient's norm over all layers, or None.
         mask_samples: independent masks per batch.
         include, exclude: shell patterns of the layers to mask.
+        objective: what the mask is learned with, beside the regulariser: "labels", the cross-entropy, or "unmasked",
+            KL(p || q) with p the unmasked network's class probabilities and q the masked one's, a mean over images: the
+            information-theoretic mask that the DWM paper leaves to future work. It reads no label; the source budget
+            is measured in cross-entropy all the same.
     """
 
     epochs: Annotated[int, EPOCHS] = 12
@@ -53,6 +57,7 @@ class LearnedMask:
     mask_samples: Annotated[int, whole(1)] = 1
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
+    objective: Literal["labels", "unmasked"] = field(default="labels", metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -80,8 +85,9 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     fold = options.clip_norm is None
     rate = torch.tensor(options.lr, device=device)
     optimizer = MaskAdam(masked, rate, eps=options.eps, coefficient=coefficient if fold else 0.0, fold=fold)
+    objective = _objective(masked, model, options, task)
     training = FastStep(
-        lambda images, labels: _step(masked, optimizer, images, labels, coefficient, options, task),
+        lambda images, labels: _step(masked, optimizer, objective(images, labels), coefficient, options),
         restore=(masked, optimizer),
     )
     history = []
@@ -123,18 +129,25 @@ def _masked(model: nn.Module, kind: MaskKind, options: LearnedMask, seed: int) -
         )
 
 
-def _step(
-    masked: MaskedModel,
-    optimizer: MaskAdam,
-    images: Tensor,
-    labels: Tensor,
-    coefficient: Tensor,
-    options: LearnedMask,
-    task: SourceTask,
-) -> Tensor:
-    with task.autocast() if task.autocast else contextlib.nullcontext():
-        logits = masked(images)
-    loss = F.cross_entropy(logits.float(), labels)
+def _objective(
+    masked: MaskedModel, model: nn.Module, options: LearnedMask, task: SourceTask
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(images, labels) -> the loss that `options.objective` names."""
+
+    def objective(images: Tensor, labels: Tensor) -> Tensor:
+        with task.autocast() if task.autocast else contextlib.nullcontext():
+            logits = masked(images).float()
+            if options.objective == "labels":
+                return F.cross_entropy(logits, labels)
+            with torch.no_grad():
+                wanted = model(images).float()
+        log_q, log_p = F.log_softmax(logits, dim=1), F.log_softmax(wanted, dim=1)
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+    return objective
+
+
+def _step(masked: MaskedModel, optimizer: MaskAdam, loss: Tensor, coefficient: Tensor, options: LearnedMask) -> Tensor:
     optimizer.zero_grad()
     if optimizer.fold:
         loss.backward()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import dwm_fast as dwm
 from dwm_fast.errors import InputError
 from dwm_fast.methods import Binary, EditMask, LearnedMask
-from dwm_fast.methods.learned import _meet_budget, learn_mask
+from dwm_fast.methods.learned import _meet_budget, _objective, learn_mask
 
 from .toys import USED, conv_net, image_batches, trained_mlp, under_mask, vector_task
 
@@ -229,3 +229,32 @@ def test_gpu_captured_and_eager_learning_agree(clip_norm, monkeypatch):
     assert captured.within_budget is True
     assert captured.fraction_kept == pytest.approx(eager.fraction_kept, abs=0.05)
     assert (captured.keep["0"] == eager.keep["0"]).float().mean() > 0.9
+
+
+def test_the_unmasked_objective_is_the_divergence_from_the_unmasked_network(model):
+    """Mean over images of sum_c p_c (log p_c - log q_c), its gradient reaching the mask alone; no label is read."""
+    model = copy.deepcopy(model)
+    model.zero_grad(set_to_none=True)
+    masked = dwm.mask_model(copy.deepcopy(model), dwm.GumbelSigmoid(init=0.0), seed=3).eval()
+    with torch.no_grad():
+        for parameter in masked.mask_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    images, labels = next(iter(vector_task().batches(0)))
+    objective = _objective(masked, model, dataclasses.replace(OPTIONS, objective="unmasked"), vector_task())
+    p, q = model(images).double().softmax(1), masked(images).double().softmax(1)
+    expected = (p * (p.log() - q.log())).sum(1).mean()
+    found = objective(images, labels)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)  # fp32 logs of probabilities
+    assert found.item() > 0.01
+    assert torch.equal(objective(images, labels.flip(0)), found)
+    masked.train()
+    objective(images, labels).backward()
+    assert all(p.grad is not None for p in masked.mask_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_mask_learned_without_labels_keeps_to_its_budget(model):
+    found = binary(model, objective="unmasked")
+    loss = vector_task().loss
+    assert loss(under_mask(model, found.keep)) <= loss(model) + OPTIONS.source_budget
+    assert found.fraction_kept < 0.7
