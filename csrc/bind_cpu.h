@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "bind.h"
@@ -12,9 +14,12 @@ namespace dwm {
 
 using Numbers = std::vector<double>;
 
+// DWM_FAST_ISA=baseline insists on the portable copy; read once.
 inline const Kernels& kernels() {
 #if defined(DWM_WITH_AVX2)
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+  static const char* asked = std::getenv("DWM_FAST_ISA");
+  static const bool portable = asked != nullptr && std::strcmp(asked, "baseline") == 0;
+  static const bool avx2 = !portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
   return avx2 ? kKernelsAvx2 : kKernelsBaseline;
 #else
   return kKernelsBaseline;

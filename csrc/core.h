@@ -213,6 +213,17 @@ struct LinearPacked {
   int64_t n, k;
 };
 
+struct KeptLinear {
+  const float* x;         // (m, pitch), zero from column k on
+  const void* values;     // kept weights in logical order
+  const int64_t* starts;  // (n + 1,): the first value of every row
+  const uint8_t* bits;    // n * k bits
+  const float* bias;      // (n,) or nullptr
+  float* out;             // (m, n)
+  int64_t m, n, k, pitch;
+  Type type;  // of the values
+};
+
 // Every function works on elements [begin, end) of one tensor in logical order; begin is a multiple of 128 and, for
 // channels_last, of shape.spatial; end is too, or is numel.
 struct Kernels {
@@ -230,6 +241,7 @@ struct Kernels {
   void (*frozen_sgd)(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end);
   void (*mask_adam)(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end);
   void (*linear_packed)(const LinearPacked& job, int64_t first_row, int64_t last_row);
+  bool (*linear_kept)(const KeptLinear& job, int64_t first_row, int64_t last_row);
   // The filter kernels work on rows [begin, end) of outer; soft_masked_sgd on lanes in memory order.
   FilterRange (*filter_range)(float threshold, const FilterTensor& t);
   void (*kernel_soft)(float threshold, const FilterRange& range, const FilterTensor& t, int64_t begin, int64_t end);

@@ -2,6 +2,7 @@
 
 from dwm_fast.nn.explain import Explanation, explain
 from dwm_fast.nn.io import load_masked, save_masked
+from dwm_fast.nn.kept import KeptLinear
 from dwm_fast.nn.kinds import Edit, GumbelSigmoid, KernelSoft, MaskKind, TauSchedule, Threshold, kind_from_dict
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.merge import merge
@@ -13,6 +14,7 @@ __all__ = [
     "Edit",
     "Explanation",
     "GumbelSigmoid",
+    "KeptLinear",
     "KernelSoft",
     "MaskKind",
     "MaskedConv2d",

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from dwm_fast.errors import BackendUnavailable, InputError
+from dwm_fast.nn.kept import KeptLinear
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.packed import PackedConv2d, PackedLayer, PackedLinear
 from dwm_fast.ops import backends, padded
 from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.geometry import Geometry
+from dwm_fast.ops.kept import weight_like
 from dwm_fast.ops.ways import STAGED, Choice, choose_for
 
 
@@ -56,6 +58,8 @@ def explain(layer: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype 
             f"explain got {type(layer).__name__}; expected MaskedLinear, MaskedConv2d, PackedLinear or PackedConv2d"
         )
     _check_shape(layer, input_shape)
+    if isinstance(layer, KeptLinear):
+        return _explained(layer, input_shape, dtype)
     if isinstance(layer, MaskedLayer) and not layer.draws_in_product():
         reason = _STAGED_TOGETHER if layer.rng_state is None else _STAGED_ALONE
         return Explanation(reason, reason, reason)
@@ -66,7 +70,17 @@ def explain(layer: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype 
     return Explanation(*(_choice(op, layer, input_shape, dtype) for op in operations))
 
 
+def _explained(layer: KeptLinear, shape: Sequence[int], dtype: torch.dtype | None) -> Explanation:
+    dense = layer.in_features * layer.out_features * layer.values.element_size()
+    forward = _choice("linear_kept", layer, shape, dtype)
+    why = f"{forward.why}; it holds {layer.nbytes:,} bytes, {dense:,} where all weights are stored"
+    expanded = Choice(STAGED, "the gradient is torch's product with the masked weight, put together for it")
+    return Explanation(Choice(forward.way, why), expanded, Choice(STAGED, "kept weights are frozen: none is computed"))
+
+
 def _weight(layer: MaskedLayer | PackedLayer) -> torch.Tensor:
+    if isinstance(layer, KeptLinear):
+        return weight_like(layer.values, layer.row_starts, layer.in_features)
     return layer.backbone_weight if isinstance(layer, PackedLayer) else layer.frozen_weight
 
 

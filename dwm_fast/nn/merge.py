@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from dwm_fast.errors import InputError
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw
 from dwm_fast.nn.model import MaskedModel, as_masked_model
+from dwm_fast.nn.packed import PackedLayer, PackedLinear
 from dwm_fast.nn.recast import drop_mask, recast
-from dwm_fast.nn.shell import Shell
+from dwm_fast.nn.shell import Shell, unwrapped
 
 
 @torch.inference_mode(False)
-def merge(masked: MaskedModel) -> nn.Module:
+def merge(masked: MaskedModel | nn.Module) -> nn.Module:
     """An ordinary nn.Module with the deterministic masks (or the edits) baked into the weights.
 
     Args:
-        masked: what `mask_model` returned; it is left as it is.
+        masked: what `mask_model` or `pack` returned; it is left as it is.
 
     Returns:
         A network of plain Linear and Conv2d layers, in the train/eval state of `masked`, that shares no
@@ -25,7 +28,7 @@ def merge(masked: MaskedModel) -> nn.Module:
         trainable.
 
     Raises:
-        InputError: it is no masked model.
+        InputError: it is neither.
 
     Example:
         >>> import torch, dwm_fast as dwm
@@ -34,6 +37,11 @@ def merge(masked: MaskedModel) -> nn.Module:
         >>> type(plain).__name__, torch.equal(plain(x), masked(x))
         ('Linear', True)
     """
+    network = unwrapped(masked)
+    if isinstance(network, nn.Module):
+        packed = {name: layer for name, layer in network.named_modules() if isinstance(layer, PackedLayer)}
+        if packed:
+            return _unpacked(network, packed)
     masked = as_masked_model(masked, "merge")
     layers = list(masked.mask_layers().values())
     with torch.no_grad():
@@ -43,6 +51,22 @@ def merge(masked: MaskedModel) -> nn.Module:
         shell.put(name, _plain_layer(shell.module.get_submodule(name), weight))
     shell.module.requires_grad_(True)
     return shell.module.train(masked.training)
+
+
+def _unpacked(network: nn.Module, packed: Mapping[str, PackedLayer]) -> nn.Module:
+    """A packed network with plain layers in the place of its packed ones."""
+    shell = Shell(network, shared=())
+    for name, layer in packed.items():
+        plain: nn.Module = recast(layer, nn.Linear if isinstance(layer, PackedLinear) else nn.Conv2d)
+        for tensor in ("backbone_weight", "values", "row_starts", "bits"):
+            plain._parameters.pop(tensor, None)
+            plain._buffers.pop(tensor, None)
+        plain.weight = nn.Parameter(layer.weight.detach())
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.detach().clone())
+        shell.put(name, plain)
+    shell.module.requires_grad_(True)
+    return shell.module.train(network.training)
 
 
 def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:

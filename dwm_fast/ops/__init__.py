@@ -13,6 +13,7 @@ from dwm_fast.ops.bits import (
 )
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed, padded
 from dwm_fast.ops.draw import Mode
+from dwm_fast.ops.kept import PADDING, expand_values, is_faster_kept, keep_values, linear_kept
 from dwm_fast.ops.kernel_soft import kernel_soft
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.packing import packed_nbytes, packed_offsets
@@ -24,6 +25,7 @@ from dwm_fast.ops.ways import WAYS, use_way
 
 __all__ = [
     "BACKENDS",
+    "PADDING",
     "WAYS",
     "Mode",
     "advance",
@@ -34,11 +36,15 @@ __all__ = [
     "conv2d",
     "conv2d_packed",
     "count",
+    "expand_values",
     "frozen_adamw",
     "frozen_sgd",
+    "is_faster_kept",
     "jaccard",
+    "keep_values",
     "kernel_soft",
     "linear",
+    "linear_kept",
     "linear_packed",
     "mask_adam",
     "overlap",

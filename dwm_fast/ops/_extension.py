@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.errors import Unsupported
@@ -192,6 +193,21 @@ def linear_packed(
     if problem.m:
         _straight(rows_of(x), weight, bits.contiguous().unsqueeze(0), bias, [0, 0, problem.m], y)
     return activated(y.view(*x.shape[:-1], weight.shape[0]), activation)
+
+
+def linear_kept(
+    problem: Problem, x: Tensor, values: Tensor, row_starts: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    n, k = problem.n, problem.k
+    rows = rows_of(x).float()
+    if k % 16:
+        rows = F.pad(rows, (0, -k % 16))
+    y = torch.empty((problem.m, n), dtype=torch.float32)
+    shift = None if bias is None else bias.float().contiguous()
+    _OPS.linear_kept.default(
+        rows.contiguous(), values.contiguous(), row_starts.contiguous(), bits.contiguous(), shift, k, y
+    )
+    return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
 def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:

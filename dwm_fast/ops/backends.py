@@ -55,6 +55,7 @@ def _cpp() -> dict[str, Implementation]:
         "raise_importance": _extension_soft.raise_importance,
         "soft_masked_sgd": _extension_soft.soft_masked_sgd,
         "linear_packed": _extension.linear_packed,
+        "linear_kept": _extension.linear_kept,
         "bank_linear": _extension.bank_linear,
     }
 

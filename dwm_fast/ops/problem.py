@@ -116,4 +116,5 @@ def problem_of(
 
 def cpu_problem(op: str, x: Tensor, weight: Tensor, rows: int) -> Problem:
     """`rows` rows of x times `weight`, computed by the C++ extension."""
-    return Problem(op, "cpu", weight.dtype if x.dtype == torch.float32 else x.dtype, rows, *weight.shape)
+    plain = x.dtype != torch.float32 and weight.dtype in FLOATS
+    return Problem(op, "cpu", x.dtype if plain else weight.dtype, rows, *weight.shape)

@@ -52,6 +52,7 @@ def _somebody_listens(args: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or not all(type(x) in _PLAIN for x in args if isinstance(x, Tensor))
         or not all(
             _PLAIN.issuperset(map(type, x)) for x in args if isinstance(x, list) and x and isinstance(x[0], Tensor)
         )

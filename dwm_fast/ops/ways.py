@@ -33,6 +33,8 @@ LARGE_WEIGHT = 1 << 22
 """Weights (16 MiB in fp32) that no second-level cache holds: reading them is what a product of few rows costs."""
 CPU_ROWS_LARGE = 16
 """The same limit for large weights, whose masked copy would have to be written to memory and read again."""
+KEPT_ROWS = 32
+"""Rows up to which the C++ extension multiplies kept weights as it expands them."""
 DRAWN_ROWS = 16
 """A tile with logits, weights and four Philox words an element in registers holds no more rows without spilling."""
 FMA_ROWS = 16
@@ -114,8 +116,10 @@ def one_pass(problem: Problem) -> bool:
 def _obstacle(problem: Problem) -> str:
     """Why one pass cannot compute this, or ""."""
     if problem.device == "cpu":
+        if problem.op == "linear_kept":
+            return "" if problem.dtype in FLOATS else f"the CPU's kernel takes 16 or 32 bits, not {problem.dtype}"
         if problem.op != "linear_packed":
-            return "on a CPU only linear_packed has a one-pass kernel"
+            return "on a CPU only linear_packed and linear_kept have one-pass kernels"
         return "" if problem.dtype == torch.float32 else f"the CPU's one-pass kernel takes float32, not {problem.dtype}"
     if problem.dtype not in FLOATS:
         return f"one-pass kernels take float32, bfloat16 and float16, not {problem.dtype}"
@@ -127,7 +131,9 @@ def _obstacle(problem: Problem) -> str:
 def _by_theory(problem: Problem) -> Choice:
     if not problem.linear:
         return Choice(STAGED, "convolutions run in one pass only where a table of this device says that it is faster")
-    if problem.device == "cpu":
+    if problem.op == "linear_kept":
+        limit = KEPT_ROWS
+    elif problem.device == "cpu":
         limit = CPU_ROWS_LARGE if problem.n * problem.k >= LARGE_WEIGHT else CPU_ROWS
     elif problem.dtype == torch.float32 and not problem.tf32:
         limit = FMA_ROWS

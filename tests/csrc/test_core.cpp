@@ -246,6 +246,42 @@ std::vector<float> check_linear(const Kernels& k, int64_t n, int64_t width, bool
   return {out.get(), out.get() + out.size};
 }
 
+// Kept weights give bit for bit what all weights and bits give; bits that do not fit the values compute nothing.
+void check_kept(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep, Type type) {
+  std::srand(8);
+  const int64_t pitch = (width + 15) / 16 * 16;
+  Block<float> x(m * width), padded(m * pitch), w(n * width), bias(n), expected(m * n), out(m * n);
+  Block<uint8_t> bits(packed_nbytes(n * width));
+  Block<int64_t> starts(n + 1);
+  std::vector<float> kept;
+  for (int64_t i = 0; i < m * width; ++i) x[i] = padded[i / width * pitch + i % width] = next_float();
+  for (int64_t i = 0; i < n; ++i) bias[i] = next_float();
+  for (int64_t e = 0; e < n * width; ++e) {
+    w[e] = static_cast<float>(std::rand() % 64 - 32) * 0.25f;  // the same in 16 bits
+    const bool one = std::rand() % 10 < keep;
+    bits[e / 8] = static_cast<uint8_t>(bits[e / 8] | (one ? 1 : 0) << (e % 8));
+    if (one) kept.push_back(w[e]);
+    starts[e / width + 1] = static_cast<int64_t>(kept.size());
+  }
+  const int64_t count = static_cast<int64_t>(kept.size()), bytes = type == Type::f32 ? 4 : 2;
+  Block<uint8_t> values((count + 8) * bytes);
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t word;
+    std::memcpy(&word, &kept[static_cast<size_t>(i)], 4);
+    uint16_t half = static_cast<uint16_t>(word >> 16);
+    if (type == Type::f16) half = static_cast<uint16_t>((half & 0x8000u) | (word << 1 ? ((word & 0x7FFFFFFFu) - 0x38000000u) >> 13 : 0u));
+    std::memcpy(values.get() + i * bytes, type == Type::f32 ? static_cast<void*>(&word) : &half, static_cast<size_t>(bytes));
+  }
+  const LinearPart part{bits.get(), bias.get(), 0, m};
+  k.linear_packed({x.get(), w.get(), expected.get(), &part, 1, n, width}, 0, n);
+  KeptLinear job{padded.get(), values.get(), starts.get(), bits.get(), bias.get(), out.get(), m, n, width, pitch, type};
+  const int64_t middle = n / 2;
+  require(k.linear_kept(job, 0, middle) && k.linear_kept(job, middle, n), "bits that fit are taken", k.name);
+  require(std::memcmp(out.get(), expected.get(), static_cast<size_t>(m * n) * 4) == 0, "kept weights are enough", k.name);
+  bits[0] = static_cast<uint8_t>(bits[0] ^ 1);
+  require(!k.linear_kept(job, 0, n), "bits that do not fit the values are refused", k.name);
+}
+
 // Small integers: products and sums are exact, in whatever order they are formed.
 void check_filters(const Kernels& k, int64_t outer, int64_t inner, int64_t taps, bool last) {
   const int64_t kernels = outer * inner, numel = kernels * taps;
@@ -309,6 +345,14 @@ int main() {
     check_words(*k);
     for (const Shape& shape : shapes) check_bits(*k, shape);
     for (const int64_t width : {1, 7, 33, 2050}) check_linear(*k, 3, width, true);
+    for (const int64_t width : {1, 7, 33, 1100}) {
+      for (const int64_t m : {1, 2, 3, 4, 7, 35}) {
+        check_kept(*k, m, 19, width, 4, Type::f32);
+        check_kept(*k, m, 13, width, 10, Type::bf16);
+        check_kept(*k, m, 2, width, 0, Type::f16);
+        check_kept(*k, m, 3, width, 7, Type::f16);
+      }
+    }
     for (const int64_t taps : {1, 4, 9, 49}) {
       for (const bool last : {false, true}) {
         check_filters(*k, 3, 33, taps, last);

@@ -1,0 +1,144 @@
+"""linear_kept in C++: fp64's product within the budget of its sums, and the same bits whoever computes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from dwm_fast import ops
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def problem(
+    n: int, k: int, kept: float, dtype: torch.dtype, seed: int = 3
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weight with NaN under dropped bits, the masked weight in fp64, bits, values, row starts."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator).to(dtype)
+    mask = torch.rand(n, k, generator=generator) < kept
+    if n > 2:
+        mask[1], mask[2] = False, True
+    bits = ops.pack([mask])
+    values, starts = ops.keep_values(weight.masked_fill(~mask, torch.nan), bits)
+    return weight, torch.where(mask, weight, 0).double(), bits, values, starts
+
+
+shapes = st.tuples(st.sampled_from([1, 2, 4, 5, 9, 16, 37]), st.integers(1, 40), st.integers(1, 700))
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.sampled_from(DTYPES), st.booleans())
+def test_the_product_is_fp64s_within_the_budget_of_its_sums(shape, kept, dtype, with_bias):
+    m, n, k = shape
+    _, masked, bits, values, starts = problem(n, k, kept, dtype)
+    generator = torch.Generator().manual_seed(4)
+    wide = torch.randn(m, 2 * k, generator=generator)
+    x, bias = wide[:, ::2], torch.randn(n, generator=generator) if with_bias else None
+    with ops.use_backend("cpp"), ops.use_way("one-pass"):
+        got = ops.linear_kept(x, values, starts, bits, bias)
+    shift = torch.zeros(n).double() if bias is None else bias.double()
+    # Each lane adds ceil(k / 16) rounded products, four levels add the lanes and one the bias.
+    terms = -(-k // 16) + 6
+    size = x.double().abs() @ masked.abs().t() + shift.abs()
+    error = (got - (x.double() @ masked.t() + shift)).abs()
+    assert (error <= terms * 2.0**-24 / (1 - terms * 2.0**-24) * size).all()
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 6, 33])
+@pytest.mark.parametrize("k", [5, 512, 4101])
+def test_kept_weights_give_the_bits_that_all_weights_give_on_any_number_of_threads(m, k):
+    weight, _, bits, values, starts = problem(101, k, 0.3, torch.float32)
+    x, before = torch.randn(m, k, generator=torch.Generator().manual_seed(1)), torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with ops.use_backend("cpp"), ops.use_way("one-pass"):
+                y = ops.linear_kept(x, values, starts, bits)
+                assert torch.equal(y, ops.linear_packed(x, weight, bits))
+                assert torch.equal(y[:1], ops.linear_kept(x[:1], values, starts, bits))
+    finally:
+        torch.set_num_threads(before)
+
+
+PROGRAM = """
+import hashlib, sys, torch
+sys.path.insert(0, {folder!r})
+from test_kept import DTYPES, problem
+from dwm_fast import ops
+with ops.use_backend("cpp"), ops.use_way("one-pass"):
+    found = hashlib.sha256()
+    for dtype in DTYPES:
+        for k in (33, 1100):
+            _, _, bits, values, starts = problem(50, k, 0.4, dtype)
+            for m in (1, 4, 9):
+                x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+                found.update(ops.linear_kept(x, values, starts, bits).numpy().tobytes())
+print(torch.ops.dwm_fast_cpu.instruction_set(), found.hexdigest())
+"""
+
+
+def test_instruction_sets_give_the_same_bits():
+    folder = os.path.dirname(__file__)
+    told = []
+    for setting in ({"DWM_FAST_ISA": "baseline"}, {}):
+        environment = {k: v for k, v in os.environ.items() if k != "DWM_FAST_ISA"} | setting
+        command = [sys.executable, "-c", PROGRAM.format(folder=folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.split())
+    assert told[0][0] == "baseline"
+    assert told[0][1] == told[1][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_sixteen_bit_value_is_widened_exactly(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    weight = every[~every.isnan()].clone()
+    bits = ops.pack([torch.ones(weight.numel(), 1)])
+    values, starts = ops.keep_values(weight.unsqueeze(1), bits)
+    with ops.use_backend("cpp"), ops.use_way("one-pass"):
+        y = ops.linear_kept(torch.ones(1, 1), values, starts, bits)[0]
+    assert torch.equal(y, weight.float())
+    with ops.use_backend("cpp"), ops.use_way("one-pass"):
+        nan = ops.keep_values(torch.full((1, 1), torch.nan, dtype=dtype), ops.pack([torch.ones(1, 1)]))
+        assert ops.linear_kept(torch.ones(1, 1), *nan, ops.pack([torch.ones(1, 1)])).isnan().all()
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_infinite_inputs_meet_dropped_weights_as_in_a_product(m):
+    _, masked, bits, values, starts = problem(19, 33, 0.5, torch.float32)
+    x = torch.randn(m, 33)
+    x[0, 5] = torch.inf
+    with ops.use_backend("cpp"), ops.use_way("one-pass"):
+        got = ops.linear_kept(x, values, starts, bits)
+    torch.testing.assert_close(got, torch.nn.functional.linear(x, masked.float()), equal_nan=True)
+
+
+def test_tensors_that_do_not_fit_each_other_are_refused_before_values_are_read():
+    _, _, bits, values, starts = problem(19, 32, 0.5, torch.float32)
+    x, out = torch.ones(2, 32), torch.empty(2, 19)
+    kernel = torch.ops.dwm_fast_cpu.linear_kept
+    other = ops.pack([torch.ones(19, 32)])
+    with pytest.raises(RuntimeError, match="different numbers of kept weights"):
+        kernel(x, values, starts, other, None, 32, out)
+    for wrong in (starts + 1, starts.flip(0), starts * 2, starts[:0]):
+        with pytest.raises(RuntimeError, match="dwm_fast: row_starts must"):
+            kernel(x, values, wrong, bits, None, 32, out)
+    with pytest.raises(RuntimeError, match="row_starts must rise from 0 and end before the padding"):
+        kernel(x, values[: int(starts[-1])], starts, bits, None, 32, out)
+    with pytest.raises(RuntimeError, match="do not fit each other"):
+        kernel(x[:, :16].contiguous(), values, starts, bits, None, 32, out)
+    with pytest.raises(RuntimeError, match="bits have"):
+        kernel(x, values, starts, bits[:16], None, 32, out)
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+        kernel(x, values.double(), starts, bits, None, 32, out)
