@@ -20,9 +20,8 @@ from torch import Tensor
 from dwm_fast.errors import InputError
 from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.bits import unpack
-from dwm_fast.ops.linear import rows_of
 from dwm_fast.ops.packing import check_length
-from dwm_fast.ops.problem import FLOATS
+from dwm_fast.ops.problem import FLOATS, rows_of
 from dwm_fast.ops.registration import call, define, refuse_double_backward
 from dwm_fast.ops.ways import LARGE_WEIGHT
 
