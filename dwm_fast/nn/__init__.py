@@ -3,11 +3,12 @@
 from dwm_fast.nn.explain import Explanation, explain
 from dwm_fast.nn.io import load_masked, save_masked
 from dwm_fast.nn.kept import KeptLinear
-from dwm_fast.nn.kinds import Edit, GumbelSigmoid, KernelSoft, MaskKind, TauSchedule, Threshold, kind_from_dict
+from dwm_fast.nn.kinds import Edit, GumbelSigmoid, KernelSoft, MaskKind, Threshold, kind_from_dict
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.merge import merge
 from dwm_fast.nn.model import MaskedModel, mask_model
 from dwm_fast.nn.packed import PackedConv2d, PackedLinear, pack
+from dwm_fast.nn.schedule import TauSchedule
 from dwm_fast.nn.select import maskable_layers
 
 __all__ = [

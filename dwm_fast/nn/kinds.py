@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
+from dwm_fast.nn.schedule import TauSchedule, check_flags, check_numbers
 from dwm_fast.ops import Mode
 from dwm_fast.ops.kernel_soft import kernel_shape, kernel_soft, soft_values
 
@@ -23,18 +24,6 @@ INIT_SCHEMES = ("1s", "uniform", "weight_based_1s")
 """How `Threshold` starts (names of Piggyback's code)."""
 
 
-def _check_numbers(what: str, **values: object) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InputError(f"{what} got {name}={value!r}; expected a finite number")
-
-
-def _check_flags(what: str, **values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise InputError(f"{what} got {name}={value!r}; expected True or False")
-
-
 def checked_kind(kind: object) -> MaskKind:
     """The mask kind that was given; InputError for anything else, a kind's class too."""
     if isinstance(kind, MaskKind):
@@ -43,31 +32,6 @@ def checked_kind(kind: object) -> MaskKind:
         raise InputError(f"the mask kind is the class {kind.__name__}; expected an object: {kind.__name__}()")
     known = ", ".join(f"{known.__name__}(...)" for known in _KINDS.values())
     raise InputError(f"the mask kind is {kind!r}; expected one of {known}")
-
-
-@dataclass(frozen=True)
-class TauSchedule:
-    """Temperature that falls from `start` to `end` over `steps` training forwards, geometrically; then stays.
-
-    It is computed on the device from the step tensor, so it works inside a CUDA graph.
-    """
-
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_numbers("TauSchedule", start=self.start, end=self.end, steps=self.steps)
-        if not (self.start > 0 and self.end > 0 and self.steps >= 1):
-            raise InputError(
-                f"TauSchedule got start={self.start}, end={self.end}, steps={self.steps}; "
-                "expected temperatures above 0 and at least one step"
-            )
-
-    def at(self, forwards: Tensor) -> Tensor:
-        """Temperature (0-dim fp32) after `forwards` (0-dim integer tensor) training forwards."""
-        progress = (forwards / self.steps).clamp(0.0, 1.0).to(torch.float32)
-        return self.start * torch.pow(torch.full_like(progress, self.end / self.start), progress)
 
 
 @dataclass(frozen=True)
@@ -170,8 +134,8 @@ class GumbelSigmoid(MaskKind):
     name: ClassVar[str] = "gumbel-sigmoid"
 
     def __post_init__(self) -> None:
-        _check_numbers("GumbelSigmoid", init=self.init)
-        _check_flags("GumbelSigmoid", hard=self.hard)
+        check_numbers("GumbelSigmoid", init=self.init)
+        check_flags("GumbelSigmoid", hard=self.hard)
         if isinstance(self.tau, TauSchedule):
             return
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < math.inf:
@@ -218,8 +182,8 @@ class Threshold(MaskKind):
     name: ClassVar[str] = "threshold"
 
     def __post_init__(self) -> None:
-        _check_numbers("Threshold", threshold=self.threshold, init=self.init)
-        _check_flags("Threshold", ternary=self.ternary)
+        check_numbers("Threshold", threshold=self.threshold, init=self.init)
+        check_flags("Threshold", ternary=self.ternary)
         if self.scheme not in INIT_SCHEMES:
             raise InputError(f"Threshold got scheme={self.scheme!r}; expected one of {', '.join(INIT_SCHEMES)}")
 
@@ -277,7 +241,7 @@ class Edit(MaskKind):
     name: ClassVar[str] = "edit"
 
     def __post_init__(self) -> None:
-        _check_numbers("Edit", threshold=self.threshold, init=self.init, spread=self.spread)
+        check_numbers("Edit", threshold=self.threshold, init=self.init, spread=self.spread)
         if self.threshold <= 0:
             raise InputError(f"Edit got threshold={self.threshold}; expected a number of standard deviations above 0")
         if self.spread < 0:
@@ -334,8 +298,8 @@ class KernelSoft(MaskKind):
     name: ClassVar[str] = "kernel-soft"
 
     def __post_init__(self) -> None:
-        _check_numbers("KernelSoft", threshold=self.threshold, init=self.init)
-        _check_flags("KernelSoft", noisy=self.noisy)
+        check_numbers("KernelSoft", threshold=self.threshold, init=self.init)
+        check_flags("KernelSoft", noisy=self.noisy)
 
     def draw(
         self, learned: Sequence[Tensor], weights: Sequence[Tensor], rng_state: Tensor, tau: Tensor, *, training: bool,
