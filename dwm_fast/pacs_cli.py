@@ -60,7 +60,7 @@ def pairs(
     validation: Validation = None,
     sources: Annotated[str | None, typer.Option(help="Source domains, comma-separated.")] = None,
     targets: Annotated[str | None, typer.Option(help="Target domains, comma-separated.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Some of none,naive,edit,binary.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; by default all.")] = None,
     inits: Annotated[str | None, typer.Option(help="Some of S_start,S_end,random.")] = None,
     sequence: Annotated[
         str | None, typer.Option(help="The same as the command sequence; with its --task-epochs.")
