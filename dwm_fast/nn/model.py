@@ -218,8 +218,9 @@ class MaskedModel(nn.Module):
 
     def extra_repr(self) -> str:
         total = sum(layer.frozen_weight.numel() for layer in self._layers.values())
+        every = sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for p in self.mask_parameters())
         return (
-            f"kind={self.kind.name}, masked_layers={len(self._layers)}, masked_weights={total:,}, "
+            f"kind={self.kind.name}, masked_layers={len(self._layers)}, masked_weights={total:,} of {every:,}, "
             f"mask_samples={self.mask_samples}, batch_norm={self.batch_norm}"
         )
 
@@ -277,6 +278,10 @@ def mask_model(
         InputError: no layer fits the patterns, or one that fits cannot be masked: its weight is tied to
             another tensor or computed, or its class has a forward of its own (the message names all of them,
             what to do, and what to exclude).
+
+    Warns:
+        UserWarning: more weights lie in modules of other classes (convolutions of other dimensions, recurrent
+            layers, attention with a weight of its own) than are masked, and `exclude` does not name them.
 
     Example:
         >>> import torch, dwm_fast as dwm

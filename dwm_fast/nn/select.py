@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from dwm_fast.errors import InputError
 from dwm_fast.nn.layers import MaskedLayer
+from dwm_fast.nn.left_out import in_words, left_out
 from dwm_fast.nn.stored import computed, unfit
 from dwm_fast.ops.shards import refuse_shards
 
@@ -51,9 +53,27 @@ def maskable_layers(
     if not chosen:
         raise InputError(
             f"no Linear or Conv2d layer fits include={list(wanted)} and exclude={list(unwanted)}; "
-            f"the model has: {_listed(found)}"
+            f"the model has: {_listed(found)}{_beside(model)}"
         )
+    if wanted == ("*",):
+        _warn_of_the_rest(chosen, left_out(model, unwanted))
     return chosen
+
+
+def _beside(model: nn.Module) -> str:
+    rest = left_out(model)
+    return f"; and, never masked, {in_words(rest)}" if rest else ""
+
+
+def _warn_of_the_rest(chosen: dict[str, nn.Linear | nn.Conv2d], rest: dict[str, tuple[int, int]]) -> None:
+    """A warning where most of what the network multiplies by is out of reach, and nobody said that it should be."""
+    masked = sum(module.weight.numel() for module in chosen.values())
+    if sum(weights for _, weights in rest.values()) > masked:
+        warnings.warn(
+            f"mask_model masks {masked:,} weights, those of Linear and Conv2d layers, and leaves as they are "
+            f"{in_words(rest)}; name those modules in exclude= if that is meant",
+            stacklevel=5,
+        )
 
 
 def _refuse_strange(model: Any) -> None:
@@ -127,8 +147,14 @@ def _unmaskable(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         own = own or type(module)._conv_forward is not nn.Conv2d._conv_forward
     if own:
-        return f"is a {type(module).__name__} with a forward of its own, which a mask would replace"
+        return f"is a {_class_name(module, base)} with a forward of its own, which a mask would replace"
     return unfit(module._parameters["weight"])
+
+
+def _class_name(module: nn.Module, base: type[nn.Module]) -> str:
+    """The class's name, with its module where it is called as torch's own is."""
+    cls = type(module)
+    return f"{cls.__module__}.{cls.__name__}" if cls.__name__ == base.__name__ else cls.__name__
 
 
 def refuse_shared(model: nn.Module, chosen: Iterable[str]) -> None:

@@ -559,7 +559,7 @@ def test_channels_last_is_kept_through_the_network():
 
 def test_repr_names_kind_and_counts():
     text = repr(dwm.mask_model(_net(), dwm.GumbelSigmoid(), mask_samples=4))
-    assert "kind=gumbel-sigmoid, masked_layers=3, masked_weights=510, mask_samples=4, batch_norm=frozen" in text
+    assert "kind=gumbel-sigmoid, masked_layers=3, masked_weights=510 of 532, mask_samples=4, batch_norm=frozen" in text
 
 
 def test_another_sampler_may_draw_in_training_and_only_there():
