@@ -47,6 +47,7 @@ class Backbone:
         self.parameters = dict(self.model.named_parameters())
         self.run = Runner(self.model)
         self._slots = list(_slots(self.model))
+        self._habits = [(module, _habit(module)) for module in self.model.modules()]
         self._digests: dict[str, bytes] = {}
         self._take_marks()
 
@@ -59,12 +60,15 @@ class Backbone:
     def stamp(self) -> int:
         """A number that changes when a module, a tensor or a tensor's content has changed since the last call.
 
-        Looked at are: which modules and tensors the network has; every tensor's version counter, storage, dtype and
-        device; and, on a CPU, the values themselves, all of a tensor up to 2^14 elements and 2^10 evenly spaced ones of
-        a larger: writing through `.data`, as averages of weights do, leaves no other trace.
+        Looked at are: which modules and tensors the network has, forward hooks and exchanged forwards; every tensor's
+        version counter, storage, dtype and device; and, on a CPU, the values themselves, all of a tensor up to 2^14
+        elements and 2^10 evenly spaced ones of a larger: writing through `.data`, as averages of weights do, leaves no
+        other trace.
         """
         with self._lock:
-            if any(home.get(key) is not value for home, key, value in self._slots):
+            if any(home.get(key) is not value for home, key, value in self._slots) or any(
+                _habit(module) != habit for module, habit in self._habits
+            ):
                 self._look()
                 self._stamp += 1
             elif any(_mark(tensor) != mark for tensor, mark in zip(self._watched, self._marks, strict=True)) or any(
@@ -130,6 +134,11 @@ def _slots(model: nn.Module) -> Iterable[tuple[dict[str, Any], str, Any]]:
     for module in model.modules():
         for home in (module._parameters, module._buffers, module._modules):
             yield from ((home, key, value) for key, value in home.items())
+
+
+def _habit(module: nn.Module) -> tuple[Any, ...]:
+    """What a module does beside its class's forward; copies of it are made with the hooks of their time."""
+    return vars(module).get("forward"), *module._forward_hooks.values(), *module._forward_pre_hooks.values()
 
 
 def _mark(tensor: Tensor) -> tuple[Any, ...]:

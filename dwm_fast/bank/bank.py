@@ -228,7 +228,7 @@ class MaskBank:
                 classes -inf.
         """
         if domains is None:
-            return self._net.run(self._patch(self._active), args, kwargs)
+            return self._run(self._active, args, kwargs)
         sizes = [a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0]
         if sizes and len(domains) not in sizes and domains:
             raise InputError(f"domains: given {len(domains)} names for a batch of {sizes[0]}; expected one per sample")
@@ -251,12 +251,8 @@ class MaskBank:
         made = mixed_twin(self.backbone, [self._checked(name) for name in names])
         twin, nbytes = made if made is not None else (None, 0)
         nbytes += _MODULE_NBYTES
-
-        def run_one(domain: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            return self._net.run(self._patch(domain), args, kwargs)
-
         stamp = self._stamp
-        return Served(names, twin, run_one, lambda: self._net.stamp() == stamp, self._splits), nbytes
+        return Served(names, twin, self._run, lambda: self._net.stamp() == stamp, self._splits), nbytes
 
     def overlap(self, names: Sequence[str] | None = None, measure: str = "jaccard") -> Tensor:
         """How the masks of domains lie over one another, (D, D), for `names` or all domains in order.
@@ -354,6 +350,10 @@ class MaskBank:
         key = ("patch", entry, self._current())
         patch: Patch = self._cache.get(key, lambda: domain_patch(self._checked(domain), self._net.tensors))
         return patch
+
+    def _run(self, domain: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        patch = self._patch(domain)  # looks at the network, and `run` may be another one then
+        return self._net.run(patch, args, kwargs)
 
     def _checked(self, domain: str) -> DomainMasks:
         """A domain, after comparing its fingerprint with the weights as they are now."""

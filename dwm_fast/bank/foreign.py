@@ -78,7 +78,8 @@ def _bools(name: str, tensor: Tensor) -> Tensor:
 
 def _named(masks: Mapping[str, Tensor | NDArray[Any]]) -> dict[str, Tensor]:
     """Tensors by the names of the parameters that they mask."""
-    pruned = {name.removesuffix(_ORIGINAL) + _SUFFIX for name in masks if name.endswith(_ORIGINAL)} & set(masks)
+    pairs = {name.removesuffix(_ORIGINAL) + _SUFFIX: name for name in masks if name.endswith(_ORIGINAL)}
+    pruned = {name for name, whole in pairs.items() if name in masks and masks[name].shape == masks[whole].shape}
     result: dict[str, Tensor] = {}
     for given, mask in masks.items():
         name = given.removesuffix(_SUFFIX)
@@ -98,11 +99,12 @@ def _named(masks: Mapping[str, Tensor | NDArray[Any]]) -> dict[str, Tensor]:
 def from_pruned(module: nn.Module) -> dict[str, Tensor]:
     """The masks that torch.nn.utils.prune put on `module` and its children, by parameter name, as bool tensors.
 
-    They are the buffers X_mask beside a parameter X_orig: other buffers of such a name (attention masks) are not.
+    They are the buffers X_mask beside a parameter X_orig of the same shape: other buffers of such a name (attention
+    masks) are not.
     """
-    originals = {name.removesuffix(_ORIGINAL) for name, _ in module.named_parameters() if name.endswith(_ORIGINAL)}
+    originals = {n.removesuffix(_ORIGINAL) + _SUFFIX: p for n, p in module.named_parameters() if n.endswith(_ORIGINAL)}
     buffers = dict(module.named_buffers())
-    masks = {f"{name}{_SUFFIX}": buffers[f"{name}{_SUFFIX}"] for name in originals if f"{name}{_SUFFIX}" in buffers}
+    masks = {name for name, original in originals.items() if name in buffers and buffers[name].shape == original.shape}
     if not masks:
         raise InputError(
             "the module has no pruning masks; expected buffers such as 'conv1.weight_mask' from torch.nn.utils.prune"
@@ -203,6 +205,8 @@ def _read(path: Path, bit_order: str, convert: Callable[[dict[str, Any]], Any]) 
             if path.suffix == ".npz":
                 arrays = dict(_arrays(file))
                 shapes = {n.removesuffix(_SHAPE): a.tolist() for n, a in arrays.items() if n.endswith(_SHAPE)}
+                if lost := shapes.keys() - arrays.keys():
+                    raise InputError(f"'{min(lost)}{_SHAPE}' is the shape of '{min(lost)}', which is not there")
                 packed = from_packbits({name: arrays[name] for name in shapes}, shapes, bit_order)
                 plain = {n: a for n, a in arrays.items() if not n.endswith(_SHAPE) and n not in shapes}
                 found = convert({**plain, **packed})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,8 @@ def weights_identity(weights: str | Path | None) -> str | None:
     """What tells weights apart wherever their file lies: its SHA-256; a name, or a path without a file, as it is."""
     if weights is None:
         return None
+    if not os.path.isfile(weights):  # a pipe would be waited for
+        return str(weights)
     try:
         with open(weights, "rb") as file:
             return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"

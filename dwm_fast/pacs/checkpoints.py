@@ -46,6 +46,8 @@ def read_checkpoint(path: str | Path) -> Tensors:
 
 def _loaded(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is a folder, a pipe or a device")  # a pipe would be waited for
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -128,14 +130,15 @@ def _folded(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str)
         for ending, partner in (("_orig", "_mask"), ("_g", "_v")):
             base = name.removesuffix(ending)
             if base != name and f"{base}{partner}" in given:
+                _refuse_two(base, name, given, source)
                 first, second = state.pop(name), state.pop(f"{base}{partner}")
-                state[base] = (
-                    first * second.to(first.dtype) if ending == "_orig" else _weight_norm(first, second, base, source)
-                )
+                fold = _pruned if ending == "_orig" else _weight_norm
+                state[base] = fold(first, second, base, source)
         before, _, after = name.rpartition("parametrizations.")
         weight, _, part = after.partition(".")
         base = f"{before}{weight}"
         if after and part == "original0" and f"{before}parametrizations.{weight}.original1" in given:
+            _refuse_two(base, name, given, source)
             second = state.pop(f"{before}parametrizations.{weight}.original1")
             state[base] = _weight_norm(state.pop(name), second, base, source)
     for name in state:
@@ -147,6 +150,25 @@ def _folded(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str)
                 "remove_spectral_norm) before state_dict()"
             )
     return state
+
+
+def _refuse_two(weight: str, part: str, given: Mapping[str, Tensor], source: str) -> None:
+    """DataError where a weight is given and computed from other tensors as well: nothing says which is in force."""
+    if weight in given:
+        raise DataError(
+            f"weights: {source} holds '{weight}' and '{part}', of which it is computed; save "
+            "the network's own state_dict()"
+        )
+
+
+def _pruned(weight: Tensor, mask: Tensor, name: str, source: str) -> Tensor:
+    """weight * mask, as torch.nn.utils.prune has it."""
+    if weight.shape != mask.shape:
+        raise DataError(
+            f"weights: {source} masks '{name}' of {tuple(weight.shape)} by a mask of {tuple(mask.shape)}; expected one "
+            "shape; save the plain weight (torch.nn.utils.prune.remove)"
+        )
+    return weight * mask.to(weight.dtype)
 
 
 def _weight_norm(g: Tensor, v: Tensor, name: str, source: str) -> Tensor:
@@ -174,9 +196,15 @@ def check_values(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source:
             raise DataError(
                 f"weights: {source}: '{name}' is {value.dtype}; expected floating point: save the dequantised weights"
             )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            count = int((~torch.isfinite(value)).sum())
+        here = value.to(own[name].dtype)  # which fp64 and bf16 values can be beyond
+        if here.is_floating_point() and not bool(torch.isfinite(here).all()):
+            count = int((~torch.isfinite(here)).sum())
             raise DataError(
-                f"weights: {source}: '{name}' holds {count} values that are not finite (NaN or infinite), as after a "
-                "training that diverged; give another checkpoint"
+                f"weights: {source}: '{name}' holds {count} values that are not finite (NaN or infinite) as "
+                f"{own[name].dtype}, as after a training that diverged; give another checkpoint"
+            )
+        if name.endswith("running_var") and bool((here < 0).any()):
+            raise DataError(
+                f"weights: {source}: '{name}' holds a negative variance, whose root is no number; give "
+                "another checkpoint"
             )

@@ -65,6 +65,22 @@ def _bias(net: nets.SmallNet) -> None:
     net.conv1.bias.data += 1.0
 
 
+def _new_head(net: nets.SmallNet) -> None:
+    net.fc = nn.Linear(20, 4)
+
+
+def _hook(net: nets.SmallNet) -> None:
+    net.conv2.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _hook_before(net: nets.SmallNet) -> None:
+    net.hidden.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def _forward(net: nets.SmallNet) -> None:
+    net.bn2.forward = lambda x: x * 0.5  # type: ignore[method-assign]
+
+
 CHANGES = [
     _data_copy,
     _average,
@@ -77,6 +93,10 @@ CHANGES = [
     _in_place,
     _statistics,
     _bias,
+    _new_head,
+    _hook,
+    _hook_before,
+    _forward,
 ]
 
 

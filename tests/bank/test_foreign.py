@@ -160,6 +160,8 @@ def test_only_buffers_beside_an_original_are_pruning_masks() -> None:
     net = nets.small_net()
     net.register_buffer("attn_mask", torch.tril(torch.ones(4, 4)))
     net.register_buffer("window_mask", torch.tensor([[0.0, -100.0]]))
+    net.pattern_orig = torch.nn.Parameter(torch.ones(4))  # of another shape than the buffer beside it
+    net.register_buffer("pattern_mask", torch.ones(3))
     prune.l1_unstructured(net.hidden, "weight", 0.5)
     assert list(from_pruned(net)) == ["hidden.weight"]
     state = {name: t for name, t in net.state_dict().items() if t.dtype == torch.float32}
@@ -179,6 +181,9 @@ def test_files_without_masks_are_refused(tmp_path: Path) -> None:
     for name in ("m.npz", "m.safetensors"):
         with pytest.raises(MaskFileError, match="holds no masks"):
             read_foreign(tmp_path / name)
+    np.savez(tmp_path / "m.npz", **{"w.shape": np.array([8, 8])})
+    with pytest.raises(MaskFileError, match=r"'w\.shape' is the shape of 'w', which is not there"):
+        read_foreign(tmp_path / "m.npz")
 
 
 def test_an_npz_is_as_large_as_it_says(tmp_path: Path) -> None:

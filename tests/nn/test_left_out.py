@@ -1,4 +1,4 @@
-"""What no mask reaches is said: by a warning where it is most of a network, by the error where it is all, by the repr."""
+"""What no mask reaches is said: in a warning where it is most of a network, in an error where all, and in the repr."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ NETS = {
     "96 weights in 2 Conv1D": lambda: nn.ModuleList([Conv1D(8, 4), Conv1D(16, 4), nn.Linear(4, 2)]),
     "512 weights in 1 Experts": lambda: nn.Sequential(Experts(), nn.Linear(4, 8)),
     "960 weights in 1 LSTM": lambda: nn.ModuleList([nn.LSTM(6, 8, 2), nn.Linear(8, 3)]),
-    "80 weights in 1 MultiheadAttention": lambda: nn.ModuleList([nn.MultiheadAttention(4, 2, kdim=8, vdim=8, bias=False)]),
+    "80 weights in 1 MultiheadAttention": lambda: nn.ModuleList([nn.MultiheadAttention(4, 2, kdim=8, vdim=8)]),
     "160 weights in 1 Conv1d": lambda: nn.Sequential(nn.Conv1d(4, 8, 5), nn.ReLU(), nn.Linear(4, 3)),
     "600 weights in 1 Conv3d, 48 weights in 1 ConvTranspose2d": lambda: nn.ModuleList(
         [nn.ConvTranspose2d(3, 4, 2), nn.Conv3d(3, 8, (1, 5, 5)), nn.Conv2d(3, 4, 1)]
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", NETS)
@@ -50,9 +50,8 @@ def test_a_network_whose_weights_are_mostly_out_of_reach_is_named_class_by_class
 
 
 def test_nobody_is_warned_who_named_the_rest_or_chose_the_layers_or_masks_most() -> None:
-    net = nn.ModuleDict(
-        {"rnn": nn.ModuleList([nn.LSTM(6, 8)]), "head": nn.Linear(8, 3), "tokens": nn.Embedding(900, 8)}
-    )
+    rnn = nn.ModuleList([nn.LSTM(6, 8)])
+    net = nn.ModuleDict({"rnn": rnn, "head": nn.Linear(8, 3), "tokens": nn.Embedding(900, 8)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dwm.mask_model(net, dwm.Threshold(), exclude=["rnn.0"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,16 @@ def changed(change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
     return lambda state: {**state, "conv1.weight": change(state["conv1.weight"])}
 
 
+def computed(parts: Callable[[Tensor], State]) -> Callable[[State], State]:
+    """conv1.weight made of parts, by the endings of their names."""
+
+    def spoil(state: State) -> State:
+        made = parts(state.pop("conv1.weight"))
+        return {**state, **{f"conv1.weight{end}": part for end, part in made.items()}}
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -168,6 +179,20 @@ def changed(change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
         ),
         (changed(lambda w: w.to(torch.complex64)), "'conv1.weight' is torch.complex64; expected floating point"),
         (changed(lambda w: w.to_sparse()), "'conv1.weight' is torch.sparse_coo; expected a plain tensor"),
+        (changed(lambda w: w.double() * 1e300), "'conv1.weight' holds [0-9]+ values .* as torch.float32"),
+        (spoiled(-1.0, "bn1.running_var"), "'bn1.running_var' holds a negative variance"),
+        (
+            computed(lambda w: {"_orig": w, "_mask": torch.ones(3)}),
+            r"masks 'conv1.weight' of \(4, 3, 3, 3\) by a mask of \(3,",
+        ),
+        (
+            computed(lambda w: {"": w, "_orig": w, "_mask": w > 0}),
+            "holds 'conv1.weight' and 'conv1.weight_orig', of which",
+        ),
+        (
+            computed(lambda w: {"": w, "_g": w[:, :1, :1, :1], "_v": w}),
+            "holds 'conv1.weight' and 'conv1.weight_g', of which",
+        ),
         (changed(lambda w: w.to("meta")), "'conv1.weight' is on the meta device"),
     ],
 )
@@ -181,3 +206,10 @@ def test_tensors_that_are_no_finite_weights_are_refused_by_name(
         load_weights(mine, tmp_path / "net.pth")
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "net.pth")
+    for path in (tmp_path / "net.pth", tmp_path):
+        with pytest.raises(DataError, match="cannot be read as a file of tensors: it is a folder, a pipe or a device"):
+            load_weights(small(), path)

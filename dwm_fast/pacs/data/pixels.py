@@ -83,7 +83,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(upright).astype(np.int64)
         if values.size and (values.max() > 65535 or values.min() < 0):
             raise ValueError("32-bit pixels beyond the range of 16 bits, of which nothing says what is white")
-        upright = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        clear = values == upright.info.get("transparency", -1)
+        upright = Image.fromarray(np.where(clear, 255, (values + 128) // 257).astype(np.uint8))
+    see_through = upright.info.get("transparency")
+    if (
+        isinstance(see_through, tuple) and max(see_through) > 255
+    ):  # of 16 bits a channel, of which Pillow keeps the upper 8
+        upright.info["transparency"] = tuple(value >> 8 for value in see_through)
     if upright.has_transparency_data:
         over = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")

@@ -31,7 +31,9 @@ def holdout_split(records: Sequence[Record], fraction: float, seed: int) -> tupl
             where = records[members[0]].origin if members else records[0].domain
             raise DataError(f"{where}: only {len(members)} image of class {name}; a hold-out needs at least two")
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        members.sort(key=lambda i: hashlib.sha256(f"{seed}:{records[i].name}".encode()).digest())
+        members.sort(
+            key=lambda i: hashlib.sha256(f"{seed}:{records[i].name}".encode(errors="surrogateescape")).digest()
+        )
         held.update(members[:count])
     return [i for i in range(len(records)) if i not in held], sorted(held)
 
@@ -101,7 +103,7 @@ def _read_list(
 ) -> list[int]:
     chosen: list[int] = []
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028 and its like
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a readable list ({error}); fetch it again") from error
     for number, line in enumerate(lines, start=1):
@@ -111,7 +113,7 @@ def _read_list(
         index = position.get(_line_name(where, line, domain))
         if index is None:
             raise DataError(
-                f"{where}: names {_parts(line)[0]}, which is not among the images of domain {domain!r}; "
+                f"{where}: names {_parts(line)[0]!r}, which is not among the images of domain {domain!r}; "
                 "give the lists of this copy, or drop --splits and use the own hold-out"
             )
         if index in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dwm_fast.errors import DataError, InputError
 from dwm_fast.pacs.data import CLASSES, DOMAINS, PacsData, canonical_domain, download_pacs, load_pacs, pixels
 from dwm_fast.pacs.data import load as data
+from dwm_fast.pacs.data.layouts import read_layout
+from dwm_fast.pacs.data.splits import train_list
 
 from ..pacs_for_tests import FOLDERS, LAYOUTS, PER_CLASS, build, colour, name, write_lists, write_parquet, write_tree
 
@@ -216,3 +220,20 @@ def test_names_with_spaces_are_read_from_lists(tmp_path: Path) -> None:
     for file in lists.glob("photo_*"):
         file.write_text(file.read_text().replace("pic_", "my  holiday pic "))
     assert load_pacs(root, splits=lists, image_size=8, domains=["photo"]).fingerprint == plain.fingerprint
+
+
+def test_file_names_that_are_no_utf8_and_list_names_with_odd_line_breaks_work(tmp_path: Path) -> None:
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for label, kind in enumerate(CLASSES):
+        folder = tmp_path / "photo" / kind
+        folder.mkdir(parents=True)
+        for file in (b"caf\xe9.png", "line\u2028break.png".encode()):
+            with open(os.fsencode(folder) + b"/" + file, "wb") as out:
+                Image.new("RGB", (8, 8)).save(out, "PNG")
+        with open(lists / "photo_train_kfold.txt", "a", encoding="utf-8") as out:
+            out.write(f"photo/{kind}/line\u2028break.png {label + 1}\n")
+    own = load_pacs(tmp_path, image_size=8, domains=["photo"]).domains["photo"]
+    assert len(own.train) == len(own.test) == len(CLASSES)
+    layout = read_layout(tmp_path, ["photo"])
+    assert len(train_list(lists, "photo", layout.records)) == len(CLASSES)

@@ -110,7 +110,7 @@ def test_wrong_lists_name_list_and_line(tmp_path: Path) -> None:
     photo = write_lists(lists) / "photo_train_kfold.txt"
     good = photo.read_text()
     photo.write_text(good + "photo/dog/pic_77.png 1\n")
-    fails(r"photo_train_kfold\.txt, line 22: names photo/dog/pic_77\.png, which is not among")
+    fails(r"photo_train_kfold\.txt, line 22: names 'photo/dog/pic_77\.png', which is not among")
     photo.write_text(good + "photo/dog/pic_3.png 1\n")
     fails(r"crossval_kfold\.txt, line 1: photo/dog/pic_3\.png was already named in .*train_kfold\.txt, line 22")
     photo.write_text(good + "sketch/dog/pic_0.png 1\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,19 @@ def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(monkeyp
     monkeypatch.setattr(Image.Image, "convert", None)
     with pytest.raises(DataError, match=r"10001 x 5000 pixels; at most 50,000,000 are decoded"):
         decoded(content)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_level_of_sixteen_bits_shows_white(channels: int) -> None:
+    """Written by hand: Pillow writes no 16-bit RGB."""
+    level = 0x1234
+    row = b"\0" + b"".join(struct.pack(">H", value) * channels for value in (level, 0xFFFF, 0x8080, level))
+    kind, clear = (0, 2)[channels == 3], struct.pack(">H", level) * channels
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 16, kind, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"tRNS", clear) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    with Image.open(io.BytesIO(png)) as image:
+        assert np.asarray(as_rgb(image))[0, :, 0].tolist() == [255, 255, 0x80, 255]
