@@ -32,9 +32,8 @@ class Masks:
             [torch.rand(w.shape, device=device, generator=generator) < 0.5 for w in self.weights] for _ in range(2)
         )
         self.bits_a, self.bits_b = ops.pack(self.a), ops.pack(self.b)
-        flat = [torch.cat([m.reshape(-1) for m in masks]).cpu().numpy() for masks in (self.a, self.b)]
-        self.bool_a, self.bool_b = flat
-        self.bytes_a, self.bytes_b = (np.packbits(m, bitorder="little") for m in flat)
+        self.bool_a, bool_b = (torch.cat([m.reshape(-1) for m in masks]).cpu().numpy() for masks in (self.a, self.b))
+        self.bytes_a, self.bytes_b = (np.packbits(m, bitorder="little") for m in (self.bool_a, bool_b))
 
 
 def _case(
