@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dwm_fast.errors import BackendUnavailable, InputError
+from dwm_fast.nn.baked import BUDGET, obstacle
 from dwm_fast.nn.kept import KeptLinear
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.packed import PackedConv2d, PackedLayer, PackedLinear
@@ -98,6 +99,10 @@ def _check_shape(layer: MaskedLayer | PackedLayer, shape: Sequence[int]) -> None
 
 def _choice(op: str, layer: MaskedLayer | PackedLayer, shape: Sequence[int], dtype: torch.dtype | None) -> Choice:
     weight = _weight(layer)
+    if isinstance(layer, PackedConv2d) and op == "conv2d_packed" and not obstacle(weight, layer.bits):
+        nbytes = weight.numel() * weight.element_size()
+        return Choice(STAGED, f"its masked weight is kept from the first call on, {nbytes:,} bytes of a budget of "
+                              f"{BUDGET:,} for the process")  # fmt: skip
     try:
         backend = backends.chosen(op, weight.device.type)
     except BackendUnavailable as error:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
+from dwm_fast.nn.baked import Baked, baked
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.model import MaskedModel, as_masked_model
 from dwm_fast.nn.recast import drop_mask, recast
 from dwm_fast.nn.shell import Shell
+from dwm_fast.ops.autocast import autocast_dtype, autocast_operands
 
 VALUES = ("auto", "kept", "all")
 """Which weights the linear layers of a packed network hold."""
@@ -82,6 +85,7 @@ class PackedConv2d(PackedLayer):
     groups: int
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
+    _baked: Baked | None = None
 
     @classmethod
     def from_masked(cls, layer: MaskedConv2d) -> PackedConv2d:
@@ -94,6 +98,10 @@ class PackedConv2d(PackedLayer):
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         x, padding = ops.padded(input, self)
+        masked = self._kept_weight(autocast_dtype(x)) if x.dim() == 4 and not torch.compiler.is_compiling() else None
+        if masked is not None:
+            x, bias = autocast_operands(x, self.bias)
+            return F.conv2d(x, masked, bias, self.stride, padding, self.dilation, self.groups)
         return ops.conv2d_packed(
             x,
             self.backbone_weight,
@@ -104,6 +112,15 @@ class PackedConv2d(PackedLayer):
             dilation=self.dilation,
             groups=self.groups,
         )
+
+    def _kept_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """The masked weight, unpacked once and kept where that may be; see `baked`."""
+        old = self._baked
+        self._baked = found = baked(old, self.backbone_weight, self.bits, dtype)
+        return None if found is None else found.masked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_baked": None}
 
     def _shape_repr(self) -> str:
         out, inner, *window = self.backbone_weight.shape

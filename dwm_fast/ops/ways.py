@@ -74,6 +74,11 @@ def use_way(way: str | None) -> Iterator[None]:
         _forced = outer
 
 
+def forced_way() -> str | None:
+    """The way that `use_way` forces; None where it does not."""
+    return _forced
+
+
 def choose_for(
     op: str, backend: str, x: Tensor, weight: Tensor, logits: Tensor | None = None, geometry: Geometry | None = None
 ) -> Choice:
