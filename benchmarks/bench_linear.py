@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import dwm_fast
 from dwm_fast import ops
 from dwm_fast.ops import backends
 
@@ -76,6 +77,88 @@ def packed(context: Context, rows: int) -> Case:
 
     parameters = {"M": rows, "N": n, "K": k, "dtype": str(dtype)[6:]}
     return Case("linear from bits", parameters, ways, gate)
+
+
+def kept(context: Context, rows: int, share: float, dtype: torch.dtype) -> Case:
+    """y = x (W * m)^T from the kept weights alone, beside torch's dense product of the same dtype."""
+    n = k = 2048 if context.quick else 4096
+    x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+    mask = torch.rand(n, k) < share
+    bits = ops.pack([mask])
+    values, row_starts = ops.keep_values(weight, bits)
+    element, flops = weight.element_size(), 2 * rows * n * k
+    dense = element * (rows * k + n * k + rows * n)
+    stored = element * values.numel() + 8 * row_starts.numel() + n * k // 8
+
+    def by_kept() -> Any:
+        return ops.linear_kept(x, values, row_starts, bits)
+
+    def from_bits() -> Any:
+        return ops.linear_packed(x, weight, bits)
+
+    def gate() -> None:
+        close_to(by_kept(), x, weight, mask)
+
+    ways = [
+        Way("dense product", lambda: lambda: F.linear(x, weight), dense, flops),
+        Way("all weights and bits", lambda: from_bits, dense + n * k // 8, flops),
+        Way("ours", lambda: by_kept, dense - element * n * k + stored, flops,
+            backend=backends.chosen("linear_kept", "cpu")),
+    ]  # fmt: skip
+    parameters = {"M": rows, "N": n, "K": k, "kept": share, "dtype": str(dtype)[6:]}
+    return Case("linear from kept weights", parameters, ways, gate)
+
+
+class _Mlp(nn.Module):
+    """A Llama's MLP with its norm and residual sum."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        down: Tensor = self.down(F.silu(self.gate(y)) * self.up(y))
+        return x + down
+
+
+def tokens(context: Context, share: float) -> Case:
+    """Token by token through the MLPs of a small Llama: gate, up and down projections, residual sums, RMS norms."""
+    width, hidden, depth, steps = (1024, 2816, 2, 4) if context.quick else (2048, 5632, 4, 8)
+
+    model = nn.Sequential(*(_Mlp(width, hidden) for _ in range(depth))).eval()
+    masked = dwm_fast.mask_model(model, dwm_fast.Threshold())
+    with torch.no_grad():
+        for logits in masked.mask_parameters():
+            logits.copy_(share - torch.rand_like(logits))
+    start, merged = torch.randn(1, width), dwm_fast.merge(masked).eval()
+
+    def generate(network: nn.Module) -> Run:
+        def run() -> Tensor:
+            x = start
+            with torch.inference_mode():
+                for _ in range(steps):
+                    x = F.normalize(network(x)) * width**0.5
+            return x
+
+        return run
+
+    ours = generate(dwm_fast.pack(masked, values="kept"))
+
+    def gate() -> None:
+        expected = generate(merged)()
+        error = float((ours() - expected).abs().max() / expected.abs().max())
+        require(error < 1e-3, f"the last state is off by {error:.1e} of its largest entry")
+
+    ways = [
+        Way("dense network, a masked copy of its own", lambda: generate(merged)),
+        Way("all weights and bits", lambda: generate(dwm_fast.pack(masked, values="all"))),
+        Way("ours", lambda: ours, backend=backends.chosen("linear_kept", "cpu")),
+    ]
+    parameters = {"width": width, "hidden": hidden, "layers": depth, "tokens": steps, "kept": share, "dtype": "float32"}
+    return Case("tokens through MLPs from kept weights", parameters, ways, gate)
 
 
 def drawn(context: Context, rows: int) -> Case:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from . import (
     bench_bank,
     bench_bits,
@@ -79,6 +81,19 @@ def _bank(domains: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
     return Entry(f"bank-{domains}", ("bits", "bank"), partial(bench_bank.linear, domains=domains, rows=4), devices)
 
 
+def _kept() -> tuple[Entry, ...]:
+    """Rows, shares and dtypes in which a product from kept weights may beat a dense one; a quick run has one share."""
+    entries = []
+    for share in (0.3, 0.2, 0.5):
+        for rows in (1, 4, 16):
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                build = partial(bench_linear.kept, rows=rows, share=share, dtype=dtype)
+                quick = share == 0.3 and rows in (1, 4)
+                entries.append(Entry(f"kept-{rows}-{share}-{name}", ("bits", "kept"), build, ("cpu",), quick))
+    tokens = partial(bench_linear.tokens, share=0.3)
+    return (*entries, Entry("kept-tokens", ("bits", "kept"), tokens, ("cpu",)))
+
+
 ENTRIES = (
     Entry("sample-forward", _SAMPLE, bench_sample.forward, compiled=True),
     Entry("sample-backward", _SAMPLE, bench_sample.backward),
@@ -90,6 +105,7 @@ ENTRIES = (
     _linear(4, ("cpu",)),
     _linear(16),
     _linear(64),
+    *_kept(),
     _bank(16),
     Entry("bits-pack", ("bits",), bench_bits.pack),
     Entry("bits-unpack", ("bits",), bench_bits.unpack),
