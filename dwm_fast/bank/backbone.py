@@ -27,7 +27,7 @@ class Backbone:
     """Holds a network and notices when it changes.
 
     Args:
-        model: the network; never written to.
+        model: the network; never written to. InputError for a masked model or what is no network.
 
     Attributes:
         tensors, parameters: the state dict's tensors, and the parameters, by name.
@@ -35,6 +35,9 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module) or hasattr(model, "keep_masks"):
+            what = f"a {type(model).__name__}"
+            raise InputError(f"a MaskBank stands on the plain network that was masked, a torch.nn.Module; given {what}")
         self.model = model
         self._lock = threading.RLock()
         self._stamp = 0

@@ -138,8 +138,10 @@ class GumbelSigmoid(MaskKind):
         check_flags("GumbelSigmoid", hard=self.hard)
         if isinstance(self.tau, TauSchedule):
             return
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < math.inf:
-            raise InputError(f"GumbelSigmoid got tau={self.tau!r}; expected a number above 0 or a TauSchedule")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 1e-38 <= self.tau <= 3.4e38:
+            raise InputError(
+                f"GumbelSigmoid got tau={self.tau!r}; expected a number above 0 (in fp32) or a TauSchedule"
+            )
 
     @property
     def training_mode(self) -> Mode:

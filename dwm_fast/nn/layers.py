@@ -114,8 +114,9 @@ class MaskedLayer(nn.Module):
     @property
     def frozen_weight(self) -> Tensor:
         """The backbone's weight, whether a MaskedModel is running or not."""
-        weight = self._parameters["weight"]
-        assert weight is not None
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise InputError(f"a masked layer {computed(self)}; do so to the plain network, before mask_model")
         return weight
 
     def keep_mask(self) -> Tensor:

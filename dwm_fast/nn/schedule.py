@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +9,14 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 
+_LARGEST = 3.4e38
+
 
 def check_numbers(what: str, **values: object) -> None:
-    """InputError, in the name of `what`, unless all values are finite numbers."""
+    """InputError, in the name of `what`, unless all values are numbers that are finite in fp32."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InputError(f"{what} got {name}={value!r}; expected a finite number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
+            raise InputError(f"{what} got {name}={value!r:.40}; expected a finite number")
 
 
 def check_flags(what: str, **values: object) -> None:

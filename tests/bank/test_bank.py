@@ -109,6 +109,8 @@ def test_remove_rename_and_activate_keep_the_bank_consistent() -> None:
         (lambda b, m: b.add("n", [m]), "given list; expected a mapping"),
         (lambda b, m: b.add("n", m, state={"head.weight": torch.ones(3)}), "backbone has no such tensor"),
         (lambda b, m: b.activate("zoo"), "'zoo' is not in the bank; it has: a"),
+        (lambda b, m: MaskBank(None), "a torch.nn.Module; given a NoneType"),  # type: ignore[arg-type]
+        (lambda b, m: MaskBank(dwm_fast.mask_model(b.backbone, dwm_fast.Threshold())), "given a MaskedModel"),
         (lambda b, m: b.remove("zoo"), "'zoo' is not in the bank"),
         (lambda b, m: b.rename("a", "a"), "'a' is in the bank already"),
         (lambda b, m: b(X, domains=["a", "zoo"] * 3), "'zoo' is not in the bank"),

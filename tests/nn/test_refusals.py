@@ -75,6 +75,18 @@ def test_a_computed_weight_is_refused_and_undoing_it_as_advised_makes_it_maskabl
     torch.testing.assert_close(net(x), expected)
 
 
+@pytest.mark.parametrize("name", [name for name in COMPUTED if not name.endswith("bias")])
+def test_a_weight_that_is_computed_since_mask_model_is_refused_at_the_next_call(name):
+    masked, x = dwm.mask_model(_net(), dwm.GumbelSigmoid(), seed=0), torch.ones(1, 4)
+
+    def compute_and_call():
+        COMPUTED[name](masked.model[2])
+        masked(x)
+
+    message = _refused(compute_and_call)
+    assert re.match(r"a masked layer has a computed weight; undo that with .*; do so to the plain network", message)
+
+
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("name", COMPUTED)
 def test_a_network_with_a_computed_weight_is_masked_around_it(name, called):
