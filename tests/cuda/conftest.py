@@ -34,6 +34,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
     fake = device.GPU()
     fake.calls = stand_ins.install(monkeypatch, fake)
+    monkeypatch.delitem(_build._loaded, "cuda", raising=False)  # found in the user's cache by an earlier test
     monkeypatch.setitem(_build._refused, "cuda", "nvcc makes code for GPUs that are there")
     monkeypatch.setattr(InterpretedFunction, "run", launches.launch)
     for module, name in ((_tables, "_plans"), (_pointers, "_entries")):
