@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports dwm_fast.kernels
 
+import dwm_fast.ops
 from dwm_fast.ops import _build
 
 HERE = torch.cuda.is_available()
@@ -34,7 +35,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
     fake = device.GPU()
     fake.calls = stand_ins.install(monkeypatch, fake)
-    monkeypatch.delitem(_build._loaded, "cuda", raising=False)  # found in the user's cache by an earlier test
+    # An earlier test may have found the CUDA extension in the user's cache, and imported what calls it.
+    monkeypatch.delitem(_build._loaded, "cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "dwm_fast.ops._extension_cuda", raising=False)
+    monkeypatch.delattr(dwm_fast.ops, "_extension_cuda", raising=False)
     monkeypatch.setitem(_build._refused, "cuda", "nvcc makes code for GPUs that are there")
     monkeypatch.setattr(InterpretedFunction, "run", launches.launch)
     for module, name in ((_tables, "_plans"), (_pointers, "_entries")):
