@@ -107,7 +107,11 @@ template <Type kType, typename Body>
 static inline const Stored<kType>* for_lanes(const Stored<kType>* values, const uint8_t* bits, int64_t n,
                                              const Body& body) {
   int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) body(c, expand<kType>(values, bits + c / 8));
+  const uint8_t* at = bits;
+  for (; c + kLanes <= n; c += kLanes, at += 2) {
+    fetch(reinterpret_cast<const float*>(values) + 256);  // a kilobyte ahead: hardware stops at the end of a page
+    body(c, expand<kType>(values, at));
+  }
   if (c < n) {
     uint8_t keep[2] = {};
     std::memcpy(keep, bits + c / 8, n - c > 8 ? 2 : 1);

@@ -135,7 +135,7 @@ def pack(masked: MaskedModel, *, values: str = "auto") -> nn.Module:
         masked: what `mask_model` returned; it is left as it is.
         values: which weights a linear layer holds. "all": the backbone's, shared. "kept": a copy of the kept ones
             (`KeptLinear`). "auto": kept ones where that is faster (`ops.is_faster_kept`: on a CPU, 2^22 weights or
-            more, at most half of them kept), else all. Convolutions hold all.
+            more, fp32 or bf16, at most half of them kept), else all. Convolutions hold all.
 
     Returns:
         A network in eval() with `PackedLinear` and `PackedConv2d` layers, nothing in it trainable. The masked

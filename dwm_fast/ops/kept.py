@@ -21,7 +21,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.bits import unpack
 from dwm_fast.ops.packing import check_length
-from dwm_fast.ops.problem import FLOATS, rows_of
+from dwm_fast.ops.problem import rows_of
 from dwm_fast.ops.registration import call, define, refuse_double_backward
 from dwm_fast.ops.ways import LARGE_WEIGHT
 
@@ -36,10 +36,10 @@ KEPT_SHARE = 0.5
 def is_faster_kept(weight: Tensor, kept: int) -> bool:
     """Whether a linear layer on few rows is faster by the `kept` weights of `weight` than by all of them.
 
-    On a CPU, in 16 or 32 bits, where the weight is too large for a cache: there reading it is what few rows cost.
+    On a CPU, in fp32 or bf16, where the weight is too large for a cache: there reading it is what few rows cost.
     """
     large = weight.device.type == "cpu" and weight.dim() == 2 and weight.numel() >= LARGE_WEIGHT
-    return large and weight.dtype in FLOATS and kept <= KEPT_SHARE * weight.numel()
+    return large and weight.dtype in (torch.float32, torch.bfloat16) and kept <= KEPT_SHARE * weight.numel()
 
 
 def keep_values(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:

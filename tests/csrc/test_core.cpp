@@ -280,6 +280,12 @@ void check_kept(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep,
   require(std::memcmp(out.get(), expected.get(), static_cast<size_t>(m * n) * 4) == 0, "kept weights are enough", k.name);
   bits[0] = static_cast<uint8_t>(bits[0] ^ 1);
   require(!k.linear_kept(job, 0, n), "bits that do not fit the values are refused", k.name);
+  bits[0] = static_cast<uint8_t>(bits[0] ^ 1);
+  std::memset(values.get() + starts[n - 1] * bytes, 0xFF, static_cast<size_t>((count - starts[n - 1]) * bytes));
+  require(k.linear_kept(job, 0, n), "NaN is a weight like others", k.name);
+  for (int64_t i = 0; i < m * n; ++i) {
+    require(i % n == n - 1 || out[i] == expected[i], "a row's NaN stays in its row", k.name);
+  }
 }
 
 // Small integers: products and sums are exact, in whatever order they are formed.

@@ -124,6 +124,18 @@ def test_infinite_inputs_meet_dropped_weights_as_in_a_product(m):
     torch.testing.assert_close(got, torch.nn.functional.linear(x, masked.float()), equal_nan=True)
 
 
+@pytest.mark.parametrize("k", [5, 24, 33, 1030])
+@pytest.mark.parametrize("m", [1, 8])
+def test_what_is_not_finite_in_a_row_stays_in_its_row(m, k):
+    weight = torch.ones(4, k)
+    weight[2] = torch.nan
+    bits = ops.pack([torch.ones(4, k)])
+    with ops.use_backend("cpp"), ops.use_way("one-pass"):
+        y = ops.linear_kept(torch.ones(m, k), *ops.keep_values(weight, bits), bits)
+    assert y[:, 2].isnan().all()
+    assert torch.equal(y[:, [0, 1, 3]], torch.full((m, 3), float(k)))
+
+
 def test_tensors_that_do_not_fit_each_other_are_refused_before_values_are_read():
     _, _, bits, values, starts = problem(19, 32, 0.5, torch.float32)
     x, out = torch.ones(2, 32), torch.empty(2, 19)

@@ -138,7 +138,7 @@ def test_it_says_which_way_runs_and_in_how_many_bytes():
     told = dwm.explain(layer, (3, 37))
     assert told.forward.way == ("one-pass" if ops.backends.chosen("linear_kept", "cpu") == "cpp" else "staged")
     assert f"holds {layer.nbytes:,} bytes, {4 * 37 * 50:,} where all weights are stored" in told.forward.why
-    assert dwm.explain(layer, (100, 37)).forward.way == "staged"
+    assert dwm.explain(layer, (300, 37)).forward.way == "staged"
     assert "frozen" in told.mask_gradient.why
     with pytest.raises(InputError, match=r"expected \(\.\.\., 37\)"):
         dwm.explain(layer, (3, 36))

@@ -99,4 +99,6 @@ def test_kept_weights_are_chosen_where_they_win():
     assert ops.is_faster_kept(large, 2**21)
     assert not ops.is_faster_kept(large, 2**21 + 1)
     assert not ops.is_faster_kept(large[1:], 1)
-    assert not ops.is_faster_kept(large.double(), 1)
+    assert ops.is_faster_kept(large.bfloat16(), 1)
+    for dtype in (torch.float64, torch.float16):
+        assert not ops.is_faster_kept(large.to(dtype), 1)
