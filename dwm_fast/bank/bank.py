@@ -248,7 +248,7 @@ class MaskBank:
         return served
 
     def _make_served(self, names: Sequence[str]) -> tuple[Served, int]:
-        made = mixed_twin(self.backbone, [self._checked(name) for name in names])
+        made = mixed_twin(self.backbone, [self._checked(name) for name in names], self._cache.budget // 2)
         twin, nbytes = made if made is not None else (None, 0)
         nbytes += _MODULE_NBYTES
         stamp = self._stamp

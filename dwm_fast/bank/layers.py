@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwm_fast.ops.backends import forced_backend
 from dwm_fast.ops.bank import bank_conv2d, bank_linear, is_large, multiplies_bits
+from dwm_fast.ops.blocks import bias_of
 from dwm_fast.ops.conv2d import padded
 
 Layer = Callable[[Tensor], Tensor]
@@ -119,20 +121,29 @@ class BankLinear:
 
 
 class BankConv2d:
-    """A Conv2d whose weight is shared and masked per domain; geometry and padding mode are those of `conv`."""
+    """A Conv2d whose weight is shared and masked per domain; geometry and padding mode are those of `conv`.
 
-    def __init__(self, conv: nn.Conv2d, weight: Tensor, bits: Tensor, bias: Tensor | None) -> None:
-        self.conv, self.weight, self.bits, self.bias = conv, weight, bits, bias
+    filters: on a CPU, the weight under each domain where that is kept; None where every call makes it from the bits.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, weight: Tensor, bits: Tensor, bias: Tensor | None, filters: list[Tensor] | None
+    ) -> None:
+        self.conv, self.weight, self.bits, self.bias, self.filters = conv, weight, bits, bias, filters
 
     def __call__(self, input: Tensor) -> Tensor:
         batch = current_batch.get()
         batch.check(input.shape[0])
         x, padding = padded(input.to(_compute_dtype(input)), self.conv)
+        bias, filters = _cast(self.bias, x), self.filters
+        if filters is not None and x.dtype == self.weight.dtype and forced_backend() is None:
+            how = (self.conv.stride, padding, self.conv.dilation, self.conv.groups)
+            return by_part(x, lambda domain, part: F.conv2d(part, filters[domain], bias_of(bias, domain), *how))
         return bank_conv2d(
             x,
             self.weight,
             self.bits,
-            _cast(self.bias, x),
+            bias,
             batch.offsets,
             batch.samples,
             stride=self.conv.stride,

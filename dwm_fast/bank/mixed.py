@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dwm_fast import ops
 from dwm_fast.bank.layers import BankConv2d, BankLinear, BankNorm, Layer, OwnLinear, SameLayer
 from dwm_fast.bank.record import DomainMasks, network_bits
 from dwm_fast.nn.shell import Shell, aliases
@@ -18,12 +19,13 @@ _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Transfor
 _UNUSED_IN_EVAL = "num_batches_tracked"
 
 
-def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks]) -> tuple[nn.Module, int] | None:
+def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks], room: int = 0) -> tuple[nn.Module, int] | None:
     """The twin that serves `domains` (in this order) together, and the bytes it holds beside the backbone.
 
     None when that cannot be done layer by layer: then the domains have to run one after the other. That is
     so for forms other than binary, and for masks or own tensors on anything but Linear, Conv2d and batch
-    norm layers.
+    norm layers. On a CPU it holds the masked filters of every domain, as far as `room` bytes go: they are made once,
+    and not in every call.
     """
     if any(domain.info.form != "binary" for domain in domains):
         return None
@@ -34,7 +36,7 @@ def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks]) -> tuple[nn.Mod
     modules = list(shell.module.eval().named_modules())
     if any(isinstance(module, _READS_WEIGHTS) and _touches(path, changed) for path, module in modules):
         return None
-    builder = _Builder(domains)
+    builder = _Builder(domains, room)
     for path, module in modules:
         layer = builder.layer(path, module)
         if layer is not None:
@@ -63,8 +65,9 @@ def _names(path: str, *attributes: str) -> dict[str, str]:
 class _Builder:
     """Makes the layers of one twin and remembers which of the domains' tensors they have used."""
 
-    def __init__(self, domains: Sequence[DomainMasks]) -> None:
+    def __init__(self, domains: Sequence[DomainMasks], room: int) -> None:
         self._domains = domains
+        self._room = room
         self._masks = {name for domain in domains for name in domain.info.layout.names}
         self._state = {name for domain in domains for name in domain.state}
         self.done = {name for name in self._state if name.endswith(_UNUSED_IN_EVAL)}
@@ -117,7 +120,15 @@ class _Builder:
         if isinstance(module, nn.Linear):
             plain = [i for i, d in enumerate(self._domains) if names["weight"] not in d.info.layout.names]
             return BankLinear(weight, bits, bias, plain)
-        return BankConv2d(module, weight, bits, bias)
+        return BankConv2d(module, weight, bits, bias, self._filters(weight, bits))
+
+    def _filters(self, weight: Tensor, bits: Tensor) -> list[Tensor] | None:
+        """The weight under each domain, where there is room for all of them."""
+        nbytes = len(bits) * weight.numel() * weight.element_size()
+        if weight.device.type != "cpu" or nbytes > self._room:
+            return None
+        self._room -= nbytes
+        return [self._count(ops.apply(row, [weight])[0]) for row in bits]
 
     def _own_linear(self, names: Mapping[str, str], module: Any) -> Layer | None:
         if names["weight"] in self._masks:
