@@ -11,6 +11,8 @@ from torch import Tensor
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.ops import backends
+from dwm_fast.ops.philox import signed_uniform
+from dwm_fast.ops.sample import noisy
 
 from .context import Context
 from .machine import copy_way
@@ -120,8 +122,8 @@ def backward(context: Context) -> Case:
         masked = ops.sample(learned, t.weights, t.rng_state, t.tau)[0]
         through = torch.autograd.grad(masked, learned, grads)
         for i in chosen:
-            u = ops.uniform(ops.random_words(t.logits[i].numel(), t.rng_state, i)).view(t.logits[i].shape).double()
-            soft = torch.sigmoid(t.logits[i].double() + u.log() - (1 - u).log())
+            u = signed_uniform(ops.random_words(t.logits[i].numel(), t.rng_state, i)).view(t.logits[i].shape)
+            soft = torch.sigmoid(noisy(t.logits[i].double(), u.double()))
             exact = grads[i].double() * t.weights[i].double() * soft * (1 - soft)
             error = float((found[i].double() - exact).abs().max() / exact.abs().max())
             require(error < 1e-5, f"layer {i}: gradient is off by {error:.1e} of its largest entry")

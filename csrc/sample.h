@@ -7,7 +7,8 @@
 namespace dwm::DWM_ISA {
 
 // Everything that the Gumbel rules need of a logit comes from one exponential, e^-l.
-// P(kept) = sigmoid(l) = 1 / (1 + e^-l); a weight is kept where u > P(not kept) = e^-l / (1 + e^-l).
+// P(kept) = sigmoid(l) = 1 / (1 + e^-l); a weight is kept where u > P(not kept) = e^-l / (1 + e^-l), and in the upper
+// tail, where u stands for -(1 - u), where 1 - u < P(kept).
 struct Odds {
   float against;  // e^-l
   float keep;     // sigmoid(l)
@@ -18,24 +19,37 @@ static inline Odds odds_of(float logit) {
   return {against, 1.0f / (1.0f + against)};
 }
 
-static inline bool kept(const Odds& odds, float u) { return u > odds.against * odds.keep; }
+static inline bool kept(const Odds& odds, float u) { return u > (u < 0.0f ? -odds.keep : odds.against * odds.keep); }
+
+// u and 1 - u, the small one of a tail exact.
+struct Pair {
+  float u;
+  float other;
+};
+
+static inline Pair pair_of(float u) {
+  const float near = magnitude_of(u), far = 1.0f - near;
+  return {u < 0.0f ? far : near, u < 0.0f ? near : far};
+}
 
 // soft = sigmoid((l + log u - log(1 - u)) / tau). At tau = 1 it is u / (u + (1 - u) e^-l), without a logarithm.
 template <bool kUnitTau>
 static inline float soft_value(float logit, float u, float inverse_tau) {
-  if constexpr (kUnitTau) return u / (u + (1.0f - u) * exp_(-logit));
-  return 1.0f / (1.0f + exp_(-(logit + log_(u / (1.0f - u))) * inverse_tau));
+  const Pair p = pair_of(u);
+  if constexpr (kUnitTau) return p.u / (p.u + p.other * exp_(-logit));
+  return 1.0f / (1.0f + exp_(-(logit + log_(p.u / p.other)) * inverse_tau));
 }
 
 // d soft / d l = soft (1 - soft) / tau; `against` = e^-l.
 template <bool kUnitTau>
 static inline float soft_slope(float logit, float against, float u, float inverse_tau) {
+  const Pair p = pair_of(u);
   if constexpr (kUnitTau) {
-    const float other = (1.0f - u) * against;
-    const float inverse = 1.0f / (u + other);
-    return (u * inverse) * (other * inverse);
+    const float other = p.other * against;
+    const float inverse = 1.0f / (p.u + other);
+    return (p.u * inverse) * (other * inverse);
   }
-  const float odds = exp_(-(logit + log_(u / (1.0f - u))) * inverse_tau);
+  const float odds = exp_(-(logit + log_(p.u / p.other)) * inverse_tau);
   const float soft = 1.0f / (1.0f + odds);
   return soft * (odds * soft) * inverse_tau;
 }
@@ -65,7 +79,7 @@ DWM_NOINLINE static void sample_run(const RunRule& rule, const float* __restrict
     bool keeps;
     float value;
     if constexpr (kMode == kGumbelHard || kMode == kGumbelSoft) {
-      const float u = uniform_(words[i]);
+      const float u = signed_uniform(words[i]);
       const Odds odds = odds_of(logit);
       terms[i] = odds.keep;
       keeps = kept(odds, u);
@@ -152,7 +166,7 @@ DWM_NOINLINE static void chain_run(const ChainRule& rule, const float* __restric
     const float g = grad[i], w = weight[i], logit = l[i];
     if constexpr (kMode == kGumbelHard || kMode == kGumbelSoft) {
       const Odds odds = odds_of(logit);
-      const float chain = g * w * soft_slope<kUnitTau>(logit, odds.against, uniform_(words[i]), inverse_tau);
+      const float chain = g * w * soft_slope<kUnitTau>(logit, odds.against, signed_uniform(words[i]), inverse_tau);
       out[i] = kPenalty ? chain + penalty * (odds.keep * (odds.against * odds.keep)) : chain;
     } else if constexpr (kMode == kThreshold || kMode == kTernary) {
       out[i] = g * w;
@@ -186,9 +200,9 @@ DWM_NOINLINE static void weight_run(const ChainRule& rule, const float* __restri
   for (int i = 0; i < n; ++i) {
     const float g = grad[i], logit = l[i];
     if constexpr (kMode == kGumbelHard) {
-      out[i] = kept(odds_of(logit), uniform_(words[i])) ? g : 0.0f;
+      out[i] = kept(odds_of(logit), signed_uniform(words[i])) ? g : 0.0f;
     } else if constexpr (kMode == kGumbelSoft) {
-      out[i] = g * soft_value<false>(logit, uniform_(words[i]), inverse_tau);
+      out[i] = g * soft_value<false>(logit, signed_uniform(words[i]), inverse_tau);
     } else if constexpr (kMode == kKeep) {
       out[i] = logit >= 0.0f ? g : 0.0f;
     } else if constexpr (kMode == kThreshold) {

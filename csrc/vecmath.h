@@ -46,10 +46,13 @@ static inline float log_(float x) {
   return (p * f * square - 0.5f * square) + f + n * 0.693147181f;
 }
 
-// u in (0, 1) of a random word.
-static inline float uniform_(uint32_t word) {
-  const float u = static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f + 0x1p-25f;
-  return u < 1.0f ? u : 0x1.fffffep-1f;
+static inline float magnitude_of(float x) { return as_float(as_bits(x) & 0x7FFFFFFFu); }
+
+// u of a random word as dwm_fast/ops/philox.py's signed_uniform: u itself, and -(1 - u) in the upper tail.
+static inline float signed_uniform(uint32_t word) {
+  const float ordinary = static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f + 0x1p-25f;
+  const float tail = (static_cast<float>(static_cast<int32_t>(word)) + 0.5f) * 0x1p-32f;
+  return magnitude_of(tail) < 0x1p-16f ? tail : ordinary;
 }
 
 static inline float from_bf16(uint16_t h) { return as_float(static_cast<uint32_t>(h) << 16); }

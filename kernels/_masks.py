@@ -3,9 +3,18 @@
 import triton
 import triton.language as tl
 
-from dwm_fast.kernels._math import exp, sigmoid, sigmoid_slope
+from dwm_fast.kernels._math import exp, sigmoid_slope
 from dwm_fast.kernels._tiles import rows_of_four
-from dwm_fast.kernels.philox import block_words4, drop_probability, hard_keep, soft_argument, uniform, words4
+from dwm_fast.kernels.philox import (
+    block_words4,
+    drop_probability,
+    hard_keep,
+    kept,
+    soft_slope,
+    soft_value,
+    uniform,
+    words4,
+)
 from dwm_fast.ops.draw import Mode
 
 GUMBEL_HARD: tl.constexpr = tl.constexpr(Mode.GUMBEL_HARD.value)
@@ -54,11 +63,11 @@ def masked_value(logit, weight, u, threshold, inverse_tau, MODE: tl.constexpr, P
     term = logit
     if MODE <= GUMBEL_SOFT:
         drop, exponential = drop_probability(logit)
-        keep = u > drop
+        keep = kept(u, drop, exponential)
         if MODE == GUMBEL_HARD:
             value = tl.where(keep, weight, 0.0)
         else:
-            value = weight * sigmoid(soft_argument(logit, u, inverse_tau))
+            value = weight * soft_value(logit, u, inverse_tau)
         if PENALTY:
             term = tl.where(logit > 40.0, 1.0, exponential * drop)
     elif MODE == KEEP:
@@ -83,7 +92,7 @@ def masked_value(logit, weight, u, threshold, inverse_tau, MODE: tl.constexpr, P
 def logit_gradient(grad, logit, weight, u, threshold, inverse_tau, penalty_scale, MODE: tl.constexpr):
     """Gradient of the loss and of the penalty with respect to a logit; `penalty_scale` is grad_penalty / N."""
     if MODE <= GUMBEL_SOFT:
-        slope = sigmoid_slope(soft_argument(logit, u, inverse_tau)) * inverse_tau
+        slope = soft_slope(logit, u, inverse_tau) * inverse_tau
         return grad * weight * slope + penalty_scale * sigmoid_slope(logit)
     elif MODE == KEEP:
         return tl.zeros_like(logit)
@@ -100,7 +109,7 @@ def weight_gradient(grad, logit, u, threshold, inverse_tau, MODE: tl.constexpr):
     if MODE == GUMBEL_HARD:
         return tl.where(hard_keep(logit, u), grad, 0.0)
     elif MODE == GUMBEL_SOFT:
-        return grad * sigmoid(soft_argument(logit, u, inverse_tau))
+        return grad * soft_value(logit, u, inverse_tau)
     elif MODE == KEEP:
         return tl.where(logit >= 0, grad, 0.0)
     elif MODE == THRESHOLD_MODE:

@@ -27,7 +27,7 @@ from dwm_fast.kernels._math import bound, narrow, sigmoid_slope
 from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import TL_DTYPES, groups_of, pick, require_fp32
 from dwm_fast.kernels._tiles import address, block_entry, loose
-from dwm_fast.kernels.philox import hard_keep, seed_and_step, soft_argument
+from dwm_fast.kernels.philox import argument_on_side, hard_keep, seed_and_step
 
 SCALE: tl.constexpr = tl.constexpr(1200.0)
 TEMPERATURE: tl.constexpr = tl.constexpr(100.0)
@@ -120,7 +120,7 @@ def kernel_soft_bwd_kernel(
     z = (r - threshold) * SCALE
     if NOISY:
         u = kernel_noise(rows, tensor, chunk, rng_state, step_offset, NOISY, BLOCK)
-        argument = soft_argument(z, u, 1.0 / TEMPERATURE)
+        argument = argument_on_side(z, u, 1.0 / TEMPERATURE)  # its slope is even
     else:
         argument = z * (1.0 / TEMPERATURE)
     weights = loose(address(ptrs, tensor, 1, 3), WEIGHT)

@@ -8,7 +8,7 @@ differently when fused, and the option keeps it so whatever surrounds the inline
 import triton
 import triton.language as tl
 
-from dwm_fast.kernels._math import exp, log, reciprocal
+from dwm_fast.kernels._math import exp, log, reciprocal, sigmoid, sigmoid_slope
 
 
 @triton.jit
@@ -34,26 +34,57 @@ def block_words4(seed, step, layer, block):
 
 @triton.jit
 def uniform(word):
-    """u = ((word >> 8) + 1/2) * 2**-24 in fp32, rounded once, in [2**-25, 1 - 2**-24]."""
-    u = (word >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
-    return tl.minimum(u, 0.999999940395355224609375)
+    """u of a word as every function here takes it: u itself, and -(1 - u) in the upper tail, where u would round.
+
+    ((word >> 8) + 1/2) * 2**-24, rounded once; within 2**16 of either end of its range a word is, as a signed number,
+    its distance from that end, and counts in steps of 2**-32.
+    """
+    in_tail = word + 65536 < 131072
+    number = tl.where(in_tail, word, word >> 8).to(tl.int32, bitcast=True).to(tl.float32)
+    return (number + 0.5) * tl.where(in_tail, 2.3283064365386963e-10, 5.9604644775390625e-08)
 
 
 @triton.jit
 def drop_probability(logit):
-    """1 / (1 + exp(l)) = 1 - sigmoid(l), and exp(l): the threshold that u must exceed to keep a weight."""
+    """1 / (1 + exp(l)) = 1 - sigmoid(l), and exp(l): what a weight is kept by."""
     exponential = exp(logit)
     return reciprocal(1.0 + exponential), exponential
 
 
 @triton.jit
-def hard_keep(logit, u):
-    """Bernoulli(sigmoid(l)) as u > 1 / (1 + exp(l)); equals soft > 1/2 and needs no logarithm."""
-    drop, _ = drop_probability(logit)
-    return u > drop
+def kept(u, drop, exponential):
+    """u > 1 / (1 + exp(l)), and in the upper tail 1 - u < exp(l), which is sigmoid(l) there but for a part of a step."""
+    return (u > drop) | ((u < 0) & (tl.abs(u) < exponential))  # a choice of two would hold more predicates at once
 
 
 @triton.jit
-def soft_argument(logit, u, inverse_tau):
-    """(l + log u - log(1 - u)) / tau, the argument of the Gumbel-sigmoid."""
-    return (logit + log(u) - log(1.0 - u)) * inverse_tau
+def hard_keep(logit, u):
+    """Bernoulli(sigmoid(l)); equals soft > 1/2 and needs no logarithm."""
+    drop, exponential = drop_probability(logit)
+    return kept(u, drop, exponential)
+
+
+@triton.jit
+def on_side(x, u):
+    """x, and -x in the upper tail."""
+    sign = u.to(tl.uint32, bitcast=True) & 0x80000000
+    return (x.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def argument_on_side(logit, u, inverse_tau):
+    """(l + log u - log(1 - u)) / tau, the argument of the Gumbel-sigmoid, and its negative in the upper tail."""
+    near = tl.abs(u)
+    return (on_side(logit, u) + log(near) - log(1.0 - near)) * inverse_tau
+
+
+@triton.jit
+def soft_value(logit, u, inverse_tau):
+    """The Gumbel-sigmoid: sigmoid((l + log u - log(1 - u)) / tau)."""
+    return sigmoid(on_side(argument_on_side(logit, u, inverse_tau), u))
+
+
+@triton.jit
+def soft_slope(logit, u, inverse_tau):
+    """soft (1 - soft); even in the argument."""
+    return sigmoid_slope(argument_on_side(logit, u, inverse_tau))

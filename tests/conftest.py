@@ -66,10 +66,16 @@ class Oracle:
 
     @classmethod
     def uniform(cls, first: int, numel: int, seed: int, step: int, layer: int) -> np.ndarray:
-        """u of elements first .. first + numel - 1: ((word >> 8) + 1/2) * 2^-24 rounded to fp32, as fp64."""
-        words = cls.words(np.arange(first, first + numel, dtype=np.uint64), seed, step, layer)
-        exact = ((words >> np.uint64(8)).astype(np.float64) + 0.5) * 2.0**-24
-        return np.minimum(exact.astype(np.float32), np.float32(1 - 2.0**-24)).astype(np.float64)
+        """u of elements first .. first + numel - 1, fp64."""
+        return cls.uniform_of(cls.words(np.arange(first, first + numel, dtype=np.uint64), seed, step, layer))
+
+    @staticmethod
+    def uniform_of(words: np.ndarray) -> np.ndarray:
+        """u of words: ((word >> 8) + 1/2) * 2^-24 rounded to fp32, in the tails (word + 1/2) * 2^-32; fp64 holds both."""
+        words = words.astype(np.int64)
+        ordinary = (((words >> 8) + 0.5) * 2.0**-24).astype(np.float32).astype(np.float64)
+        in_tail = (words < 2**16) | (words >= 2**32 - 2**16)
+        return np.where(in_tail, (words + 0.5) * 2.0**-32, ordinary)
 
     @staticmethod
     def bits(keeps: list[np.ndarray]) -> np.ndarray:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.draw import check_layers
-from dwm_fast.ops.philox import random_words, uniform
+from dwm_fast.ops.philox import random_words, signed_uniform
 from dwm_fast.ops.registration import define
 from dwm_fast.ops.sample import check_noise, hard
+from dwm_fast.ops.sample import noisy as with_noise
 
 TensorList = Sequence[Tensor]
 SCALE, TEMPERATURE = 1200.0, 100.0
@@ -36,8 +37,8 @@ def kernel_shape(weight: torch.Size | Sequence[int]) -> tuple[int, ...]:
 
 
 def _noise(real: Tensor, rng_state: Tensor, layer: int, step_offset: int) -> Tensor:
-    """u in (0, 1), fp32, of r's shape."""
-    return uniform(random_words(real.numel(), rng_state, layer, step_offset)).view(real.shape)
+    """Signed u, fp32, of r's shape."""
+    return signed_uniform(random_words(real.numel(), rng_state, layer, step_offset)).view(real.shape)
 
 
 def _keep(real: Tensor, threshold: float, rng_state: Tensor, layer: int, noisy: bool, step_offset: int) -> Tensor:
@@ -78,8 +79,7 @@ def kernel_soft_backward_reference(
         dense = real.contiguous()
         z = (dense - threshold) * SCALE
         if noisy:
-            u = _noise(dense, rng_state, layer, step_offset)
-            z = z + (u.log() - (1.0 - u).log())
+            z = with_noise(z, _noise(dense, rng_state, layer, step_offset))
         s = torch.sigmoid(z / TEMPERATURE)
         over_mask = (grad.to(real.dtype) * weight.to(real.dtype)).reshape(*real.shape[:2], -1).sum(-1).view(real.shape)
         slope = SCALE / TEMPERATURE * s * (1.0 - s)

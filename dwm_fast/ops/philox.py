@@ -21,8 +21,8 @@ _ROUNDS = 10
 # Blocks a chunk: on a CPU the dozen int64 temporaries stay in cache, elsewhere they stay under 1 GiB.
 _CHUNK_CPU, _CHUNK = 1 << 15, 1 << 22
 
-LARGEST_UNIFORM = 1.0 - 2.0**-24
-"""Upper end of `uniform`: the largest fp32 below 1."""
+TAIL = 2.0**-16
+"""Below u = TAIL and above u = 1 - TAIL the contract counts in steps of 2^-32, else of 2^-24."""
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,9 +87,25 @@ def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0
     return words.view(-1)[:numel]
 
 
+def signed_uniform(words: Tensor) -> Tensor:
+    """u as every backend carries it: u itself, and -(1 - u) in the upper tail, where u would round; fp32.
+
+    A word within 2^16 of either end of [0, 2^32) is, read as a signed number, its distance from that end: a tail needs
+    no bit beyond the word's 32. Every value in the tails is exact.
+    """
+    ordinary = (words >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25
+    tail = ((words - ((words >> 31) << 32)).to(torch.float32) + 0.5) * 2.0**-32
+    return torch.where(tail.abs() < TAIL, tail, ordinary)
+
+
 def uniform(words: Tensor) -> Tensor:
-    """u = ((word >> 8) + 0.5) * 2^-24 in fp32, rounded to nearest even and kept below 1; so 0 < u < 1."""
-    return ((words >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25).clamp_(max=LARGEST_UNIFORM)
+    """The contract's u of random words (int64), rounded to fp32 and kept below 1; so 0 < u < 1.
+
+    u = ((word >> 8) + 1/2) * 2^-24, but (word + 1/2) * 2^-32 below 2^-16 and above 1 - 2^-16. Draws compare 1 - u
+    in the upper tail, which this rounds.
+    """
+    u = signed_uniform(words)
+    return torch.where(u < 0, 1.0 + u, u).clamp_(max=1.0 - 2.0**-24)
 
 
 def advance_reference(rng_state: Tensor, steps: int) -> Tensor:

@@ -16,20 +16,27 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import pack_reference
 from dwm_fast.ops.draw import GUMBEL_MODES, Draw, Mode
 from dwm_fast.ops.packing import packed_nbytes
-from dwm_fast.ops.philox import random_words, uniform
+from dwm_fast.ops.philox import random_words, signed_uniform
 from dwm_fast.ops.registration import define
 
 TensorList = Sequence[Tensor]
 
 
 def _noise(logits: Tensor, draw: Draw, i: int) -> Tensor:
-    """u in (0, 1), fp32, of the logits' shape; element index is the logical contiguous order."""
-    return uniform(random_words(logits.numel(), draw.rng_state, draw.layers[i], draw.step_offset)).view(logits.shape)
+    """Signed u, fp32, of the logits' shape; element index is the logical contiguous order."""
+    words = random_words(logits.numel(), draw.rng_state, draw.layers[i], draw.step_offset)
+    return signed_uniform(words).view(logits.shape)
+
+
+def noisy(logits: Tensor, u: Tensor) -> Tensor:
+    """l + log u - log(1 - u) of a signed u; in the upper tail |u| is 1 - u, and signs turn before and after."""
+    side, near = u.sign(), u.abs()
+    return side * (side * logits + near.log() - (1.0 - near).log())
 
 
 def _soft_argument(logits: Tensor, u: Tensor, tau: Tensor) -> Tensor:
     """(l + log u - log(1 - u)) / tau, whose sigmoid is the Gumbel-sigmoid."""
-    return (logits + u.log() - (1.0 - u).log()) / tau
+    return noisy(logits, u) / tau
 
 
 def _sigmoid_slope(x: Tensor) -> Tensor:
@@ -38,8 +45,13 @@ def _sigmoid_slope(x: Tensor) -> Tensor:
 
 
 def hard(logits: Tensor, u: Tensor) -> Tensor:
-    """soft > 1/2, decided without logarithms: u > sigmoid(-l)."""
-    return u > 1.0 / (1.0 + torch.exp(logits))
+    """soft > 1/2 for a signed u, decided without logarithms: u > sigmoid(-l); in the upper tail 1 - u < e^l.
+
+    There e^l stands for sigmoid(l) = e^l / (1 + e^l): it is below 2^-16 wherever it matters, so they differ by less
+    than one step of 2^-32.
+    """
+    odds = torch.exp(logits)
+    return u > torch.where(u < 0, -odds, 1.0 / (1.0 + odds))
 
 
 def mask_value(logits: Tensor, draw: Draw, i: int) -> tuple[Tensor, Tensor]:

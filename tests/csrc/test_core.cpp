@@ -10,6 +10,13 @@
 #include <memory>
 #include <vector>
 
+// The functions of one draw, beside the tables that hide them: a table makes its own words and takes nobody's.
+#define DWM_ISA drawn
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "sample.h"
+#pragma GCC diagnostic pop
+
 namespace {
 
 using namespace dwm;
@@ -73,6 +80,36 @@ void check_words(const Kernels& k) {
       }
     }
   }
+}
+
+// Every word that decides an event rarer than 2^-16: those of both tails.
+template <typename Body>
+void for_tails(const Body& body) {
+  for (uint32_t w = 0; w < 65536; ++w) {
+    body(w);
+    body(~w);
+  }
+}
+
+void check_rare_events() {
+  for (const double p : {1e-5, 1e-6, 1e-7, 1e-8, 1e-9}) {
+    const float logit = static_cast<float>(std::log(p / (1.0 - p)));
+    int64_t kept = 0, lost = 0;
+    for_tails([&](uint32_t w) {
+      kept += drawn::kept(drawn::odds_of(logit), drawn::signed_uniform(w));
+      lost += !drawn::kept(drawn::odds_of(-logit), drawn::signed_uniform(w));
+    });
+    // A half for the last word; a logit in fp32 and its exponential are good to 2^-19 of at most 2^16 words.
+    const double words = p * 4294967296.0, allowed = 0.5 + 8192.0 * p;
+    require(std::fabs(static_cast<double>(kept) - words) <= allowed, "rare masks keep as often as they should", "draw");
+    require(std::fabs(static_cast<double>(lost) - words) <= allowed, "rare masks drop as often as they should", "draw");
+  }
+  for_tails([&](uint32_t w) {
+    for (const float logit : {-10.0f, -1.0f, 0.0f, 1.0f, 10.0f}) {
+      const bool keeps = drawn::kept(drawn::odds_of(logit), drawn::signed_uniform(w));
+      require(keeps == (w > 65535u), "tails decide nothing of an ordinary logit", "draw");
+    }
+  });
 }
 
 void check_bits(const Kernels& k, const Shape& shape) {
@@ -347,6 +384,7 @@ int main() {
 #if defined(DWM_WITH_AVX2)
   if (__builtin_cpu_supports("avx2")) tables.push_back(&kKernelsAvx2);
 #endif
+  check_rare_events();
   for (const Kernels* k : tables) {
     check_words(*k);
     for (const Shape& shape : shapes) check_bits(*k, shape);

@@ -81,16 +81,15 @@ def test_seed_step_and_layer_each_change_the_words():
         assert all((a != b).float().mean() > 0.99 for b in draws[:i])
 
 
-def test_uniform_is_the_contract_formula_for_every_24_bit_value():
-    values = np.arange(2**24, dtype=np.int64)
-    u = ops.uniform(torch.from_numpy(values << 8 | 0xAB)).numpy()
+def test_uniform_is_the_contract_formula_for_every_24_bit_value(oracle):
+    words = np.arange(2**24, dtype=np.int64) << 8 | 0xAB
+    u = ops.uniform(torch.from_numpy(words)).numpy()
     assert u.dtype == np.float32
-    expected = ((values + 0.5) * 2.0**-24).astype(np.float32)
+    expected = oracle.uniform_of(words).astype(np.float32)
     assert np.array_equal(u[:-1], expected[:-1])
-    assert u[-1] == np.float32(1 - 2.0**-24)  # rounds to 1, which is kept out
-    assert u[0] == 2.0**-25
-    assert u.min() > 0
-    assert u.max() < 1
+    assert expected[-1] == 1
+    assert u[-1] == np.float32(1 - 2.0**-24)  # 1 is kept out
+    assert u[0] == (0xAB + 0.5) * 2.0**-32
 
 
 def test_advance_returns_the_state_of_the_draw_and_moves_on_in_place():
