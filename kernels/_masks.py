@@ -64,10 +64,7 @@ def masked_value(logit, weight, u, threshold, inverse_tau, MODE: tl.constexpr, P
     if MODE <= GUMBEL_SOFT:
         drop, exponential = drop_probability(logit)
         keep = kept(u, drop, exponential)
-        if MODE == GUMBEL_HARD:
-            value = tl.where(keep, weight, 0.0)
-        else:
-            value = weight * soft_value(logit, u, inverse_tau)
+        value = tl.where(keep, weight, 0.0) if MODE == GUMBEL_HARD else weight * soft_value(logit, u, inverse_tau)
         if PENALTY:
             term = tl.where(logit > 40.0, 1.0, exponential * drop)
     elif MODE == KEEP:

@@ -53,7 +53,7 @@ def drop_probability(logit):
 
 @triton.jit
 def kept(u, drop, exponential):
-    """u > 1 / (1 + exp(l)), and in the upper tail 1 - u < exp(l), which is sigmoid(l) there but for a part of a step."""
+    """u > 1 / (1 + exp(l)), and in the upper tail 1 - u < exp(l): there it is sigmoid(l) but for part of a step."""
     return (u > drop) | ((u < 0) & (tl.abs(u) < exponential))  # a choice of two would hold more predicates at once
 
 

@@ -71,7 +71,7 @@ class Oracle:
 
     @staticmethod
     def uniform_of(words: np.ndarray) -> np.ndarray:
-        """u of words: ((word >> 8) + 1/2) * 2^-24 rounded to fp32, in the tails (word + 1/2) * 2^-32; fp64 holds both."""
+        """u of words: ((word >> 8) + 1/2) * 2^-24 rounded to fp32, in the tails (word + 1/2) * 2^-32; as fp64."""
         words = words.astype(np.int64)
         ordinary = (((words >> 8) + 0.5) * 2.0**-24).astype(np.float32).astype(np.float64)
         in_tail = (words < 2**16) | (words >= 2**32 - 2**16)

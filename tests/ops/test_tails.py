@@ -1,4 +1,4 @@
-"""Rare events: drawn as often as their probability says, over every word that can decide one; ordinary masks as ever."""
+"""Rare events: drawn as often as their probability says, over all words that decide one; ordinary masks as ever."""
 
 from __future__ import annotations
 
