@@ -146,8 +146,8 @@ def bank_linear_many_fwd_kernel(
         store_rows(y, bias + domain * bias_stride, acc, n0, start, stop, N, HAS_BIAS, BLOCK_N, BLOCK_M)
 
 
-FEW = Tiles(group=4, block_n=64, block_k=64, block_m=16, num_warps=8)
-"""Few rows, two-byte values, whole words of bits."""
+FEW = Tiles(group=4, block_n=64, block_k=32, block_m=16, num_warps=8)
+"""Few rows, two-byte values, whole words of bits; with 64 columns a tile, Triton 3.6 spills."""
 FEW_WIDE = Tiles(group=1, block_n=32, block_k=32, block_m=16, num_warps=4)
 """Few rows otherwise; larger tiles or groups spill."""
 MANY = Tiles(group=0, block_n=64, block_k=64, block_m=64, num_warps=4)
