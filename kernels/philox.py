@@ -39,9 +39,9 @@ def uniform(word):
     ((word >> 8) + 1/2) * 2**-24, rounded once; within 2**16 of either end of its range a word is, as a signed number,
     its distance from that end, and counts in steps of 2**-32.
     """
-    in_tail = word + 65536 < 131072
-    number = tl.where(in_tail, word, word >> 8).to(tl.int32, bitcast=True).to(tl.float32)
-    return (number + 0.5) * tl.where(in_tail, 2.3283064365386963e-10, 5.9604644775390625e-08)
+    ordinary = (word >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
+    tail = (word.to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return tl.where(tl.abs(tail) < 1.52587890625e-05, tail, ordinary)
 
 
 @triton.jit
