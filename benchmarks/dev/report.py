@@ -42,7 +42,7 @@ _LEADING = (
     "bits Jaccard",
 )
 """Cases of the summary, in its order."""
-_BLOCK = re.compile(r"(<!-- generated: (results|summary) -->\n).*?(<!-- end generated -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- generated: (results|summary|modelled) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 _NONE = "No results are recorded yet; `dwm-fast bench` records them.\n"
 
 

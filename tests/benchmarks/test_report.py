@@ -142,6 +142,11 @@ def test_a_modelled_time_is_the_larger_of_bytes_over_bandwidth_and_instructions_
     assert modelled.Model("c", 10**6, 3 * 10**6, None).cells == ["c", "3", "", "1.00", "", "1.00"]
 
 
+def test_the_modelled_table_is_written_anew_as_the_others_are() -> None:
+    text = report.filled("<!-- generated: modelled -->\nold\n<!-- end generated -->", [])
+    assert text == f"<!-- generated: modelled -->\n{modelled.modelled_block()}<!-- end generated -->"
+
+
 def test_modelled_figures_stand_apart_and_are_called_what_they_are() -> None:
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     heading = page.index("## Modelled, not measured")
