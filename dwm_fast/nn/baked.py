@@ -18,7 +18,7 @@ BUDGET = 256 << 20
 _SAMPLES = 64
 """Evenly spaced elements that are compared in each call: writing through `.data` leaves no other trace."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer may run inside it
 _nbytes = 0
 
 
@@ -75,8 +75,12 @@ def baked(old: Baked | None, weight: Tensor, bits: Tensor, dtype: torch.dtype) -
             return None
         _nbytes += nbytes
     # Under inference mode it would be a tensor that no later call can take a gradient through.
-    with torch.inference_mode(False), torch.no_grad():
-        made = Baked(weight, bits, dtype)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            made = Baked(weight, bits, dtype)
+    except BaseException:
+        _give_back(nbytes)
+        raise
     weakref.finalize(made, _give_back, nbytes)
     return made
 

@@ -150,3 +150,22 @@ def test_explain_tells_of_the_bytes():
     assert told.forward.way == "staged"
     assert f"kept from the first call on, {4 * 6 * 4 * 9} bytes of a budget of {baked.BUDGET:,}" in told.forward.why
     assert "kept from the first" not in told.input_gradient.why
+
+
+def test_a_weight_that_could_not_be_made_takes_no_room(monkeypatch):
+    def fails(*args):
+        raise MemoryError
+
+    layer = packed().requires_grad_(False)
+    before = baked.kept_bytes()
+    monkeypatch.setattr(baked, "Baked", fails)
+    with pytest.raises(MemoryError):
+        layer(X)
+    assert baked.kept_bytes() == before
+
+
+def test_a_finalizer_that_runs_where_room_is_counted_does_not_wait_for_itself():
+    before = baked.kept_bytes()
+    with baked._lock:
+        baked._give_back(0)
+    assert baked.kept_bytes() == before
