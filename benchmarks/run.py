@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 import dwm_fast
 from dwm_fast.errors import InputError
@@ -66,7 +67,7 @@ class Suite:
         A red gate gives no figures; a failure none of the way that failed and of those after it. Both are noted.
         """
         if entry.needs and importlib.util.find_spec(entry.needs) is None:
-            self.screen.print(f"  {entry.name}: left out, {entry.needs} is not installed", style="yellow")
+            self.say(f"  {entry.name}: left out, {entry.needs} is not installed", "yellow")
             return
         blocked = [f"{area} ({self.red[area]})" for area in (*entry.areas, *SHARED) if area in self.red]
         if blocked:
@@ -92,11 +93,15 @@ class Suite:
                 self.file.record(rows)
 
         for way, reason in measure(case, self.context.device, budget, keep).missing.items():
-            self.screen.print(f"  {case.name}: '{way}' cannot run here: {reason}", style="yellow")
+            self.say(f"  {case.name}: '{way}' cannot run here: {reason}", "yellow")
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print a line as it is, on whatever console: brackets in names, reasons and paths are no markup."""
+        self.screen.print(Text(text, style=style))
 
     def _fail(self, entry: Entry, reason: str) -> None:
         self.failures[entry.name] = reason
-        self.screen.print(f"  {entry.name}: {reason}", style="bold red")
+        self.say(f"  {entry.name}: {reason}", "bold red")
 
 
 def turns(entries: Sequence[Entry], compile: str) -> list[tuple[Entry, bool]]:
@@ -115,23 +120,23 @@ def run_suite(suite: Suite, entries: Sequence[Entry], seconds: float = float("in
     start = time.perf_counter()
     torch.manual_seed(0)
     device = device_name(suite.context.device)
-    suite.screen.print(f"{device}; torch {torch.__version__}; {suite.commit}")
+    suite.say(f"{device}; torch {torch.__version__}; {suite.commit}")
     suite.measure_ceilings()
     planned = turns(entries, "never" if suite.context.quick else compile)
     for number, (entry, compiled) in enumerate(planned, 1):
         name = f"{entry.name}{', torch.compile' if compiled else ''}"
         if time.perf_counter() - start > seconds:
-            suite.screen.print(f"  out of time; not measured: {name} and what follows it", style="yellow")
+            suite.say(f"  out of time; not measured: {name} and what follows it", "yellow")
             break
         if compiled and entry.name in suite.failures:
             continue
-        suite.screen.print(f"[{number}/{len(planned)}] {name}  {time.perf_counter() - start:.0f} s", style="dim")
+        suite.say(f"[{number}/{len(planned)}] {name}  {time.perf_counter() - start:.0f} s", "dim")
         suite.run(entry, compiled)
     suite.screen.print(results_table(suite.rows))
     where = f"recorded in {suite.file.path}" if suite.file else "not recorded"
-    suite.screen.print(f"{time.perf_counter() - start:.0f} s; {where}")
+    suite.say(f"{time.perf_counter() - start:.0f} s; {where}")
     for case, reason in suite.failures.items():
-        suite.screen.print(f"not measured, or not all of it: {case}: {reason}", style="bold red")
+        suite.say(f"not measured, or not all of it: {case}: {reason}", "bold red")
     return 1 if suite.failures else 0
 
 

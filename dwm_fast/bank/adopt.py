@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dwm_fast.bank.record import pack_signs
 from dwm_fast.errors import InputError
+from dwm_fast.nn.stored import plain_parts
 
 _UNUSED_IN_EVAL = "num_batches_tracked"
 
@@ -109,6 +110,12 @@ def _own_state(
         mine = state.get(name)
         if mine is None or name in masks or name.endswith(_UNUSED_IN_EVAL):
             continue
-        if mine.shape != theirs.shape or not torch.equal(mine.detach().cpu(), theirs.detach().cpu()):
+        if mine.shape != theirs.shape or not _equal(mine.detach(), theirs.detach()):
             own[name] = mine
     return own
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, part by part where they are of a class with tensors inside."""
+    pairs = [plain_parts(a), plain_parts(b)]
+    return len(pairs[0]) == len(pairs[1]) and all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(*pairs, strict=True))

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from dwm_fast.bank.adopt import check_mask_shape
 from dwm_fast.bank.fingerprint import combined_digest, tensor_digest
+from dwm_fast.bank.notice import Inventory
 from dwm_fast.bank.record import DomainMasks
 from dwm_fast.bank.runner import Runner
 from dwm_fast.errors import InputError, MaskFileError
 from dwm_fast.nn.shell import tensors_of
+from dwm_fast.nn.stored import plain_parts
 
 _WHOLE = 1 << 14
 """Elements up to which every one of a tensor's is compared in each call."""
@@ -49,13 +51,13 @@ class Backbone:
         self.tensors: dict[str, Tensor] = {n: t for n, t in state.items() if isinstance(t, Tensor)}
         self.parameters = dict(self.model.named_parameters())
         self.run = Runner(self.model)
-        self._slots = list(_slots(self.model))
-        self._habits = [(module, _habit(module)) for module in self.model.modules()]
+        self._inventory = Inventory(self.model)
         self._digests: dict[str, bytes] = {}
         self._take_marks()
 
     def _take_marks(self) -> None:
-        self._watched = list({id(tensor): tensor for tensor in tensors_of(self.model)}.values())
+        own = {id(tensor): tensor for tensor in (*tensors_of(self.model), *self._inventory.loose)}
+        self._watched = [part for tensor in own.values() for part in plain_parts(tensor)]
         self._marks = [_mark(tensor) for tensor in self._watched]
         views = [_sampled(tensor) for tensor in self._watched]
         self._samples = [(view, view.clone()) for view in views if view is not None]
@@ -63,24 +65,27 @@ class Backbone:
     def stamp(self) -> int:
         """A number that changes when a module, a tensor or a tensor's content has changed since the last call.
 
-        Looked at are: which modules and tensors the network has, forward hooks and exchanged forwards; every tensor's
-        version counter, storage, dtype and device; and, on a CPU, the values themselves, all of a tensor up to 2^14
-        elements and 2^10 evenly spaced ones of a larger: writing through `.data`, as averages of weights do, leaves no
-        other trace.
+        Looked at are: which modules and tensors the network has, their settings, forward hooks and exchanged forwards
+        (see `Inventory`); every tensor's version counter, storage, dtype and device; and, on a CPU, the values
+        themselves, all of a tensor up to 2^14 elements and 2^10 evenly spaced ones of a larger: writing through
+        `.data`, as averages of weights do, leaves no other trace.
         """
         with self._lock:
-            if any(home.get(key) is not value for home, key, value in self._slots) or any(
-                _habit(module) != habit for module, habit in self._habits
-            ):
-                self._look()
-                self._stamp += 1
-            elif any(_mark(tensor) != mark for tensor, mark in zip(self._watched, self._marks, strict=True)) or any(
-                not torch.equal(view, was) for view, was in self._samples
-            ):
+            same = self._inventory.is_current()
+            if same and self._has_same_values():
+                return self._stamp
+            if same and not self._inventory.loose:
                 self._digests = {}
                 self._take_marks()
-                self._stamp += 1
+            else:
+                self._look()
+            self._stamp += 1
             return self._stamp
+
+    def _has_same_values(self) -> bool:
+        return all(_mark(tensor) == mark for tensor, mark in zip(self._watched, self._marks, strict=True)) and all(
+            torch.equal(view, was) for view, was in self._samples
+        )
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """Fingerprint of the named parameters; each is hashed once until the network changes."""
@@ -130,18 +135,6 @@ class Backbone:
                 f"{source}: backbone: the masks of '{info.domain}' were made for other weights; load "
                 f"the backbone they belong to, or pass allow_other_backbone=True"
             )
-
-
-def _slots(model: nn.Module) -> Iterable[tuple[dict[str, Any], str, Any]]:
-    """Every place of the network that holds a module or a tensor, with what it holds."""
-    for module in model.modules():
-        for home in (module._parameters, module._buffers, module._modules):
-            yield from ((home, key, value) for key, value in home.items())
-
-
-def _habit(module: nn.Module) -> tuple[Any, ...]:
-    """What a module does beside its class's forward; copies of it are made with the hooks of their time."""
-    return vars(module).get("forward"), *module._forward_hooks.values(), *module._forward_pre_hooks.values()
 
 
 def _mark(tensor: Tensor) -> tuple[Any, ...]:

@@ -344,10 +344,11 @@ class MaskBank:
         return stamp
 
     def _patch(self, domain: str | None) -> Patch:
+        stamp = self._current()
         if domain is None:
             return _NO_PATCH
         entry = self._entry(domain)
-        key = ("patch", entry, self._current())
+        key = ("patch", entry, stamp)
         patch: Patch = self._cache.get(key, lambda: domain_patch(self._checked(domain), self._net.tensors))
         return patch
 
@@ -356,10 +357,9 @@ class MaskBank:
         return self._net.run(patch, args, kwargs)
 
     def _checked(self, domain: str) -> DomainMasks:
-        """A domain, after comparing its fingerprint with the weights as they are now."""
+        """A domain, after comparing it with the network as it is now."""
         record = self.record(domain)
-        if not self._entry(domain).any_backbone:
-            self._net.check_fingerprint(record, f"domain '{domain}'")
+        self._check_fit(record, f"domain '{domain}'", self._entry(domain).any_backbone)
         return record
 
     def _read(self, entry: _Entry) -> tuple[DomainMasks, int]:

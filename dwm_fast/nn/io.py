@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dwm_fast._files import reason, write_atomic
 from dwm_fast.errors import InputError, MaskFileError
@@ -55,8 +56,8 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
     state = {_plain_name(name): value for name, value in masked.state_dict().items()}
     refuse_shards((value for value in state.values() if isinstance(value, Tensor)), "save_masked")
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            what = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        what = _strangeness(value)
+        if what:
             raise InputError(
                 f"'{name}' of the model's state is {what}; save_masked writes plain tensors alone: make it a buffer, "
                 "or save the masks with dwm_fast.MaskBank"
@@ -66,6 +67,14 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
         for name, tensor in state.items()
     }
     write_atomic(path, save(tensors, metadata=header))
+
+
+def _strangeness(value: object) -> str:
+    """What an entry of a state dict is, where it is no plain tensor; "" where it is one."""
+    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
+        return type(value).__name__
+    strange = value.layout is not torch.strided or value.is_meta or value.is_quantized
+    return f"{value.layout} on {value.device}" if strange else ""
 
 
 def _plain_name(name: str) -> str:

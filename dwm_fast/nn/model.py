@@ -267,7 +267,8 @@ def mask_model(
     Args:
         model: any nn.Module.
         kind: GumbelSigmoid(...), Threshold(...), Edit(...) or KernelSoft(...).
-        include, exclude: shell patterns of layer names, e.g. include=["layer*"], exclude=["fc"].
+        include, exclude: shell patterns of layer names, e.g. include=["layer*"], exclude=["fc"]; commas part
+            several in one text.
         mask_samples, batch_norm, seed: see `MaskedModel`.
         skip_unmaskable: leave out the layers that cannot be masked (see Raises), not refuse them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -19,8 +20,8 @@ from dwm_fast.ops.shards import refuse_shards
 
 
 def literal(name: str) -> str:
-    """A shell pattern that fits `name` alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+    """A shell pattern that fits `name` alone, and in which no comma ends it."""
+    return "".join(f"[{c}]" if c in "*?[," else c for c in name)
 
 
 def maskable_layers(
@@ -32,7 +33,8 @@ def maskable_layers(
 ) -> dict[str, nn.Linear | nn.Conv2d]:
     """Linear and Conv2d layers by name, in definition order, whose name fits `include` and not `exclude`.
 
-    Patterns are those of the shell and fit the whole name, "*" across dots too: "fc", "layer1.*", "*.conv1".
+    Patterns are those of the shell and fit the whole name, "*" across dots too: "fc", "layer1.*", "*.conv1"; a text may
+    hold several: "fc, layer1.*".
     Raises InputError when nothing fits, or a pattern fits nothing, naming what is there; and for layers that a mask
     cannot be put on, all of them at once, unless `skip_unmaskable` leaves them out.
     """
@@ -93,13 +95,12 @@ def _refuse_strange(model: Any) -> None:
 
 
 def _patterns(what: str, given: str | Iterable[str]) -> tuple[str, ...]:
-    if isinstance(given, str):
-        return (given,)
-    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise InputError(f"{what} holds a {type(pattern).__name__}; expected names of layers or shell patterns")
-    return patterns
+    """The patterns one by one; a text may hold several, with commas between them and with or without quotes."""
+    texts = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"{what} holds a {type(text).__name__}; expected names of layers or shell patterns")
+    return tuple(part.strip(" '\"") for text in texts for part in re.split(r"(?<!\[),", text))
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:
@@ -169,5 +170,5 @@ def refuse_shared(model: nn.Module, chosen: Iterable[str]) -> None:
             if other != full and involved:
                 raise InputError(
                     f"'{full}' and '{other}' are one tied tensor, and one tensor cannot have two masks; "
-                    f"exclude it with exclude={sorted(involved)}"
+                    f"exclude it with exclude={list(map(literal, sorted(involved)))}"
                 )

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PLAIN = ("Tensor", "FakeTensor", "FunctionalTensor")
 """Classes of tensors whose elements are what they say; quantised ones (torchao) claim the dtype that they stand for."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors of which one is made: itself, or what a class of tensors (quantised ones, say) keeps inside."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 
 def computed(module: nn.Module) -> str:

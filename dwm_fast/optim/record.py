@@ -105,12 +105,13 @@ class DrawRecorder:
 
     Attributes:
         mode: rule of the last draw; None before it.
+        records: by layer, the gradient of an earlier step that may be used again; at most one of each.
     """
 
     def __init__(self, owned: Iterable[Tensor]) -> None:
         self.mode: int | None = None
         self._owned = list(owned)
-        self._spares: dict[int, FoldedGradient] = {}
+        self.records: dict[int, FoldedGradient] = {}
 
     def sample(
         self,
@@ -144,7 +145,7 @@ class DrawRecorder:
             return masked, bits, penalty
         # Weights that do not train stay outside of the graph: each of its edges costs as much as a logit's.
         inside = weights if any(w.requires_grad for w in weights) else ()
-        *masked, bits, penalty = _RecordedDraw.apply(self._spares, draw, list(weights), dtype, pack, *logits, *inside)
+        *masked, bits, penalty = _RecordedDraw.apply(self.records, draw, list(weights), dtype, pack, *logits, *inside)
         return masked, bits, penalty
 
     def _require_owned(self, logits: Sequence[Tensor]) -> None:

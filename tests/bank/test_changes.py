@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,7 +82,32 @@ def _forward(net: nets.SmallNet) -> None:
     net.bn2.forward = lambda x: x * 0.5  # type: ignore[method-assign]
 
 
+def _stride(net: nets.SmallNet) -> None:
+    net.conv2.stride = (1, 1)
+
+
+def _padding(net: nets.SmallNet) -> None:
+    net.conv1.padding = (2, 2)
+
+
+def _eps(net: nets.SmallNet) -> None:
+    net.bn1.eps = 0.5
+
+
+def _class(net: nets.SmallNet) -> None:
+    net.bn2.__class__ = _Flipped
+
+
+class _Flipped(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return -super().forward(input)
+
+
 CHANGES = [
+    _stride,
+    _padding,
+    _eps,
+    _class,
     _data_copy,
     _average,
     _negate,
@@ -128,6 +154,68 @@ def test_a_mask_that_keeps_all_gives_what_the_changed_network_gives_or_is_refuse
         except MaskFileError:
             return  # the other way to be right: docs/bank.md
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    """A network whose output hangs on attributes that are neither parameters nor buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 3))
+        self.scale, self.config, self.option = 1.0, {"shift": 0.0}, SimpleNamespace(sign=1)
+        self.beside, self.outside = torch.ones(3), [nn.Linear(3, 3)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.body(x) * self.scale * self.option.sign + self.config["shift"] + self.beside
+        return self.outside[0](found)
+
+
+def _set(name: str, value: object) -> Callable[[Scaled], None]:
+    return lambda net: setattr(net, name, value)
+
+
+SETTINGS: dict[str, Callable[[Scaled], object]] = {
+    "a number": _set("scale", 2.0),
+    "in a dictionary": lambda net: net.config.update(shift=1.0),
+    "in an object": lambda net: setattr(net.option, "sign", -1),
+    "a tensor": _set("beside", torch.zeros(3)),
+    "in a tensor": lambda net: net.beside.mul_(5.0),
+    "in a tensor, through data": lambda net: net.beside.data.mul_(5.0),
+    "a module in a list": lambda net: net.outside.__setitem__(0, nn.Identity()),
+    "a weight of a module in a list": lambda net: net.outside[0].weight.data.zero_(),
+    "a layer more": lambda net: net.body.append(nn.Softplus()),
+    "a layer fewer": lambda net: net.body.__delitem__(0) or net.body.append(nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("active", ["photo", None], ids=["a domain", "no domain"])
+@pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
+def test_attributes_that_change_are_seen(change: Callable[[Scaled], object], active: str | None) -> None:
+    net = Scaled().eval()
+    bank = MaskBank(net)
+    bank.add("photo", {"body.0": torch.ones(3, 3, dtype=torch.bool)})
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        bank.activate(active)
+        assert torch.equal(bank(x), net(x))
+        before = net(x)
+        change(net)
+        assert not torch.equal(net(x), before)
+        if active and not isinstance(net.body[0], nn.Linear):
+            with pytest.raises(MaskFileError, match="domain 'photo': does not fit the backbone"):
+                bank(x)
+        else:
+            assert torch.equal(bank(x), net(x))
+
+
+def test_what_says_the_same_is_no_change() -> None:
+    net = Scaled()
+    bank = MaskBank(net)
+    bank.add("photo", {"body.0": torch.ones(3, 3, dtype=torch.bool)})
+    served = bank.serve(["photo"])
+    net.train()
+    net.scale, net.beside, net.config = 3.0 / 3.0, torch.ones(3), net.config
+    served(torch.ones(1, 3), ids=torch.zeros(1, dtype=torch.int64))
 
 
 def test_another_dtype_is_refused_until_it_is_taken_back() -> None:

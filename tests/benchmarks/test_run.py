@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import dwm_fast
 from dwm_fast._bench import run
@@ -213,3 +215,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
     small.setattr(run, "measure", _broken)
     with pytest.raises(DataError, match="cannot write"):
         run.bench(device="cpu", only="bits-and", out=tmp_path / "taken")
+
+
+def test_a_line_is_shown_as_it_is_on_a_console_that_reads_markup() -> None:
+    suite = run.Suite(Context(CPU, quick=True), "commit", None, screen=Console(file=io.StringIO(), width=200))
+    suite._fail(Entry("a[b]", (), _broken), "type: pip install 'dwm-fast[coding]' [/]")
+    assert suite.screen.file.getvalue() == "  a[b]: type: pip install 'dwm-fast[coding]' [/]\n"  # type: ignore[attr-defined]

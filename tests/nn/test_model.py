@@ -106,6 +106,13 @@ def test_include_and_exclude_are_shell_patterns_over_whole_names():
     assert list(maskable_layers(net, include=["block.*"])) == ["block.0"]
     assert list(maskable_layers(net, include=["*"], exclude=["s*", "head"])) == ["block.0"]
     assert list(maskable_layers(net, exclude="head")) == ["stem", "block.0"]
+    for text in (
+        "stem, head",
+        "stem', 'head",
+        '"stem","head"',
+        "s*,head",
+    ):  # as lists are typed and as errors show them
+        assert list(maskable_layers(net, exclude=text)) == list(maskable_layers(net, exclude=[text])) == ["block.0"]
     assert list(maskable_layers(net, include="stem")) == ["stem"]
     assert list(dwm.mask_model(net, dwm.Threshold(), include="b*").mask_layers()) == ["block.0"]
     with pytest.raises(InputError, match=r"include=\['conv'\].*the model has: stem, block.0, head"):

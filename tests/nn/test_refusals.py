@@ -125,6 +125,59 @@ def _quantised(dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
+class Packed(torch.Tensor):
+    """Int8 values with a scale that claim to be fp32, as torchao's are: what is not written down for them is an error."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, _, size, stride):
+        return Packed(inner["values"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return Packed(func(args[0].values), func(args[0].scale))
+        if func is torch.ops.aten.t.default:
+            return args[0].values.t() * args[0].scale
+        raise NotImplementedError(f"Packed: {func}")
+
+
+def _packed_first() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2))
+    values = torch.randint(-9, 9, (4, 4), dtype=torch.int8)
+    net[0].weight = nn.Parameter(Packed(values, torch.tensor(0.1)), requires_grad=False)
+    return net
+
+
+def test_a_network_with_weights_of_a_quantised_class_is_masked_and_served_around_them(tmp_path):
+    net, x = _packed_first(), torch.ones(1, 4)
+    message = _refused(lambda: dwm.mask_model(net, dwm.GumbelSigmoid()))
+    assert message.startswith("layer '0' has a weight of torch.float32 in a Packed")
+    masked = dwm.mask_model(net, dwm.Threshold(), skip_unmaskable=True).eval()
+    with torch.no_grad():
+        masked.mask_layers()["1"].mask_logits[0] = -1.0
+    bank = dwm.MaskBank(net)
+    bank.add("a", masked)
+    bank.activate("a")
+    assert torch.equal(bank(x), masked(x))
+    assert torch.equal(dwm.merge(masked)(x), masked(x))
+    with torch.no_grad():
+        net[0].weight.scale.mul_(2.0)
+    assert not torch.equal(bank(x), masked(x))
+    assert "'model.0.weight' of the model's state is Packed" in _refused(
+        lambda: dwm.save_masked(masked, tmp_path / "m.safetensors")
+    )
+
+
 class OwnForward(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + 1

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import dwm_fast
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.optim import MaskAdam
@@ -215,6 +216,25 @@ def test_two_networks_are_two_groups_with_one_penalty_over_both():
     nets[0].loss(_batches()[0])[0].backward()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(nets[1].logits, start, strict=True))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_models_zero_grad_does_what_the_optimisers_does_and_nothing_piles_up(fold):
+    x, y = torch.randn(16, 8, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+
+    def train(cleared_by):
+        torch.manual_seed(0)
+        plain = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        masked = dwm_fast.mask_model(plain, dwm_fast.Threshold(), seed=0)
+        opt = MaskAdam(masked, lr=0.1, eps=1.0, fold=fold)
+        for _ in range(20):
+            {"model": masked, "opt": opt}[cleared_by].zero_grad()
+            torch.nn.functional.cross_entropy(masked(x), y).backward()
+            opt.step()
+        assert all(len(recorder.records) <= 2 for recorder in opt._recorders)
+        return list(masked.mask_parameters())
+
+    assert all(map(torch.equal, train("opt"), train("model")))
 
 
 def test_misuse_is_one_clear_error():
