@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,8 +57,8 @@ class Served:
         classes -inf.
 
         Raises:
-            InputError: ids of another form, the backbone has changed since `MaskBank.serve`, or what the network
-                gives for a sample depends on the others in its batch.
+            InputError: ids of another form, the backbone has changed since `MaskBank.serve`, what the network
+                gives for a sample depends on the others in its batch, or lies in objects that are no dataclass.
         """
         if not self._is_current():
             raise InputError("the backbone has changed since these domains were prepared; call bank.serve(names) again")
@@ -81,6 +82,7 @@ class Served:
                     "what the network gives for a sample depends on the other samples of its batch, or its first "
                     "dimension is not the batch: a mixed batch cannot be split; call the bank with one domain at a time"
                 )
+        _refuse_closed(result)
         return _take(result, places)
 
     def _is_split(self, result: Any, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -132,12 +134,48 @@ class Served:
             part_args, part_kwargs = _narrow((args, kwargs), rows.numel(), start, count)
             results.append(self._run_one(self.names[domain], part_args, part_kwargs))
             start += count
-        return pytree.tree_map(lambda *parts: _join(parts), results[0], *results[1:])
+        return _map(lambda *parts: _join(parts), results[0], *results[1:])
 
     def _check_range(self, rows: Tensor) -> None:
         low, high = int(rows[0]), int(rows[-1])
         if low < 0 or high >= len(self.names):
             raise InputError(f"ids lie in [{low}, {high}]; expected 0 to {len(self.names) - 1}")
+
+
+def _map(fn: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """As pytree.tree_map, which takes an object of a dataclass that nobody registered for a leaf."""
+
+    def of(leaf: Any, *more: Any) -> Any:
+        if not _is_record(leaf):
+            return fn(leaf, *more)
+        parts = {f.name: [getattr(part, f.name) for part in (leaf, *more)] for f in fields(leaf) if f.init}
+        return replace(leaf, **{name: _map(fn, *values) for name, values in parts.items()})
+
+    return pytree.tree_map(of, tree, *others)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """As pytree.tree_leaves; see `_map`."""
+    leaves = []
+    for leaf in pytree.tree_leaves(tree):
+        leaves += _leaves([getattr(leaf, f.name) for f in fields(leaf)]) if _is_record(leaf) else [leaf]
+    return leaves
+
+
+def _is_record(leaf: Any) -> bool:
+    return is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+def _refuse_closed(result: Any) -> None:
+    """InputError for an object in an output with tensors inside that cannot be put in the order of the samples."""
+    for leaf in _leaves(result):
+        inside = [] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
+        if any(isinstance(value, Tensor) for value in inside):
+            raise InputError(
+                f"the network gives a {type(leaf).__name__}, an object whose tensors a mixed batch cannot put in "
+                "order; expected tensors, in tuples, lists, dictionaries or dataclasses; or call the bank with one "
+                "domain at a time"
+            )
 
 
 def _take(tree: Any, order: Tensor, size: int | None = None) -> Any:
@@ -147,12 +185,12 @@ def _take(tree: Any, order: Tensor, size: int | None = None) -> Any:
     def take(leaf: Any) -> Any:
         return leaf[order] if _in_batch(leaf, batch) else leaf
 
-    return pytree.tree_map(take, tree)
+    return _map(take, tree)
 
 
 def _agree(a: Any, b: Any, same: Callable[[Tensor, Tensor], bool]) -> bool:
     """Whether all tensors of two outputs are the `same`."""
-    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=False)
+    pairs = zip(_leaves(a), _leaves(b), strict=False)
     return all(same(x.detach(), y.detach()) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
 
 
@@ -185,7 +223,7 @@ def _narrow(tree: Any, size: int, start: int, count: int) -> Any:
     def narrow(leaf: Any) -> Any:
         return leaf.narrow(0, start, count) if _in_batch(leaf, size) else leaf
 
-    return pytree.tree_map(narrow, tree)
+    return _map(narrow, tree)
 
 
 def _in_batch(leaf: Any, size: int) -> bool:

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dwm_fast._files import reason, write_atomic
 from dwm_fast.errors import InputError, MaskFileError
@@ -71,7 +70,7 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
 
 def _strangeness(value: object) -> str:
     """What an entry of a state dict is, where it is no plain tensor; "" where it is one."""
-    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
+    if not isinstance(value, Tensor) or hasattr(value, "__tensor_flatten__"):
         return type(value).__name__
     strange = value.layout is not torch.strided or value.is_meta or value.is_quantized
     return f"{value.layout} on {value.device}" if strange else ""

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PLAIN = ("Tensor", "FakeTensor", "FunctionalTensor")
 """Classes of tensors whose elements are what they say; quantised ones (torchao) claim the dtype that they stand for."""
@@ -16,9 +15,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:
     """The tensors of which one is made: itself, or what a class of tensors (quantised ones, say) keeps inside."""
-    if not is_traceable_wrapper_subclass(tensor):
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()
+    names, _ = flatten()
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dwm_fast as dwm
+from dwm_fast.errors import InputError
 
 
 @dataclass
@@ -65,14 +67,48 @@ def test_attributes_are_those_of_the_network_inside_and_a_merged_one_generates()
     assert torch.equal(merged.generate(batch["input_ids"]), masked(batch["input_ids"]).logits.argmax(-1))
 
 
-def test_a_bank_takes_arguments_by_name_and_joins_outputs_by_name() -> None:
-    net = Classifier().eval()
-    bank = dwm.MaskBank(net)
+@dataclass
+class Registered(Output):
+    pass
+
+
+torch.export.register_dataclass(Registered)
+
+
+class Named(Classifier):
+    def forward(self, input_ids: Any, **more: Any) -> Output:
+        return Registered(super().forward(input_ids, **more).logits)
+
+
+def _bank(net: nn.Module) -> dwm.MaskBank:
+    bank = dwm.MaskBank(net.eval())
     for number, domain in enumerate(("a", "b")):
         bank.add(domain, {"head": torch.rand(2, 8, generator=torch.Generator().manual_seed(number)) < 0.5})
-    ids = _batch()["input_ids"]
+    return bank
+
+
+def test_a_bank_takes_arguments_by_name_and_joins_outputs_by_name() -> None:
+    bank, ids = _bank(Named()), _batch()["input_ids"]
     mixed = bank(input_ids=ids, domains=["a", "b", "b", "a", "b", "a"])
     for domain, rows in (("a", [0, 3, 5]), ("b", [1, 2, 4])):
         bank.activate(domain)
-        alone = bank(input_ids=ids[rows])
-        assert torch.allclose(mixed.logits[rows], alone.logits, atol=1e-6)
+        assert torch.allclose(mixed.logits[rows], bank(input_ids=ids[rows]).logits, atol=1e-6)
+
+
+def test_outputs_of_a_dataclass_that_nobody_registered_are_put_in_order_too() -> None:
+    bank, ids = _bank(Classifier()), _batch()["input_ids"]
+    mixed = bank(ids, domains=["a", "b", "b", "a", "b", "a"])
+    bank.activate("b")
+    assert torch.allclose(mixed.logits[[1, 2, 4]], bank(ids[[1, 2, 4]]).logits, atol=1e-6)
+
+
+def test_samples_in_an_object_whose_parts_are_unknown_are_refused_not_mixed_up() -> None:
+    class Closed(Classifier):
+        def forward(self, input_ids: Tensor) -> Any:  # type: ignore[override]
+            return SimpleNamespace(logits=super().forward(input_ids).logits)
+
+    bank, ids = _bank(Closed()), _batch()["input_ids"]
+    with pytest.raises(InputError, match="gives a SimpleNamespace, an object whose tensors a mixed batch cannot put"):
+        bank(ids, domains=["a", "b", "b", "a", "b", "a"])
+    bank.activate("a")
+    assert bank(ids).logits.shape == (6, 2)

@@ -126,7 +126,7 @@ def _quantised(dtype: torch.dtype) -> nn.Linear:
 
 
 class Packed(torch.Tensor):
-    """Int8 values with a scale that claim to be fp32, as torchao's are: what is not written down for them is an error."""
+    """Int8 values with a scale that claim to be fp32, as torchao's are; what is not written down is an error."""
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> Packed:
