@@ -112,3 +112,5 @@ def test_samples_in_an_object_whose_parts_are_unknown_are_refused_not_mixed_up()
         bank(ids, domains=["a", "b", "b", "a", "b", "a"])
     bank.activate("a")
     assert bank(ids).logits.shape == (6, 2)
+    with pytest.raises(InputError, match="is given a SimpleNamespace"):
+        _bank(Classifier())(ids, attention_mask=SimpleNamespace(mask=ids), domains=["a", "b", "b", "a", "b", "a"])
