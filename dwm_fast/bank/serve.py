@@ -68,7 +68,7 @@ class Served:
         """The same, for a caller that knows the backbone to be as it was."""
         if ids.dtype != torch.int64 or ids.dim() != 1 or ids.numel() == 0:
             raise InputError(f"ids: given {ids.dtype} of shape {tuple(ids.shape)}; expected int64 of shape (B,), B > 0")
-        _refuse_closed((args, kwargs), "is given")
+        _refuse_closed((args, kwargs), ids.numel(), "is given")
         order = torch.argsort(ids, stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         args, kwargs = _take((args, kwargs), order)
@@ -83,7 +83,7 @@ class Served:
                     "what the network gives for a sample depends on the other samples of its batch, or its first "
                     "dimension is not the batch: a mixed batch cannot be split; call the bank with one domain at a time"
                 )
-        _refuse_closed(result, "gives")
+        _refuse_closed(result, ids.numel(), "gives")
         return _take(result, places)
 
     def _is_split(self, result: Any, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -167,11 +167,11 @@ def _is_record(leaf: Any) -> bool:
     return is_dataclass(leaf) and not isinstance(leaf, type)
 
 
-def _refuse_closed(tree: Any, what: str) -> None:
-    """InputError for an object with tensors inside that cannot be put in the order of the samples."""
+def _refuse_closed(tree: Any, size: int, what: str) -> None:
+    """InputError for an object that is no tree and holds a tensor of the batch, which nobody could put in order."""
     for leaf in _leaves(tree):
         inside = [] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
-        if any(isinstance(value, Tensor) for value in inside):
+        if any(_in_batch(value, size) for value in inside):
             raise InputError(
                 f"the network {what} a {type(leaf).__name__}, an object whose tensors a mixed batch cannot put in "
                 "order; expected tensors, in tuples, lists, dictionaries or dataclasses; or call the bank with one "
