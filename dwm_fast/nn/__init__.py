@@ -10,6 +10,8 @@ from dwm_fast.nn.model import MaskedModel, mask_model
 from dwm_fast.nn.packed import PackedConv2d, PackedLinear, pack
 from dwm_fast.nn.schedule import TauSchedule
 from dwm_fast.nn.select import maskable_layers
+from dwm_fast.nn.streamed import StreamedConv2d, StreamedLayer, StreamedLinear
+from dwm_fast.nn.streamed_model import StreamedModel
 
 __all__ = [
     "Edit",
@@ -24,6 +26,10 @@ __all__ = [
     "MaskedModel",
     "PackedConv2d",
     "PackedLinear",
+    "StreamedConv2d",
+    "StreamedLayer",
+    "StreamedLinear",
+    "StreamedModel",
     "TauSchedule",
     "Threshold",
     "explain",

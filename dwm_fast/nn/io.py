@@ -49,6 +49,7 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
                 "layers": [_plain_name(name) for name in masked.mask_layers()],
                 "mask_samples": masked.mask_samples,
                 "batch_norm": masked.batch_norm,
+                **({} if masked.memory == "plain" else {"memory": masked.memory}),
             }
         ),
     }
@@ -115,6 +116,7 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
         header = json.loads(about)
         kind, layers = kind_from_dict(header["kind"]), [str(name) for name in header["layers"]]
         samples, batch_norm = int(header["mask_samples"]), str(header["batch_norm"])
+        memory = str(header.get("memory", "plain"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise MaskFileError(f"{path}: the field 'masked' of the header is broken: {error!r}; save it again") from error
     missing = [n for n in layers if not isinstance(_submodule(model, n), (nn.Linear, nn.Conv2d))]
@@ -125,7 +127,9 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
         )
     include = [literal(name) for name in layers]
     try:
-        return mask_model(model, kind, include=include, mask_samples=samples, batch_norm=batch_norm, seed=0)
+        return mask_model(
+            model, kind, include=include, mask_samples=samples, batch_norm=batch_norm, seed=0, memory=memory
+        )
     except InputError as error:
         raise MaskFileError(f"{path}: does not fit the given model: {error}") from error
 

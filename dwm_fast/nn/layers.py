@@ -106,7 +106,8 @@ class MaskedLayer(nn.Module):
         """The masked weight that a masked model made for this pass, or for the pass that a checkpoint repeats."""
         staged: Tensor | None = self.__dict__.get("_staged")
         if staged is None:
-            return recompute.recall(self, draws=self.__dict__["_buffers"].get("rng_state") is not None)
+            again: Tensor | None = recompute.recall(self, draws=self.__dict__["_buffers"].get("rng_state") is not None)
+            return again
         if not torch.compiler.is_compiling() and recompute.saved_tensors_hooks() is not None:
             recompute.remember(self, staged)
         return staged

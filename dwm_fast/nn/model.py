@@ -54,6 +54,7 @@ class MaskedModel(nn.Module):
         seed: seed of the mask noise; from torch's generator by default.
     """
 
+    memory = "plain"
     rng_state: Tensor
     tau: Tensor
 
@@ -257,6 +258,7 @@ def mask_model(
     batch_norm: str = "frozen",
     seed: int | None = None,
     skip_unmaskable: bool = False,
+    memory: str = "plain",
 ) -> MaskedModel:
     """Wrap a network so that its Linear and Conv2d weights are seen through learned masks.
 
@@ -271,9 +273,11 @@ def mask_model(
             several in one text.
         mask_samples, batch_norm, seed: see `MaskedModel`.
         skip_unmaskable: leave out the layers that cannot be masked (see Raises), not refuse them.
+        memory: "streamed" saves nothing of a weight's size for the backward pass and learns inside it, by
+            `dwm_fast.optim.StreamedAdam`; for networks whose masks would not fit otherwise (docs/streamed.md).
 
     Returns:
-        A MaskedModel.
+        A MaskedModel; with memory="streamed" a StreamedModel, which is one.
 
     Raises:
         InputError: no layer fits the patterns, or one that fits cannot be masked: its weight is tied to
@@ -291,7 +295,13 @@ def mask_model(
         >>> [tuple(p.shape) for p in masked.mask_parameters()]
         [(8, 4)]
     """
+    from dwm_fast.nn import streamed, streamed_model  # a StreamedModel is a MaskedModel
+
     kind = checked_kind(kind)
+    if memory not in ("plain", "streamed"):
+        raise InputError(f"memory={memory!r}; expected 'plain' or 'streamed'")
+    if memory == "streamed":
+        streamed_model.refuse_unstreamable(kind, mask_samples)
     chosen = maskable_layers(model, include, exclude, skip_unmaskable=skip_unmaskable)
     refuse_shared(model, chosen)
     shell = Shell(model, [m.weight for m in chosen.values()])
@@ -301,6 +311,11 @@ def mask_model(
             parameter.requires_grad_(False)
     for name in chosen:
         plain: Any = shell.module.get_submodule(name)
+        if memory == "streamed":
+            shell.put(name, streamed.streamed_layer(plain, kind))
+            continue
         make = MaskedLinear.from_linear if isinstance(plain, nn.Linear) else MaskedConv2d.from_conv
         shell.put(name, make(plain, kind, seed=0))
+    if memory == "streamed":
+        return streamed_model.StreamedModel(shell.module, batch_norm=batch_norm, seed=seed)
     return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)

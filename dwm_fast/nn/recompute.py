@@ -12,15 +12,16 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
 
 from dwm_fast.errors import InputError
 
 _FILE = torch.utils.checkpoint.__file__
+
+_Value = TypeVar("_Value")
 
 saved_tensors_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 """The hooks in force, or None; a checkpoint that is not reentrant runs under some. Every layer asks, so it is cheap."""
@@ -36,7 +37,7 @@ class _Drawn:
     """What one checkpointed call drew: for each owner its values in order, and how far a second call has come."""
 
     def __init__(self) -> None:
-        self.values: dict[tuple[int, str], list[Tensor]] = {}
+        self.values: dict[tuple[int, str], list[Any]] = {}
         self._next: dict[tuple[int, str], int] = {}
         self._run: object = None
 
@@ -46,7 +47,8 @@ class _Drawn:
             self._run, self._next = run, {}
         return self
 
-    def again(self, owner: tuple[int, str]) -> Tensor | None:
+    def again(self, owner: tuple[int, str]) -> Any:
+        """The owner's next value; None where there is none."""
         values, place = self.values.get(owner, []), self._next.get(owner, 0)
         self._next[owner] = place + 1
         return values[place] if place < len(values) else None
@@ -80,7 +82,7 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def pinned(owner: object, draw: Callable[[], Tensor]) -> Tensor:
+def pinned(owner: object, draw: Callable[[], _Value]) -> _Value:
     """What `draw()` gives; where a checkpoint runs the owner's forward again, what it gave the first time.
 
     Raises:
@@ -93,7 +95,7 @@ def pinned(owner: object, draw: Callable[[], Tensor]) -> Tensor:
     ):
         return draw()
     first, again = _enclosing()
-    value = again.again((id(owner), "draw")) if again is not None else None
+    value: _Value | None = again.again((id(owner), "draw")) if again is not None else None
     if value is None:
         if repeated or again is not None:
             raise InputError(_UNKNOWN)
@@ -103,14 +105,19 @@ def pinned(owner: object, draw: Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def remember(owner: object, weight: Tensor) -> None:
-    """Take down the masked weight that a masked model made for its layer `owner`, should a checkpoint run it again."""
-    for call in _enclosing()[0]:
+def remember(owner: object, weight: Any) -> bool:
+    """Take down what a masked model made for its layer `owner` (its masked weight), should a checkpoint run it again.
+
+    Returns whether a checkpoint is running it for the first time.
+    """
+    first = _enclosing()[0]
+    for call in first:
         call.values.setdefault((id(owner), "weight"), []).append(weight)
+    return bool(first)
 
 
-def recall(owner: object, draws: bool) -> Tensor | None:
-    """The masked weight that `owner` had in the forward pass that a checkpoint now repeats; None outside of that.
+def recall(owner: object, draws: bool) -> Any:
+    """What `remember` took down in the forward pass that a checkpoint now repeats; None outside of that.
 
     Raises:
         InputError: the weight is not known, and the owner does not draw for itself.

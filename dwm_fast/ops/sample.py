@@ -144,9 +144,10 @@ def _penalty_gradient(logits: Tensor, mode: int, total: int) -> Tensor | float:
 
 def sample_backward_reference(
     grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, draw: Draw, need_logits: bool,
-    need_weights: bool,
+    need_weights: bool, total: int | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    total = max(1, sum(x.numel() for x in logits))
+    """With `total` the penalty is a sum over so many elements, of which `logits` are a part."""
+    total = total or max(1, sum(x.numel() for x in logits))
     dlogits, dweights = [], []
     for i, (grad, scores, weight) in enumerate(zip(grads, logits, weights, strict=True)):
         g = grad.to(scores.dtype)

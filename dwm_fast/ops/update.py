@@ -162,8 +162,7 @@ def mask_adam_reference(
     draw: Draw, penalty_scale: Tensor, steps: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float,
     weight_decay: float, decoupled: bool,
 ) -> None:  # fmt: skip
-    total = sum(x.numel() for x in logits)
-    gradients, _ = sample_backward_reference(grads, penalty_scale * total, logits, weights, draw, True, False)
+    gradients, _ = sample_backward_reference(grads, penalty_scale, logits, weights, draw, True, False, total=1)
     nothing = draw.rng_state.new_empty(0)
     frozen_adamw_reference(
         logits, gradients, exp_avg, exp_avg_sq, nothing.to(torch.uint8), nothing, steps, lr, beta1, beta2,

@@ -175,15 +175,20 @@ class MaskAdam(DeviceOptimizer):
                 "logits have gradients but no draw was recorded: the coefficient's penalty cannot be added; "
                 "another MaskAdam may have been attached to the model since"
             )
-        leaves = [x.detach().requires_grad_() for x in logits]
-        with torch.enable_grad():
-            total = penalty(leaves, mode) * sum(x.numel() for x in leaves)
-        if not total.requires_grad:  # a rule without a penalty
-            return [torch.zeros_like(x) for x in logits]
-        return torch.autograd.grad(total, leaves)
+        return penalty_terms(logits, mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "fold": self.fold, "_recorders": []}
+
+
+def penalty_terms(logits: Sequence[Tensor], mode: int) -> Sequence[Tensor]:
+    """Gradient of the sum of the penalty's terms with respect to each of `logits`, fp32."""
+    leaves = [x.detach().requires_grad_() for x in logits]
+    with torch.enable_grad():
+        total = penalty(leaves, mode) * sum(x.numel() for x in leaves)
+    if not total.requires_grad:  # a rule without a penalty
+        return [torch.zeros_like(x) for x in logits]
+    return torch.autograd.grad(total, leaves)
 
 
 def _checked_sources(given: MaskSource | Sequence[MaskSource]) -> list[MaskSource]:
