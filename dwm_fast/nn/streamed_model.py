@@ -59,6 +59,7 @@ class StreamedModel(MaskedModel):
 
     def _begin(self) -> Pass:
         """A training pass, under a new draw."""
+        refuse_several_processes()
         if self._stepper is None:
             raise InputError(
                 "a streamed model in train() learns inside backward() and has no optimiser yet; make "
@@ -112,4 +113,15 @@ def refuse_unstreamable(kind: MaskKind, mask_samples: int) -> None:
         raise InputError(
             f"mask_samples={mask_samples} with memory='streamed'; expected 1: split the batch yourself and give "
             "StreamedAdam(..., accumulate=n), which has a mask for each part"
+        )
+
+
+def refuse_several_processes() -> None:
+    """InputError where torch.distributed runs more than one process, each of which would step by its own gradients."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise InputError(
+            f"streamed learning in {distributed.get_world_size()} processes; expected one: layers step before the "
+            "gradients of several ranks could be added up; use memory='plain' with MaskAdam under "
+            "DistributedDataParallel"
         )

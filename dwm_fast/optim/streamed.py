@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.nn.streamed import Pass, StreamedLayer
-from dwm_fast.nn.streamed_model import StreamedModel
+from dwm_fast.nn.streamed_model import StreamedModel, refuse_several_processes
 from dwm_fast.ops.update import frozen_adamw, mask_adam
 from dwm_fast.optim._bucket import Bucket
 from dwm_fast.optim._state import DeviceOptimizer, finite, non_negative, valid_betas
@@ -304,12 +304,4 @@ def _check_source(source: Any) -> None:
             f"StreamedAdam got {what}; expected what dwm_fast.mask_model(..., memory='streamed') returned (MaskAdam "
             "learns the others)"
         )
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise InputError(
-            "streamed learning runs in one process: layers step before the gradients of several ranks could be added "
-            "up; use memory='plain' with MaskAdam under DistributedDataParallel"
-        )
+    refuse_several_processes()

@@ -1,6 +1,7 @@
 """Streamed learning takes MaskAdam's steps bit for bit, saves no weight-sized tensor, and refuses what it cannot do."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -390,3 +391,28 @@ def test_streamed_adam_takes_streamed_models_alone():
             StreamedAdam(given)
     with pytest.raises(InputError, match="accumulate"):
         StreamedAdam(pair()[2], accumulate=0)
+
+
+@contextmanager
+def processes(count):
+    """torch.distributed as the first of `count` processes sees it."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_several_processes_are_refused_whenever_they_meet():
+    streamed = pair()[2]
+    with processes(2), pytest.raises(InputError, match=r"in 2 processes.*memory='plain'"):
+        StreamedAdam(streamed)
+    StreamedAdam(streamed)
+    before = [p.clone() for p in streamed.mask_parameters()]
+    with processes(2), pytest.raises(InputError, match=r"in 2 processes.*memory='plain'"):
+        loss_of(streamed, 0)
+    with processes(1):
+        loss_of(streamed, 0).backward()
+    assert not all_equal(before, list(streamed.mask_parameters()))
