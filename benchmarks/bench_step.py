@@ -236,14 +236,21 @@ def _eager_bits(model: nn.Module, packed: nn.Module) -> nn.Module:
     return model
 
 
-def packed_inference(context: Context, name: str, rows: int, pixels: int) -> Case:
-    """A forward pass of a network that holds one copy of the weights and a domain's bits."""
+def packed_inference(context: Context, name: str, rows: int, pixels: int, last: bool = False) -> Case:
+    """A forward pass of a network that holds one copy of the weights and a domain's bits.
+
+    last: images on a CPU, and the weights of the dense network there, are channels_last, as all are on a GPU.
+    """
     setting = _Setting(context, name, rows, pixels)
     masked = mask_model(setting.model, GumbelSigmoid(), seed=7)
     with torch.no_grad():
         for logits in masked.mask_parameters():
             logits.normal_(0.0, 2.0)
     merged, packed = dwm_fast.merge(masked).eval(), dwm_fast.pack(masked)
+    if last:
+        setting.images = setting.images.contiguous(memory_format=torch.channels_last)
+        setting.parameters["layout"] = "channels_last"
+        merged = merged.to(memory_format=torch.channels_last)
     eager = _eager_bits(setting.model, packed).eval()
 
     def forward(model: nn.Module) -> Run:

@@ -63,9 +63,10 @@ def _tune(name: str, batch: int, pixels: int, device: str) -> Entry:
     return Entry(f"step-frozen-{name}", ("update", "frozen", "graphs"), build, (device,))
 
 
-def _infer(batch: int, pixels: int, device: str) -> Entry:
-    build = partial(bench_step.packed_inference, name="resnet18", rows=batch, pixels=pixels)
-    return Entry("step-packed-resnet18", ("bits", "packed", "linear", "conv2d"), build, (device,))
+def _infer(batch: int, pixels: int, device: str, last: bool = False) -> Entry:
+    build = partial(bench_step.packed_inference, name="resnet18", rows=batch, pixels=pixels, last=last)
+    name = f"step-packed-resnet18{'-channels-last' * last}"
+    return Entry(name, ("bits", "packed", "linear", "conv2d"), build, (device,))
 
 
 def _linear(rows: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
@@ -114,6 +115,7 @@ ENTRIES = (
     _tune("resnet18", 32, 64, "cpu"),
     _infer(64, 224, "cuda"),
     _infer(8, 64, "cpu"),
+    _infer(8, 64, "cpu", last=True),
     Entry("bits-apply", ("bits",), bench_bits.apply),
     Entry("bits-count", ("bits",), bench_bits.count),
     Entry("bits-and", ("bits",), bench_bits.set_and),

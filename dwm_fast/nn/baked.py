@@ -1,4 +1,4 @@
-"""Masked weights that packed convolutions keep on a CPU: unpacked once, not at every call, under a bound of bytes."""
+"""Masked weights that packed convolutions keep on a CPU: made once, not at every call, under a bound of bytes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast import ops
 from dwm_fast.ops import backends, ways
+from dwm_fast.ops.filters import Filters, How, fit
 from dwm_fast.ops.layout import order_of
 
 BUDGET = 256 << 20
@@ -28,61 +30,94 @@ def kept_bytes() -> int:
 
 
 class Baked:
-    """The masked weight of one layer in one dtype, and what it was made of."""
+    """The masked weight of one layer, and what it was made of: laid out for the vendor where `x` is given, or plain."""
 
-    def __init__(self, weight: Tensor, bits: Tensor, dtype: torch.dtype) -> None:
-        self.made_of = _marks(weight, bits, dtype)
+    def __init__(self, weight: Tensor, bits: Tensor, dtype: torch.dtype, x: Tensor | None, how: How) -> None:
+        self._weight, self._bits, self._marks = weight, bits, _marks(weight, bits, dtype)
         flat = weight.detach().as_strided((weight.numel(),), (1,))
         self._sampled = flat[:: max(1, weight.numel() // _SAMPLES)]
         self._samples = self._sampled.clone()
-        self.masked = ops.apply(bits, [weight.detach()])[0].to(dtype)
+        masked = ops.apply(bits, [weight.detach()])[0].to(dtype)
+        self._form = masked if x is None else Filters(masked, x, how)
+        self.nbytes = masked.numel() * dtype.itemsize if x is None else self._form.nbytes
 
     def is_current(self, weight: Tensor, bits: Tensor, dtype: torch.dtype) -> bool:
         """Whether weight, bits and dtype are still those that it was made of."""
-        return self.made_of == _marks(weight, bits, dtype) and torch.equal(self._sampled, self._samples)
+        same = self._weight is weight and self._bits is bits and self._marks == _marks(weight, bits, dtype)
+        return same and torch.equal(self._sampled, self._samples)
+
+    def conv2d(self, x: Tensor, bias: Tensor | None, how: How) -> Tensor:
+        """The convolution of x, in the compute dtype."""
+        if isinstance(self._form, Filters):
+            return self._form.conv2d(x, bias, how)
+        return F.conv2d(x, self._form, bias, *how)
 
 
 def _marks(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    versions = (weight.data_ptr(), weight._version, bits.data_ptr(), bits._version)
-    return (*versions, weight.shape, weight.stride(), weight.dtype, dtype)
+    places = (weight.data_ptr(), weight._version, bits.data_ptr(), bits._version)
+    return (*places, weight.shape, weight.stride(), weight.dtype, dtype)
 
 
 def obstacle(weight: Tensor, bits: Tensor) -> str:
-    """Why the masked weight of a layer is not kept, or ""."""
+    """Why the masked weight of a layer is not kept in a call that is not compiled, or ""."""
+    return _obstacle_now(weight) or _obstacle_ever(weight, bits)
+
+
+def _obstacle_now(weight: Tensor) -> str:
     if weight.device.type != "cpu":
         return "masked weights are kept on a CPU alone"
     if backends.forced_backend() is not None or ways.forced_way() == ways.ONE_PASS:
         return "a backend or a way is forced"
-    if torch.compiler.is_compiling() or (weight.requires_grad and torch.is_grad_enabled()):
-        return "it is made anew where the call is compiled or a gradient reaches it"
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and order_of(weight) is not None
-    if weight.is_inference() or bits.is_inference() or not plain:
-        return "its changes could not be noticed"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "it is made anew where a gradient reaches it"
     return ""
 
 
-def baked(old: Baked | None, weight: Tensor, bits: Tensor, dtype: torch.dtype) -> Baked | None:
-    """`old` where it is current, else a new one; None where none may be kept."""
-    global _nbytes
-    if obstacle(weight, bits):
-        return None
-    if old is not None and old.is_current(weight, bits, dtype):
-        return old
-    nbytes = weight.numel() * dtype.itemsize
-    with _lock:
-        given_back = old.masked.numel() * old.masked.element_size() if old is not None else 0
-        if _nbytes - given_back + nbytes > BUDGET:
+def _obstacle_ever(weight: Tensor, bits: Tensor) -> str:
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and order_of(weight) is not None
+    return "its changes could not be noticed" if weight.is_inference() or bits.is_inference() or not plain else ""
+
+
+class Kept:
+    """What one layer keeps: its filters laid out (for channels_last inputs), its plain masked weight, or both."""
+
+    def __init__(self) -> None:
+        self._baked: dict[bool, Baked] = {}
+
+    def conv2d(self, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, how: How) -> Tensor | None:
+        """The convolution of x, in the compute dtype as `bias` is, by what is kept; None where nothing may be."""
+        if _obstacle_now(weight):
             return None
-        _nbytes += nbytes
-    # Under inference mode it would be a tensor that no later call can take a gradient through.
-    try:
+        laid = fit(x, weight, bias, how)
+        found = self._baked.get(laid)
+        if found is None or not found.is_current(weight, bits, x.dtype):
+            found = None if _obstacle_ever(weight, bits) else self._make(weight, bits, x, how, laid)
+        return None if found is None else found.conv2d(x, bias, how)
+
+    def _make(self, weight: Tensor, bits: Tensor, x: Tensor, how: How, laid: bool) -> Baked | None:
+        self._baked.pop(laid, None)  # its bytes are free for what takes its place
+        # Under inference mode it would be a tensor that no later call can take a gradient through.
         with torch.inference_mode(False), torch.no_grad():
-            made = Baked(weight, bits, dtype)
-    except BaseException:
-        _give_back(nbytes)
-        raise
-    weakref.finalize(made, _give_back, nbytes)
-    return made
+            made = Baked(weight, bits, x.dtype, x if laid else None, how) if _has_room(weight, x.dtype) else None
+        if made is None or not _take(made):
+            return None
+        self._baked[laid] = made
+        return made
+
+
+def _has_room(weight: Tensor, dtype: torch.dtype) -> bool:
+    return _nbytes + weight.numel() * dtype.itemsize <= BUDGET
+
+
+def _take(made: Baked) -> bool:
+    """Count the bytes of `made` from now until it goes; False where they are too many."""
+    global _nbytes
+    with _lock:
+        if _nbytes + made.nbytes > BUDGET:
+            return False
+        _nbytes += made.nbytes
+    weakref.finalize(made, _give_back, made.nbytes)
+    return True
 
 
 def _give_back(nbytes: int) -> None:

@@ -102,7 +102,8 @@ def _choice(op: str, layer: MaskedLayer | PackedLayer, shape: Sequence[int], dty
     if isinstance(layer, PackedConv2d) and op == "conv2d_packed" and not obstacle(weight, layer.bits):
         nbytes = weight.numel() * weight.element_size()
         return Choice(STAGED, f"its masked weight is kept from the first call on, {nbytes:,} bytes of a budget of "
-                              f"{BUDGET:,} for the process")  # fmt: skip
+                              f"{BUDGET:,} for the process; in fp32 laid out for oneDNN where the input is "
+                              "channels_last")  # fmt: skip
     try:
         backend = backends.chosen(op, weight.device.type)
     except BackendUnavailable as error:

@@ -61,7 +61,7 @@ def _unpacked(network: nn.Module, packed: Mapping[str, PackedLayer]) -> nn.Modul
         for tensor in ("backbone_weight", "values", "row_starts", "bits"):
             plain._parameters.pop(tensor, None)
             plain._buffers.pop(tensor, None)
-        vars(plain).pop("_baked", None)
+        vars(plain).pop("_kept", None)
         plain.weight = nn.Parameter(layer.weight.detach())
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.detach().clone())

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.nn.baked import Baked, baked
+from dwm_fast.nn.baked import Kept
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.model import MaskedModel, as_masked_model
 from dwm_fast.nn.recast import drop_mask, recast
 from dwm_fast.nn.shell import Shell
-from dwm_fast.ops.autocast import autocast_dtype, autocast_operands
+from dwm_fast.ops.autocast import autocast_operands
 
 VALUES = ("auto", "kept", "all")
 """Which weights the linear layers of a packed network hold."""
@@ -85,7 +84,7 @@ class PackedConv2d(PackedLayer):
     groups: int
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
-    _baked: Baked | None = None
+    _kept: Kept | None = None
 
     @classmethod
     def from_masked(cls, layer: MaskedConv2d) -> PackedConv2d:
@@ -98,10 +97,10 @@ class PackedConv2d(PackedLayer):
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         x, padding = ops.padded(input, self)
-        masked = self._kept_weight(autocast_dtype(x)) if x.dim() == 4 and not torch.compiler.is_compiling() else None
-        if masked is not None:
-            x, bias = autocast_operands(x, self.bias)
-            return F.conv2d(x, masked, bias, self.stride, padding, self.dilation, self.groups)
+        if x.dim() == 4 and not torch.compiler.is_compiling():
+            y = self._by_kept(x, padding)
+            if y is not None:
+                return y
         return ops.conv2d_packed(
             x,
             self.backbone_weight,
@@ -113,14 +112,20 @@ class PackedConv2d(PackedLayer):
             groups=self.groups,
         )
 
-    def _kept_weight(self, dtype: torch.dtype) -> Tensor | None:
-        """The masked weight, unpacked once and kept where that may be; see `baked`."""
-        old = self._baked
-        self._baked = found = baked(old, self.backbone_weight, self.bits, dtype)
-        return None if found is None else found.masked
+    def _by_kept(self, x: Tensor, padding: tuple[int, int]) -> Tensor | None:
+        """By the masked weight that the layer keeps where it may; see `baked`."""
+        fields = self.__dict__  # past nn.Module's __getattr__, which costs 2 us a tensor
+        kept = fields.get("_kept")
+        if kept is None:
+            kept = fields["_kept"] = Kept()
+        parameters = fields["_parameters"]
+        x, bias = autocast_operands(x, parameters["bias"])
+        how = (self.stride, padding, self.dilation, self.groups)
+        found: Tensor | None = kept.conv2d(x, parameters["backbone_weight"], fields["_buffers"]["bits"], bias, how)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_baked": None}
+        return {**self.__dict__, "_kept": None}
 
     def _shape_repr(self) -> str:
         out, inner, *window = self.backbone_weight.shape

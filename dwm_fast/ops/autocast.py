@@ -29,4 +29,6 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def autocast_operands(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Input and bias of a matrix product in its compute dtype: autocast's, or the input's own."""
     dtype = autocast_dtype(x)
+    if x.dtype is dtype and (bias is None or bias.dtype is dtype):
+        return x, bias
     return x.to(dtype), None if bias is None else bias.to(dtype)

@@ -21,7 +21,7 @@ from dwm_fast.ops.blocks import product_by_blocks
 from dwm_fast.ops.draw import Draw
 from dwm_fast.ops.packing import check_length
 from dwm_fast.ops.problem import ACTIVATIONS, rows_of
-from dwm_fast.ops.registration import define, refuse_double_backward
+from dwm_fast.ops.registration import call, define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -240,5 +240,8 @@ def linear_packed(
     needed = (x, weight) if bias is None else (x, weight, bias)
     if activation != "none" and torch.is_grad_enabled() and any(t.requires_grad for t in needed):
         return activated(torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, "none"), activation)
-    result: Tensor = torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, activation)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in needed):
+        result: Tensor = torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, activation)
+    else:
+        result = call("linear_packed", x, weight, bits, bias, activation)
     return result

@@ -14,6 +14,7 @@ from dwm_fast import ops
 from dwm_fast.nn import baked
 
 X = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1))
+LAST = X.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +48,16 @@ def unpacked(monkeypatch):
     return calls
 
 
-def test_the_weight_is_unpacked_at_the_first_call_alone_and_the_output_is_the_same(unpacked):
-    layer = packed()
-    expected = reference(layer, X)
+@pytest.mark.parametrize("x", [X, LAST], ids=["contiguous", "channels_last"])
+def test_the_weight_is_unpacked_at_the_first_call_alone_and_the_output_is_the_same(unpacked, x):
+    layer = packed().requires_grad_(False)
+    expected = reference(layer, x)
     unpacked.clear()
     for _ in range(3):
-        assert torch.equal(layer(X), expected)
+        assert torch.equal(layer(x), expected)
+        assert layer(x).stride() == expected.stride()
     with torch.inference_mode():
-        assert torch.equal(layer(X), expected)
+        assert torch.equal(layer(x), expected)
     assert len(unpacked) == 1
 
 
@@ -84,13 +87,14 @@ def _channels_last(layer):
     layer.backbone_weight.mul_(3)
 
 
+@pytest.mark.parametrize("x", [X, LAST], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("change", [_in_place, _through_data, _other_weight, _other_bits, _loaded, _channels_last])
-def test_every_change_is_noticed(change):
-    layer = packed()
-    before = layer(X)
+def test_every_change_is_noticed(change, x):
+    layer = packed().requires_grad_(False)
+    before = layer(x)
     change(layer)
-    y = layer(X)
-    assert torch.equal(y, reference(layer, X))
+    y = layer(x)
+    assert torch.equal(y, reference(layer, x))
     assert not torch.equal(y, before)
 
 
@@ -98,7 +102,7 @@ def test_dtypes_autocast_moves_and_copies():
     layer = packed()
     layer(X)
     twin = copy.deepcopy(layer)
-    assert twin._baked is None
+    assert twin._kept is None
     assert torch.equal(twin(X), layer(X))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(X), reference(layer, X.bfloat16()))
@@ -119,30 +123,96 @@ def test_gradients_reach_the_input_and_a_weight_that_asks_for_one():
     assert layer.backbone_weight.grad is not None
 
 
-def test_bytes_stay_under_the_budget_and_come_back(monkeypatch, unpacked):
+@pytest.mark.parametrize("x", [X, LAST], ids=["contiguous", "channels_last"])
+def test_bytes_stay_under_the_budget_and_come_back(monkeypatch, unpacked, x):
     before = baked.kept_bytes()
-    layer, other = packed(), packed()
-    monkeypatch.setattr(baked, "BUDGET", before + 4 * 6 * 4 * 9)
-    layer(X)
-    assert baked.kept_bytes() == before + 4 * 6 * 4 * 9
-    assert torch.equal(other(X), layer(X))
-    assert other._baked is None
+    layer, other = packed().requires_grad_(False), packed().requires_grad_(False)
+    layer(x)
+    needed = baked.kept_bytes() - before
+    assert needed >= 4 * 6 * 4 * 9
+    monkeypatch.setattr(baked, "BUDGET", before + needed)
+    assert torch.equal(other(x), layer(x))
+    assert baked.kept_bytes() == before + needed
+    unpacked.clear()
     layer.backbone_weight.mul_(2)
-    layer(X)  # the new one takes the place of the old
-    assert baked.kept_bytes() == before + 4 * 6 * 4 * 9
+    layer(x)  # the new one takes the place of the old
+    layer(x)
+    assert len(unpacked) == 1
+    assert baked.kept_bytes() == before + needed
     del layer
     gc.collect()
     assert baked.kept_bytes() == before
 
 
+def test_laid_out_filters_and_a_plain_weight_are_kept_side_by_side_and_a_gradient_takes_the_plain_one(unpacked):
+    layer = packed().requires_grad_(False)
+    x = LAST.clone().requires_grad_(True)
+    for _ in range(2):
+        layer(LAST)
+        layer(X)
+        layer(x).sum().backward()
+    assert len(unpacked) == 2
+    assert torch.equal(layer(x), reference(layer, x))
+
+
+GEOMETRIES = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": (1, 0), "bias": False},
+    {"kernel_size": (3, 1), "dilation": 2, "padding": "same"},
+    {"kernel_size": 3, "padding": 2, "groups": 4},
+    {"kernel_size": 2, "padding": "same"},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    {"kernel_size": 1, "stride": 2},
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("how", GEOMETRIES, ids=str)
+def test_filters_laid_out_once_give_the_bits_of_torchs_convolution_for_every_input(how, threads, unpacked):
+    torch.manual_seed(0)
+    layer = dwm.MaskedConv2d(4, 8, **how, kind=dwm.Threshold())
+    with torch.no_grad():
+        layer.mask_logits.normal_()
+    layer = dwm.PackedConv2d.from_masked(layer.eval()).requires_grad_(False)
+    plain = dwm.merge(nn.Sequential(layer)).requires_grad_(False)[0]
+    unpacked.clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # by which torch chooses who computes small images
+    try:
+        for shape in ((3, 4, 9, 8), (1, 4, 7, 7), (2, 4, 20, 31), (17, 4, 6, 6)):
+            x = torch.randn(shape)
+            for given in (x, x.contiguous(memory_format=torch.channels_last)):
+                y, expected = layer(given), plain(given)
+                assert torch.equal(y, expected)
+                assert y.stride() == expected.stride()
+    finally:
+        torch.set_num_threads(before)
+    assert len(unpacked) <= 2  # once for each format; a circular pad gives one alone
+
+
+def test_what_torch_refuses_is_refused_in_its_words_and_an_empty_batch_is_none_of_it():
+    layer = packed().requires_grad_(False)
+    plain = dwm.merge(nn.Sequential(layer)).requires_grad_(False)[0]
+    for shape in ((2, 3, 9, 8), (2, 4, 0, 8)):
+        x = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+        with pytest.raises(RuntimeError) as expected:
+            plain(x)
+        with pytest.raises(RuntimeError) as found:
+            layer(x)
+        assert str(found.value) == str(expected.value)
+    assert layer(torch.zeros(0, 4, 9, 8)).shape == (0, 6, 9, 8)
+    for x in (X[..., ::2], LAST[..., ::2], LAST[:1], LAST[:, :, ::2]):
+        assert torch.equal(layer(x), plain(x))
+
+
 def test_a_forced_backend_or_way_and_a_compiler_see_the_operation(unpacked):
     layer = packed()
+    before = baked.kept_bytes()
     with dwm.use_backend("reference"):
         assert torch.equal(layer(X), reference(layer, X))
-    assert layer._baked is None
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(X), reference(layer, X))
-    assert layer._baked is None
+    assert baked.kept_bytes() == before
 
 
 def test_explain_tells_of_the_bytes():
