@@ -109,6 +109,20 @@ inline float scalar_of(const Tensor& t, const char* name) {
   return *floats(t);
 }
 
+// tau, and behind it the scale of the logits where the mode has one.
+inline const float* tau_of(const Tensor& tau, int64_t mode) {
+  STD_TORCH_CHECK(mode >= kScaledSoft && mode <= kEdit, "dwm_fast: unknown mode");
+  check_float(tau, "tau");
+  STD_TORCH_CHECK(tau.is_contiguous() && tau.numel() == (mode == kScaledSoft ? 2 : 1),
+                  "dwm_fast: tau must have one element, two of a scaled mask");
+  return floats(tau);
+}
+
+// A layer's number for its rule: the threshold, or the scale of the logits.
+inline float number_of(const Numbers& thresholds, size_t layer, const Tensor& tau, int64_t mode) {
+  return mode == kScaledSoft ? tau_of(tau, mode)[1] : static_cast<float>(thresholds[layer]);
+}
+
 inline int64_t total_of(const Tensors& list) {
   int64_t total = 0;
   for (const Tensor& t : list) total += t.numel();
@@ -117,12 +131,11 @@ inline int64_t total_of(const Tensors& list) {
 
 inline BackwardRule backward_rule(const Tensors& grads, const Tensors& weights, const Tensor& rng_state,
                                 const Tensor& tau, int64_t mode, int64_t step_offset) {
-  STD_TORCH_CHECK(mode >= 0 && mode <= kEdit, "dwm_fast: unknown mode");
   return {static_cast<int>(mode),
           common_type(grads, "grads"),
           common_type(weights, "weights"),
           noise_of(rng_state, step_offset),
-          1.0f / scalar_of(tau, "tau"),
+          1.0f / tau_of(tau, mode)[0],
           0.0f};
 }
 

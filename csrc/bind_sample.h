@@ -21,19 +21,19 @@ void sample(Tensors masked, Tensor bits, Tensor penalty, Tensors logits, Tensors
   const size_t count = weights.size();
   check_count(masked, count, "masked");
   check_state(logits, weights, "logits");
-  STD_TORCH_CHECK(layers.size() == count && thresholds.size() == count && mode >= 0 && mode <= kEdit,
-                  "dwm_fast: sample got wrong layers, thresholds or mode");
+  STD_TORCH_CHECK(layers.size() == count && thresholds.size() == count,
+                  "dwm_fast: sample got wrong layers or thresholds");
   const bool pack = bits.numel() > 0;
   const Integers offsets = pack ? offsets_of(bits, numels_of(weights)) : Integers(count, 0);
   const SampleRule rule{static_cast<int>(mode), common_type(weights, "weights"), common_type(masked, "masked"),
-                             noise_of(rng_state, step_offset), 1.0f / scalar_of(tau, "tau")};
+                             noise_of(rng_state, step_offset), 1.0f / tau_of(tau, mode)[0]};
   std::vector<SampleTensor> tensors;
   for (size_t i = 0; i < count; ++i) {
     const Shape shape = shape_of(weights[i]);
     check_like(masked[i], shape, "masked");
     tensors.push_back({shape, floats(logits[i]), weights[i].data_ptr(), masked[i].data_ptr(),
                        pack ? bytes(bits) + offsets[i] : nullptr, static_cast<uint32_t>(layers[i]),
-                       static_cast<float>(thresholds[i])});
+                       number_of(thresholds, i, tau, mode)});
   }
   const std::vector<Piece> pieces = pieces_of(tensors);
   // One sum a chunk, added in order: the same penalty on any number of threads.
@@ -73,7 +73,7 @@ void sample_backward(Tensors dlogits, Tensors dweights, Tensors grads, Tensor gr
     tensors.push_back({shape, grads[i].data_ptr(), floats(logits[i]), weights[i].data_ptr(),
                        dlogits.empty() ? nullptr : floats(dlogits[i]),
                        dweights.empty() ? nullptr : dweights[i].data_ptr(), static_cast<uint32_t>(layers[i]),
-                       static_cast<float>(thresholds[i])});
+                       number_of(thresholds, i, tau, mode)});
   }
   for_pieces(tensors, [&](int64_t, const BackwardTensor& t, int64_t begin, int64_t end) {
     kernels().sample_backward(rule, t, begin, end);

@@ -146,7 +146,7 @@ void mask_adam(Tensors logits, Tensors weights, Tensors grads, Tensors exp_avg, 
   for (size_t i = 0; i < count; ++i) {
     tensors.push_back({shape_of(logits[i]), floats(logits[i]), weights[i].data_ptr(), grads[i].data_ptr(),
                        floats(exp_avg[i]), floats(exp_avg_sq[i]), static_cast<uint32_t>(layers[i]),
-                       static_cast<float>(thresholds[i]),
+                       number_of(thresholds, i, tau, mode),
                        adam_rule(schedule.steps[i], schedule.lr, beta1, beta2, eps, weight_decay, decoupled, false)});
   }
   for_pieces(tensors, [&](int64_t, const MaskAdamTensor& t, int64_t begin, int64_t end) {

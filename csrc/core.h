@@ -15,7 +15,7 @@
 namespace dwm {
 
 // Rules by number, as in dwm_fast/ops/_modes.py.
-enum Mode : int { kGumbelHard = 0, kGumbelSoft = 1, kKeep = 2, kThreshold = 3, kTernary = 4, kEdit = 5 };
+enum Mode : int { kScaledSoft = -1, kGumbelHard = 0, kGumbelSoft = 1, kKeep = 2, kThreshold = 3, kTernary = 4, kEdit = 5 };
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
@@ -50,7 +50,7 @@ struct SampleTensor {
   void* out;
   uint8_t* bits;  // nullptr: not wanted
   uint32_t layer;
-  float threshold;
+  float threshold;  // kScaledSoft: kappa, the scale of the logits; of the structs below too
 };
 
 struct SampleRule {

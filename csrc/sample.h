@@ -62,11 +62,12 @@ static inline float edit_penalty_slope(float edit) {
 }
 
 struct RunRule {
-  float threshold;
+  float threshold;  // kScaledSoft: kappa
   float inverse_tau;
 };
 
-constexpr bool has_penalty(int mode) { return mode == kGumbelHard || mode == kGumbelSoft || mode == kEdit; }
+constexpr bool draws_noise(int mode) { return mode <= kGumbelSoft; }
+constexpr bool has_penalty(int mode) { return draws_noise(mode) || mode == kEdit; }
 
 // out = masked weight, keep = keep bits (where kBits), terms = each element's share of the penalty (where it has one).
 template <int kMode, bool kBits, bool kUnitTau>
@@ -78,7 +79,13 @@ DWM_NOINLINE static void sample_run(const RunRule& rule, const float* __restrict
     const float logit = l[i], w = weight[i];
     bool keeps;
     float value;
-    if constexpr (kMode == kGumbelHard || kMode == kGumbelSoft) {
+    if constexpr (kMode == kScaledSoft) {
+      const float u = signed_uniform(words[i]), scaled = logit * threshold;
+      const float soft = soft_value<false>(scaled, u, inverse_tau);
+      terms[i] = soft;
+      keeps = kBits && kept(odds_of(scaled), u);
+      value = w * soft;
+    } else if constexpr (kMode == kGumbelHard || kMode == kGumbelSoft) {
       const float u = signed_uniform(words[i]);
       const Odds odds = odds_of(logit);
       terms[i] = odds.keep;
@@ -114,7 +121,7 @@ DWM_NOINLINE static float sum_run(const float* terms, int n) {
 
 template <int kMode, bool kBits>
 static double sample_range(const SampleRule& rule, const SampleTensor& t, int64_t begin, int64_t end) {
-  constexpr Wanted kWanted{.words = kMode == kGumbelHard || kMode == kGumbelSoft, .bits_out = kBits};
+  constexpr Wanted kWanted{.words = draws_noise(kMode), .bits_out = kBits};
   const TileSource source{.layer = t.layer, .noise = rule.noise, .bits_out = t.bits};
   const RunRule run_rule{t.threshold, rule.inverse_tau};
   alignas(64) float weight[kTile], result[kTile], terms[kTile];
@@ -141,6 +148,7 @@ static double sample_mode(const SampleRule& rule, const SampleTensor& t, int64_t
 
 static double sample(const SampleRule& rule, const SampleTensor& t, int64_t begin, int64_t end) {
   switch (rule.mode) {
+    case kScaledSoft: return sample_mode<kScaledSoft>(rule, t, begin, end);
     case kGumbelHard: return sample_mode<kGumbelHard>(rule, t, begin, end);
     case kGumbelSoft: return sample_mode<kGumbelSoft>(rule, t, begin, end);
     case kKeep: return sample_mode<kKeep>(rule, t, begin, end);
@@ -164,7 +172,10 @@ DWM_NOINLINE static void chain_run(const ChainRule& rule, const float* __restric
   const float threshold = rule.threshold, inverse_tau = rule.inverse_tau, penalty = rule.penalty;
   for (int i = 0; i < n; ++i) {
     const float g = grad[i], w = weight[i], logit = l[i];
-    if constexpr (kMode == kGumbelHard || kMode == kGumbelSoft) {
+    if constexpr (kMode == kScaledSoft) {
+      const float slope = soft_slope<false>(logit * threshold, 0.0f, signed_uniform(words[i]), inverse_tau) * threshold;
+      out[i] = (kPenalty ? g * w + penalty : g * w) * slope;  // the penalty is the mean of the mask itself
+    } else if constexpr (kMode == kGumbelHard || kMode == kGumbelSoft) {
       const Odds odds = odds_of(logit);
       const float chain = g * w * soft_slope<kUnitTau>(logit, odds.against, signed_uniform(words[i]), inverse_tau);
       out[i] = kPenalty ? chain + penalty * (odds.keep * (odds.against * odds.keep)) : chain;
@@ -199,7 +210,9 @@ DWM_NOINLINE static void weight_run(const ChainRule& rule, const float* __restri
   const float threshold = rule.threshold, inverse_tau = rule.inverse_tau;
   for (int i = 0; i < n; ++i) {
     const float g = grad[i], logit = l[i];
-    if constexpr (kMode == kGumbelHard) {
+    if constexpr (kMode == kScaledSoft) {
+      out[i] = g * soft_value<false>(logit * threshold, signed_uniform(words[i]), inverse_tau);
+    } else if constexpr (kMode == kGumbelHard) {
       out[i] = kept(odds_of(logit), signed_uniform(words[i])) ? g : 0.0f;
     } else if constexpr (kMode == kGumbelSoft) {
       out[i] = g * soft_value<false>(logit, signed_uniform(words[i]), inverse_tau);
@@ -217,7 +230,7 @@ DWM_NOINLINE static void weight_run(const ChainRule& rule, const float* __restri
 
 template <int kMode>
 static void backward_range(const BackwardRule& rule, const BackwardTensor& t, int64_t begin, int64_t end) {
-  constexpr Wanted kWanted{.words = kMode == kGumbelHard || kMode == kGumbelSoft};
+  constexpr Wanted kWanted{.words = draws_noise(kMode)};
   const TileSource source{.layer = t.layer, .noise = rule.noise};
   const ChainRule chain{t.threshold, rule.inverse_tau, rule.penalty};
   alignas(64) float grad[kTile], weight[kTile], result[kTile];
@@ -239,6 +252,7 @@ static void backward_range(const BackwardRule& rule, const BackwardTensor& t, in
 
 static void sample_backward(const BackwardRule& rule, const BackwardTensor& t, int64_t begin, int64_t end) {
   switch (rule.mode) {
+    case kScaledSoft: return backward_range<kScaledSoft>(rule, t, begin, end);
     case kGumbelHard: return backward_range<kGumbelHard>(rule, t, begin, end);
     case kGumbelSoft: return backward_range<kGumbelSoft>(rule, t, begin, end);
     case kKeep: return backward_range<kKeep>(rule, t, begin, end);

@@ -226,7 +226,7 @@ DWM_NOINLINE static void adam_run(const AdamRule& rule, float* __restrict l, con
 
 template <int kMode>
 static void mask_adam_range(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end) {
-  constexpr Wanted kWanted{.words = kMode == kGumbelHard || kMode == kGumbelSoft};
+  constexpr Wanted kWanted{.words = draws_noise(kMode)};
   const TileSource source{.layer = t.layer, .noise = chain.noise};
   const ChainRule rule{t.threshold, chain.inverse_tau, chain.penalty};
   alignas(64) float grad[kTile], weight[kTile], slope[kTile];
@@ -241,6 +241,7 @@ static void mask_adam_range(const BackwardRule& chain, const MaskAdamTensor& t, 
 
 static void mask_adam(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end) {
   switch (chain.mode) {
+    case kScaledSoft: return mask_adam_range<kScaledSoft>(chain, t, begin, end);
     case kGumbelHard: return mask_adam_range<kGumbelHard>(chain, t, begin, end);
     case kGumbelSoft: return mask_adam_range<kGumbelSoft>(chain, t, begin, end);
     case kKeep: return mask_adam_range<kKeep>(chain, t, begin, end);

@@ -9,11 +9,11 @@ from dwm_fast.kernels import _pointers, bits, kernel_soft, sample, soft_mask, up
 from dwm_fast.kernels._configuration import Configuration
 from dwm_fast.kernels._launch import Launch, launch_parameters
 from dwm_fast.kernels._tables import TL_DTYPES
-from dwm_fast.ops.draw import Mode
+from dwm_fast.ops.draw import SCALED_SOFT, Mode
 from dwm_fast.ops.packing import COMBINATIONS
 
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
-_MODES = {mode.value: mode.name.lower().removeprefix("gumbel_") for mode in Mode}
+_MODES = {mode.value: mode.name.lower().removeprefix("gumbel_") for mode in Mode} | {SCALED_SOFT: "scaled"}
 
 
 _Layout = tuple[str, bool, int]
@@ -78,7 +78,7 @@ def _sample_cases() -> Iterator[tuple[int, torch.dtype, torch.dtype, _Layout]]:
 
 def _mask_reads(mode: int, weight: torch.dtype) -> int:
     """Of logits and weight, how many fp32 ones the chain rule of a mode reads; the others are dead code."""
-    return (mode in (0, 1, 5)) + (weight == torch.float32 and mode in (0, 1, 3, 4))
+    return (mode in (-1, 0, 1, 5)) + (weight == torch.float32 and mode in (-1, 0, 1, 3, 4))
 
 
 def _sample_backward() -> Iterator[Configuration]:
@@ -87,7 +87,7 @@ def _sample_backward() -> Iterator[Configuration]:
         name, taps, rank = layout
         reads = _mask_reads(mode, weight) + (grad == torch.float32 and mode != 2)
         meant = _meant(launch, layout, reads, 1, strided_barriers=_BARRIERS)
-        for need_weights in (False, True) if weight != grad and mode in (0, 1, 5) else (False,):
+        for need_weights in (False, True) if weight != grad and mode in (-1, 0, 1, 5) else (False,):
             yield Configuration(
                 f"sample_backward {_MODES[mode]} {_short(weight)},{_short(grad)} {name}"
                 + (" +weights" if need_weights else ""),
@@ -164,7 +164,7 @@ def _mask_adam() -> Iterator[Configuration]:
     launch = launch_parameters("update")
     for mode, weight, grad, which in _sample_cases():
         layout, taps, rank = which
-        reads = 3 + _mask_reads(mode, weight) - (mode in (0, 1, 5)) + (grad == torch.float32 and mode != 2)
+        reads = 3 + _mask_reads(mode, weight) - (mode in (-1, 0, 1, 5)) + (grad == torch.float32 and mode != 2)
         meant = _meant(launch, which, reads, 3, strided_barriers=_BARRIERS)
         yield Configuration(
             f"mask_adam {_MODES[mode]} {_short(weight)},{_short(grad)} {layout}", update.mask_adam_kernel,

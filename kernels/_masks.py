@@ -15,8 +15,10 @@ from dwm_fast.kernels.philox import (
     uniform,
     words4,
 )
+from dwm_fast.ops import draw
 from dwm_fast.ops.draw import Mode
 
+SCALED_SOFT: tl.constexpr = tl.constexpr(draw.SCALED_SOFT)
 GUMBEL_HARD: tl.constexpr = tl.constexpr(Mode.GUMBEL_HARD.value)
 GUMBEL_SOFT: tl.constexpr = tl.constexpr(Mode.GUMBEL_SOFT.value)
 KEEP: tl.constexpr = tl.constexpr(Mode.KEEP.value)
@@ -58,10 +60,24 @@ def tap_uniform(words, tap: tl.constexpr, GROUPS: tl.constexpr, MODE: tl.constex
 
 
 @triton.jit
+def number_of(threshold, tau_ptr, MODE: tl.constexpr):
+    """A layer's number for its rule: the threshold, or under SCALED_SOFT kappa, the scale of the logits."""
+    if MODE == SCALED_SOFT:
+        return tl.load(tau_ptr + 1)
+    else:
+        return threshold
+
+
+@triton.jit
 def masked_value(logit, weight, u, threshold, inverse_tau, MODE: tl.constexpr, PENALTY: tl.constexpr):
     """Keep flag, masked weight (fp32) and term of the penalty's sum of each element."""
     term = logit
-    if MODE <= GUMBEL_SOFT:
+    if MODE == SCALED_SOFT:
+        scaled = logit * threshold
+        keep = hard_keep(scaled, u)
+        term = soft_value(scaled, u, inverse_tau)
+        value = weight * term
+    elif MODE <= GUMBEL_SOFT:
         drop, exponential = drop_probability(logit)
         keep = kept(u, drop, exponential)
         value = tl.where(keep, weight, 0.0) if MODE == GUMBEL_HARD else weight * soft_value(logit, u, inverse_tau)
@@ -88,7 +104,10 @@ def masked_value(logit, weight, u, threshold, inverse_tau, MODE: tl.constexpr, P
 @triton.jit
 def logit_gradient(grad, logit, weight, u, threshold, inverse_tau, penalty_scale, MODE: tl.constexpr):
     """Gradient of the loss and of the penalty with respect to a logit; `penalty_scale` is grad_penalty / N."""
-    if MODE <= GUMBEL_SOFT:
+    if MODE == SCALED_SOFT:
+        slope = soft_slope(logit * threshold, u, inverse_tau) * (inverse_tau * threshold)
+        return (grad * weight + penalty_scale) * slope  # the penalty is the mean of the mask itself
+    elif MODE <= GUMBEL_SOFT:
         slope = soft_slope(logit, u, inverse_tau) * inverse_tau
         return grad * weight * slope + penalty_scale * sigmoid_slope(logit)
     elif MODE == KEEP:
@@ -103,7 +122,9 @@ def logit_gradient(grad, logit, weight, u, threshold, inverse_tau, penalty_scale
 @triton.jit
 def weight_gradient(grad, logit, u, threshold, inverse_tau, MODE: tl.constexpr):
     """Gradient of the loss with respect to a weight: grad times the mask's value."""
-    if MODE == GUMBEL_HARD:
+    if MODE == SCALED_SOFT:
+        return grad * soft_value(logit * threshold, u, inverse_tau)
+    elif MODE == GUMBEL_HARD:
         return tl.where(hard_keep(logit, u), grad, 0.0)
     elif MODE == GUMBEL_SOFT:
         return grad * soft_value(logit, u, inverse_tau)

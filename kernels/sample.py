@@ -15,6 +15,7 @@ from dwm_fast.kernels._masks import (
     flat_uniform,
     logit_gradient,
     masked_value,
+    number_of,
     tap_uniform,
     taps_words,
     weight_gradient,
@@ -53,6 +54,7 @@ def sample_fwd_kernel(
     out += output_start(rows, tensor, 0)
     seed, step = seed_and_step(rng_state, step_offset)
     inverse_tau = 1.0 / tl.load(tau_ptr)
+    threshold = number_of(threshold, tau_ptr, MODE)
     PENALTY: tl.constexpr = (MODE <= GUMBEL_SOFT) | (MODE == EDIT)
 
     if kind == FLAT:
@@ -130,6 +132,7 @@ def sample_bwd_kernel(
     dweights += output_start(rows, tensor, 1)
     seed, step = seed_and_step(rng_state, step_offset)
     inverse_tau = 1.0 / tl.load(tau_ptr)
+    threshold = number_of(threshold, tau_ptr, MODE)
     scale = tl.load(grad_penalty).to(tl.float32) / total.to(tl.float32)
 
     if kind == FLAT:

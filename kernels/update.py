@@ -11,7 +11,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.kernels import _tables
 from dwm_fast.kernels._adam import adam_lanes, adam_scalars, sgd_lanes, sgd_scalars, split
 from dwm_fast.kernels._launch import OPTIONS, launch_parameters
-from dwm_fast.kernels._masks import flat_uniform, logit_gradient, tap_uniform, taps_words
+from dwm_fast.kernels._masks import flat_uniform, logit_gradient, number_of, tap_uniform, taps_words
 from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, require_fp32
 from dwm_fast.kernels._tiles import (
@@ -156,6 +156,7 @@ def mask_adam_kernel(
     exp_avg_sq = address(ptrs, tensor, 4, 5)
     seed, step = seed_and_step(rng_state, step_offset)
     inverse_tau = 1.0 / tl.load(tau_ptr)
+    threshold = number_of(threshold, tau_ptr, MODE)
     scale = tl.load(scale_ptr).to(tl.float32)
     scalars = adam_scalars(steps + tensor, lr, parts, tl.float32)
 

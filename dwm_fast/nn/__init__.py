@@ -8,8 +8,9 @@ from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.merge import merge
 from dwm_fast.nn.model import MaskedModel, mask_model
 from dwm_fast.nn.packed import PackedConv2d, PackedLinear, pack
-from dwm_fast.nn.schedule import TauSchedule
+from dwm_fast.nn.schedule import LinearSchedule, TauSchedule
 from dwm_fast.nn.select import maskable_layers
+from dwm_fast.nn.semi_structured import SemiStructured
 from dwm_fast.nn.streamed import StreamedConv2d, StreamedLayer, StreamedLinear
 from dwm_fast.nn.streamed_model import StreamedModel
 
@@ -19,6 +20,7 @@ __all__ = [
     "GumbelSigmoid",
     "KeptLinear",
     "KernelSoft",
+    "LinearSchedule",
     "MaskKind",
     "MaskedConv2d",
     "MaskedLayer",
@@ -26,6 +28,7 @@ __all__ = [
     "MaskedModel",
     "PackedConv2d",
     "PackedLinear",
+    "SemiStructured",
     "StreamedConv2d",
     "StreamedLayer",
     "StreamedLinear",

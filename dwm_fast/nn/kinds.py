@@ -13,9 +13,11 @@ from torch import Tensor
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.nn.schedule import TauSchedule, check_flags, check_numbers
+from dwm_fast.nn.schedule import Scheduled, check_flags, check_numbers, check_scheduled, first, now, schedule_from_dict
 from dwm_fast.ops import Mode
+from dwm_fast.ops.draw import SCALED_SOFT
 from dwm_fast.ops.kernel_soft import kernel_shape, kernel_soft, soft_values
+from dwm_fast.ops.sample import penalty
 
 Drawn = tuple[list[Tensor], Tensor, Tensor]
 """Masked weights, keep bits and penalty, as `dwm_fast.ops.sample` gives them."""
@@ -30,7 +32,7 @@ def checked_kind(kind: object) -> MaskKind:
         return kind
     if isinstance(kind, type) and issubclass(kind, MaskKind):
         raise InputError(f"the mask kind is the class {kind.__name__}; expected an object: {kind.__name__}()")
-    known = ", ".join(f"{known.__name__}(...)" for known in _KINDS.values())
+    known = ", ".join(f"{known.__name__}(...)" for known in KINDS.values())
     raise InputError(f"the mask kind is {kind!r}; expected one of {known}")
 
 
@@ -41,12 +43,12 @@ class MaskKind:
     name: ClassVar[str]
 
     @property
-    def training_mode(self) -> Mode:
-        """Rule in train()."""
-        raise AssertionError("MaskKind is a base class; use GumbelSigmoid, Threshold, Edit or KernelSoft")
+    def training_mode(self) -> int:
+        """Rule in train(): a `Mode`, or `dwm_fast.ops.SCALED_SOFT`."""
+        raise AssertionError("MaskKind is a base class; use GumbelSigmoid, Threshold, Edit, KernelSoft, SemiStructured")
 
     @property
-    def eval_mode(self) -> Mode:
+    def eval_mode(self) -> int:
         """Rule in eval(), at export and at merging: deterministic."""
         return self.training_mode
 
@@ -88,7 +90,7 @@ class MaskKind:
 
     @property
     def draws_itself(self) -> bool:
-        """Whether the rule is none of `Mode`, so that products cannot draw it either."""
+        """Whether the rule is none of `Mode`, so that no product can draw it."""
         return type(self).draw is not MaskKind.draw
 
     @property
@@ -100,8 +102,18 @@ class MaskKind:
         """Temperature of the next draw, 0-dim fp32, on the device: the schedule's, or `tau` where there is none."""
         return tau
 
+    def expected(self, learned: Sequence[Tensor], tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
+        """The regulariser without a draw, 0-dim fp32, differentiable; `tau` and `rng_state` as in `draw`."""
+        return penalty(learned, self.training_mode, tau=self.current_tau(tau, rng_state, samples))
+
+    def lean(self, learned: Tensor, keep: Tensor, strength: float) -> Tensor:
+        """`learned` moved towards the mask `keep` (bool, the weight's shape), by `strength` of the kind's spreads."""
+        raise InputError(
+            f"a mask of kind {self.name} has no start from another mask; expected GumbelSigmoid or SemiStructured"
+        )
+
     def keep(self, logits: Tensor) -> Tensor:
-        """Deterministic keep mask, bool, of the logits' shape."""
+        """Deterministic keep mask, bool, of the logits' shape; of SemiStructured of the weight's."""
         return logits >= 0
 
     @property
@@ -123,46 +135,74 @@ class GumbelSigmoid(MaskKind):
     """Binary mask drawn with probability sigmoid(logit); DWM's variant B (METHODS: Csordas et al. 2021).
 
     Args:
-        tau: temperature of the backward pass (and of the soft forward), above 0, or a `TauSchedule`.
+        tau: temperature of the backward pass (and of the soft forward), above 0, or a schedule.
         init: logit every weight starts from; sigmoid(init) is the start probability of keeping.
         hard: draw bits and pass the soft sample's gradient straight through; False: multiply by the soft one.
+        kappa: scale of the logits, above 0, or a schedule (LEAP): m = sigmoid((kappa l + noise) / tau), for soft masks
+            alone; the penalty is then the mean of the drawn mask. None: no scale, and the penalty is mean sigmoid(l).
+        spread: standard deviation of a normal draw (torch's CPU generator) added to `init`.
     """
 
-    tau: float | TauSchedule = 1.0
+    tau: Scheduled = 1.0
     init: float = 2.0
     hard: bool = True
+    kappa: Scheduled | None = None
+    spread: float = 0.0
     name: ClassVar[str] = "gumbel-sigmoid"
 
     def __post_init__(self) -> None:
-        check_numbers("GumbelSigmoid", init=self.init)
+        check_numbers("GumbelSigmoid", init=self.init, spread=self.spread)
         check_flags("GumbelSigmoid", hard=self.hard)
-        if isinstance(self.tau, TauSchedule):
+        check_scheduled("GumbelSigmoid", tau=self.tau)
+        if self.spread < 0:
+            raise InputError(f"GumbelSigmoid got spread={self.spread}; expected a standard deviation of at least 0")
+        if self.kappa is None:
             return
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 1e-38 <= self.tau <= 3.4e38:
-            raise InputError(
-                f"GumbelSigmoid got tau={self.tau!r}; expected a number above 0 (in fp32) or a TauSchedule"
-            )
+        check_scheduled("GumbelSigmoid", kappa=self.kappa)
+        if self.hard:
+            raise InputError("GumbelSigmoid got a kappa and hard=True; a scale is for soft masks: give hard=False")
 
     @property
-    def training_mode(self) -> Mode:
+    def training_mode(self) -> int:
+        if self.kappa is not None:
+            return SCALED_SOFT
         return Mode.GUMBEL_HARD if self.hard else Mode.GUMBEL_SOFT
 
     @property
-    def eval_mode(self) -> Mode:
+    def eval_mode(self) -> int:
         return Mode.KEEP
+
+    @property
+    def draws_itself(self) -> bool:
+        return self.kappa is not None
 
     @property
     def start_value(self) -> float:
         return self.init
 
+    def initial(self, weight: Tensor) -> Tensor:
+        return with_spread(super().initial(weight), self.spread)
+
+    def lean(self, learned: Tensor, keep: Tensor, strength: float) -> Tensor:
+        return learned + strength * self.spread * (2.0 * keep.to(learned.dtype) - 1.0)
+
     @property
     def initial_tau(self) -> float:
-        return self.tau.start if isinstance(self.tau, TauSchedule) else self.tau
+        return first(self.tau)
 
     def current_tau(self, tau: Tensor, rng_state: Tensor, samples: int = 1) -> Tensor:
-        if not isinstance(self.tau, TauSchedule):
+        if self.kappa is None and isinstance(self.tau, (int, float)):
             return tau
-        return self.tau.at(torch.div(rng_state[1], samples, rounding_mode="floor"))
+        forwards = torch.div(rng_state[1], samples, rounding_mode="floor")
+        current = tau if isinstance(self.tau, (int, float)) else now(self.tau, forwards)
+        return current if self.kappa is None else torch.stack([current, now(self.kappa, forwards)])
+
+
+def with_spread(start: Tensor, spread: float) -> Tensor:
+    """`start` plus normal numbers of that deviation, drawn on the CPU, so that a seed means the same anywhere."""
+    if spread == 0 or start.is_meta:
+        return start
+    return start.add_(torch.randn(start.shape, device="cpu").to(start.device), alpha=spread)
 
 
 @dataclass(frozen=True)
@@ -199,7 +239,7 @@ class Threshold(MaskKind):
         return start
 
     @property
-    def training_mode(self) -> Mode:
+    def training_mode(self) -> int:
         return Mode.TERNARY if self.ternary else Mode.THRESHOLD
 
     @property
@@ -250,14 +290,10 @@ class Edit(MaskKind):
             raise InputError(f"Edit got spread={self.spread}; expected a standard deviation of at least 0")
 
     def initial(self, weight: Tensor) -> Tensor:
-        edits = super().initial(weight)
-        if self.spread == 0 or weight.is_meta:
-            return edits
-        drawn = torch.randn(edits.shape, device="cpu")  # on the CPU, so that a seed means the same anywhere
-        return edits.add_(drawn.to(edits.device), alpha=self.spread)
+        return with_spread(super().initial(weight), self.spread)
 
     @property
-    def training_mode(self) -> Mode:
+    def training_mode(self) -> int:
         return Mode.EDIT
 
     @property
@@ -313,7 +349,7 @@ class KernelSoft(MaskKind):
         return masked, rng_state.new_empty(0, dtype=torch.uint8), torch.zeros((), device=rng_state.device)
 
     @property
-    def training_mode(self) -> Mode:
+    def training_mode(self) -> int:
         """The rule that the regulariser knows it by: none."""
         return Mode.THRESHOLD
 
@@ -342,7 +378,8 @@ class KernelSoft(MaskKind):
         return soft_values(logits, keep)[~keep].half()
 
 
-_KINDS: dict[str, type[MaskKind]] = {k.name: k for k in (GumbelSigmoid, Threshold, Edit, KernelSoft)}
+KINDS: dict[str, type[MaskKind]] = {k.name: k for k in (GumbelSigmoid, Threshold, Edit, KernelSoft)}
+"""By name; a kind of another file enters itself."""
 
 
 def kind_from_dict(data: dict[str, Any]) -> MaskKind:
@@ -351,11 +388,12 @@ def kind_from_dict(data: dict[str, Any]) -> MaskKind:
         raise InputError(f"mask kind is {data!r}; expected the dictionary that to_dict() writes")
     fields = dict(data)
     name = fields.pop("kind", None)
-    if name not in _KINDS:
-        raise InputError(f"mask kind '{name}' is unknown; expected one of {', '.join(_KINDS)}")
+    if name not in KINDS:
+        raise InputError(f"mask kind '{name}' is unknown; expected one of {', '.join(KINDS)}")
     try:
-        if isinstance(fields.get("tau"), dict):
-            fields["tau"] = TauSchedule(**fields["tau"])
-        return _KINDS[name](**fields)
+        for field, value in fields.items():
+            if isinstance(value, dict):
+                fields[field] = schedule_from_dict(value)
+        return KINDS[name](**fields)
     except TypeError as error:
         raise InputError(f"mask kind '{name}': {error}; expected the fields that to_dict() writes") from error

@@ -51,7 +51,8 @@ class MaskedLayer(nn.Module):
             masked weight of the moment, so that code that reads a layer's weight without calling it sees the
             mask too.
         mask_logits: the learned tensor, fp32 Parameter of the weight's shape: logits (GumbelSigmoid), real
-            mask weights (Threshold) or edits (Edit); one number a kernel for KernelSoft.
+            mask weights (Threshold) or edits (Edit); one number a kernel for KernelSoft, one a pattern for
+            SemiStructured.
         kind: the mask kind.
         layer_index: the noise contract's layer number.
         rng_state: seed and step, int64 (2,); None when a MaskedModel draws for this layer.
@@ -121,7 +122,7 @@ class MaskedLayer(nn.Module):
         return weight
 
     def keep_mask(self) -> Tensor:
-        """Deterministic keep mask, bool, of the learned tensor's shape: True = keep."""
+        """Deterministic keep mask, bool, True = keep; of the weight's shape, of KernelSoft the learned tensor's."""
         return self.kind.keep(self.mask_logits.detach())
 
     def masked_weight(self) -> Tensor:

@@ -25,7 +25,6 @@ from dwm_fast.nn.layers import (
 from dwm_fast.nn.recast import keep_dtype
 from dwm_fast.nn.select import literal, maskable_layers, refuse_shared
 from dwm_fast.nn.shell import Shell, unwrapped
-from dwm_fast.ops.sample import penalty
 from dwm_fast.ops.shards import refuse_shards
 
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -85,6 +84,7 @@ class MaskedModel(nn.Module):
             layer.hand_over(index)
         self._drawn: tuple[Tensor, list[int]] | None = None  # the penalty, and the versions of logits it is of
         self._recorder: Sampler | None = None
+        self._observer: Callable[[list[Tensor]], None] | None = None
         self.train(model.training)
 
     def mask_layers(self) -> dict[str, MaskedLayer]:
@@ -110,15 +110,18 @@ class MaskedModel(nn.Module):
     def sparsity_penalty(self) -> Tensor:
         """Mean expected keep value over all masked weights, in [0, 1], 0-dim fp32, differentiable.
 
+        With a scale kappa it is the mean of the drawn soft mask after a call in train(), mean sigmoid(kappa l) else.
+
         Divided by the number of weights, so a coefficient means the same for every network size. Between a
-        call in train() and its backward it costs nothing: the draw computed it. Threshold and KernelSoft have no
-        published regulariser: 0.
+        call in train() and its backward it costs nothing: the draw computed it. Threshold, KernelSoft and
+        SemiStructured have no penalty: 0.
         """
         drawn, self._drawn = self._drawn, None
         if drawn is not None and (torch.compiler.is_compiling() or self._still_differentiable(*drawn)):
             return drawn[0]
         refuse_shards(self.mask_parameters(), "sparsity_penalty", "ask for it after a call in train(), before backward")
-        return penalty([layer.mask_logits for layer in self._layers.values()], self.kind.training_mode)
+        learned = [layer.mask_logits for layer in self._layers.values()]
+        return self.kind.expected(learned, self.tau, self.rng_state, self.mask_samples)
 
     def _still_differentiable(self, drawn: Tensor, versions: list[int]) -> bool:
         """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
@@ -148,6 +151,13 @@ class MaskedModel(nn.Module):
         """Draw for training by `recorder.sample`, not `dwm_fast.ops.sample`, from now on; None: as before."""
         self._recorder = recorder
 
+    def observe(self, observer: Callable[[list[Tensor]], None] | None) -> None:
+        """Give the masked weights of every pass in train() to `observer`, layer by layer and in their graph; None: end.
+
+        A regulariser of masked weights is a function of them.
+        """
+        self._observer = observer
+
     def _run(
         self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], step_offset: int = 0, repeated: bool = False
     ) -> Any:
@@ -160,6 +170,8 @@ class MaskedModel(nn.Module):
         masked, _, drawn = draw(layers, state, self.tau, training=self.training, step_offset=step_offset, **options)
         if self.training and not repeated:
             self._drawn = drawn, versions
+            if self._observer is not None:
+                self._observer(masked)
         stage(layers, masked)
         try:
             return self.model(*args, **kwargs)
@@ -215,7 +227,7 @@ class MaskedModel(nn.Module):
         raise InputError("a masked model cannot be scripted; script the plain network, dwm_fast.merge(masked)")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_drawn": None, "_recorder": None, "_places": []}
+        return {**self.__dict__, "_drawn": None, "_recorder": None, "_observer": None, "_places": []}
 
     def extra_repr(self) -> str:
         total = sum(layer.frozen_weight.numel() for layer in self._layers.values())
@@ -268,7 +280,7 @@ def mask_model(
 
     Args:
         model: any nn.Module.
-        kind: GumbelSigmoid(...), Threshold(...), Edit(...) or KernelSoft(...).
+        kind: GumbelSigmoid(...), Threshold(...), Edit(...), KernelSoft(...) or SemiStructured(...).
         include, exclude: shell patterns of layer names, e.g. include=["layer*"], exclude=["fc"]; commas part
             several in one text.
         mask_samples, batch_norm, seed: see `MaskedModel`.
@@ -282,7 +294,7 @@ def mask_model(
     Raises:
         InputError: no layer fits the patterns, or one that fits cannot be masked: its weight is tied to
             another tensor or computed, or its class has a forward of its own (the message names all of them,
-            what to do, and what to exclude).
+            what to do, and what to exclude); or a layer's weight has a shape that the kind has no mask for.
 
     Warns:
         UserWarning: more weights lie in modules of other classes (convolutions of other dimensions, recurrent
@@ -315,7 +327,10 @@ def mask_model(
             shell.put(name, streamed.streamed_layer(plain, kind))
             continue
         make = MaskedLinear.from_linear if isinstance(plain, nn.Linear) else MaskedConv2d.from_conv
-        shell.put(name, make(plain, kind, seed=0))
+        try:
+            shell.put(name, make(plain, kind, seed=0))
+        except InputError as error:
+            raise InputError(f"layer '{name}': {error}") from error
     if memory == "streamed":
         return streamed_model.StreamedModel(shell.module, batch_norm=batch_norm, seed=seed)
     return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)

@@ -12,11 +12,12 @@ from dwm_fast.ops.bits import (
     unpack,
 )
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed, padded
-from dwm_fast.ops.draw import Mode
+from dwm_fast.ops.draw import SCALED_SOFT, Mode
 from dwm_fast.ops.kept import PADDING, expand_values, is_faster_kept, keep_values, linear_kept
 from dwm_fast.ops.kernel_soft import kernel_soft
 from dwm_fast.ops.linear import linear, linear_packed
 from dwm_fast.ops.packing import packed_nbytes, packed_offsets
+from dwm_fast.ops.patterns import pattern_mask
 from dwm_fast.ops.philox import advance, random_words, uniform
 from dwm_fast.ops.sample import penalty, sample
 from dwm_fast.ops.soft_mask import raise_importance, soft_masked_sgd
@@ -26,6 +27,7 @@ from dwm_fast.ops.ways import WAYS, use_way
 __all__ = [
     "BACKENDS",
     "PADDING",
+    "SCALED_SOFT",
     "WAYS",
     "Mode",
     "advance",
@@ -52,6 +54,7 @@ __all__ = [
     "packed_nbytes",
     "packed_offsets",
     "padded",
+    "pattern_mask",
     "penalty",
     "raise_importance",
     "random_words",

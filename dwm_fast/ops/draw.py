@@ -31,6 +31,10 @@ class Mode(enum.IntEnum):
 
 GUMBEL_MODES = (Mode.GUMBEL_HARD, Mode.GUMBEL_SOFT)
 
+SCALED_SOFT = -1
+"""In the place of a mode: m = sigmoid((kappa l + logistic noise) / tau), whose penalty is the mean of m itself (LEAP).
+tau holds two numbers, tau and kappa. Products know it not. Rules up to GUMBEL_SOFT draw noise."""
+
 PACKED = 6
 """In the place of a mode: the mask is read from packed bits, nothing is drawn."""
 
@@ -47,9 +51,9 @@ class Draw:
     """How the masks of a list of tensors are drawn.
 
     Attributes:
-        rng_state: int64 (2,): seed and step. tau: 0-dim fp32, the temperature.
+        rng_state: int64 (2,): seed and step. tau: 0-dim fp32, the temperature; of SCALED_SOFT fp32 (2,), tau and kappa.
         layers: the noise contract's layer number of each tensor. thresholds: one number per tensor.
-        mode: a `Mode`. step_offset: added to the step (sample j of a split batch).
+        mode: a `Mode` or SCALED_SOFT. step_offset: added to the step (sample j of a split batch).
 
     Raises:
         InputError: a layer number outside 0 .. 2^32 - 1, whoever computes.

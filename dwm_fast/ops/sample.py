@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import pack_reference
-from dwm_fast.ops.draw import GUMBEL_MODES, Draw, Mode
+from dwm_fast.ops.draw import GUMBEL_MODES, SCALED_SOFT, Draw, Mode
 from dwm_fast.ops.packing import packed_nbytes
 from dwm_fast.ops.philox import random_words, signed_uniform
 from dwm_fast.ops.registration import define
@@ -60,6 +60,9 @@ def mask_value(logits: Tensor, draw: Draw, i: int) -> tuple[Tensor, Tensor]:
     Computed in contiguous order: vectorised exponentials round an element by its place in memory.
     """
     logits, threshold, mode = logits.contiguous(), draw.thresholds[i], draw.mode
+    if mode == SCALED_SOFT:
+        u, scaled = _noise(logits, draw, i), logits * draw.tau[1]
+        return torch.sigmoid(_soft_argument(scaled, u, draw.tau[0])), hard(scaled, u)
     if mode in GUMBEL_MODES:
         u = _noise(logits, draw, i)
         keep = hard(logits, u)
@@ -80,20 +83,29 @@ def _no_penalty(logits: TensorList, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=logits[0].dtype if logits else torch.float32, device=device)
 
 
-def penalty(logits: TensorList, mode: int, device: torch.device | None = None) -> Tensor:
+def penalty(logits: TensorList, mode: int, device: torch.device | None = None, tau: Tensor | None = None) -> Tensor:
     """The regulariser that `sample` returns, alone and without a draw; differentiable in the logits.
 
     Args:
         logits: learned tensors of every layer of the network.
-        mode: a `Mode`: mean sigmoid(l) for the Gumbel rules, mean exp(-abs(e)) for EDIT, 0 for the others.
+        mode: a `Mode`: mean sigmoid(l) for the Gumbel rules, mean exp(-abs(e)) for EDIT, 0 for the others. SCALED_SOFT,
+            whose own is the mean of a drawn mask: mean sigmoid(kappa l), that of its hard values.
         device: device of the result where `logits` is empty.
+        tau: of SCALED_SOFT.
 
     Returns:
         0-dim tensor in [0, 1]: a mean over every element, so a coefficient means the same for any size.
     """
     device = logits[0].device if logits else device or torch.device("cpu")
     total = sum(x.numel() for x in logits)
-    if mode in GUMBEL_MODES:
+    if mode == SCALED_SOFT:
+        if tau is None:
+            raise InputError(
+                "the penalty of a scaled soft mask is that of a draw; add coefficient * masked.sparsity_penalty() to "
+                "the loss"
+            )
+        parts = [torch.sigmoid(tau[1] * x.contiguous()).sum() for x in logits]
+    elif mode in GUMBEL_MODES:
         parts = [torch.sigmoid(x.contiguous()).sum() for x in logits]
     elif mode == Mode.EDIT:
         parts = [torch.exp(-x.contiguous().abs()).sum() for x in logits]
@@ -107,23 +119,32 @@ def penalty(logits: TensorList, mode: int, device: torch.device | None = None) -
 def sample_reference(
     logits: TensorList, weights: TensorList, draw: Draw, dtype: torch.dtype | None, pack: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    masked, keeps = [], []
+    masked, keeps, sums = [], [], []
     for i, (scores, weight) in enumerate(zip(logits, weights, strict=True)):
         value, keep = mask_value(scores, draw, i)
         if draw.mode == Mode.EDIT:
             product = weight.to(scores.dtype) + draw.thresholds[i] * scores
-        elif draw.mode in (Mode.GUMBEL_SOFT, Mode.TERNARY):
+        elif draw.mode in (SCALED_SOFT, Mode.GUMBEL_SOFT, Mode.TERNARY):
             product = weight.to(scores.dtype) * value
         else:
             product = torch.where(keep, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
         masked.append(torch.empty_like(weight, dtype=dtype or weight.dtype).copy_(product))
         keeps.append(keep)
+        if draw.mode == SCALED_SOFT:
+            sums.append(value.sum())
     bits = pack_reference(keeps) if pack and keeps else draw.rng_state.new_empty(0, dtype=torch.uint8)
-    return masked, bits, penalty(logits, draw.mode, draw.rng_state.device)
+    total = sum(x.numel() for x in logits)
+    if sums and total:
+        return masked, bits, torch.stack(sums).sum() / total
+    return masked, bits, penalty(logits, draw.mode, draw.rng_state.device, draw.tau)
 
 
-def _logits_gradient(grad: Tensor, logits: Tensor, weight: Tensor, draw: Draw, i: int) -> Tensor:
-    """d loss / d logits of tensor i without the regulariser, fp32."""
+def _logits_gradient(grad: Tensor, logits: Tensor, weight: Tensor, draw: Draw, i: int, rise: Tensor) -> Tensor:
+    """d loss / d logits of tensor i without the regulariser, fp32; of SCALED_SOFT with it, `rise` being its d / d m."""
+    if draw.mode == SCALED_SOFT:
+        argument = _soft_argument(logits * draw.tau[1], _noise(logits, draw, i), draw.tau[0])
+        over_mask = grad * weight.to(logits.dtype) + rise
+        return over_mask * (_sigmoid_slope(argument) * (draw.tau[1] / draw.tau[0]))
     if draw.mode in GUMBEL_MODES:
         argument = _soft_argument(logits, _noise(logits, draw, i), draw.tau)
         return grad * weight.to(logits.dtype) * (_sigmoid_slope(argument) / draw.tau)
@@ -153,7 +174,7 @@ def sample_backward_reference(
         g = grad.to(scores.dtype)
         if need_logits:
             dense = scores.contiguous()
-            d = _logits_gradient(g, dense, weight, draw, i)
+            d = _logits_gradient(g, dense, weight, draw, i, grad_penalty / total)
             d = d + grad_penalty * _penalty_gradient(dense, draw.mode, total)
             dlogits.append(torch.empty_like(scores).copy_(d))
         if need_weights:
@@ -220,13 +241,20 @@ def _backward(ctx: Any, grads: list[Tensor | None], grad_bits: Any, grad_penalty
 torch.library.register_autograd("dwm_fast::sample", _backward, setup_context=_setup_context)
 
 
-def check_noise(rng_state: Tensor, tau: Tensor) -> None:
-    """InputError unless `rng_state` is int64 (2,) and `tau` one floating number, both tensors."""
+def check_noise(rng_state: Tensor, tau: Tensor, scaled: bool = False) -> None:
+    """InputError unless `rng_state` is int64 (2,) and `tau` one floating number, or two where `scaled`."""
     if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
         raise InputError(
             f"rng_state is {rng_state.dtype} of shape {tuple(rng_state.shape)}; expected int64 of shape "
             "(2,): torch.tensor([seed, step])"
         )
+    if scaled:
+        if tuple(tau.shape) != (2,) or not tau.is_floating_point():
+            raise InputError(
+                f"tau is {tau.dtype} of shape {tuple(tau.shape)}; expected temperature and scale, fp32 of shape (2,): "
+                "torch.tensor([tau, kappa])"
+            )
+        return
     if tau.dim() != 0 or not tau.is_floating_point():
         raise InputError(
             f"tau is {tau.dtype} of shape {tuple(tau.shape)}; expected a 0-dim fp32 tensor: torch.tensor(1.0)"
@@ -234,9 +262,10 @@ def check_noise(rng_state: Tensor, tau: Tensor) -> None:
 
 
 def _check_sample(
-    logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: list[int], thresholds: list[float]
-) -> None:
-    check_noise(rng_state, tau)
+    logits: TensorList, weights: TensorList, rng_state: Tensor, tau: Tensor, layers: list[int],
+    thresholds: list[float], mode: int,
+) -> None:  # fmt: skip
+    check_noise(rng_state, tau, mode == SCALED_SOFT)
     given = (len(logits), len(weights), len(layers), len(thresholds))
     if len(set(given)) > 1:
         raise InputError(
@@ -271,8 +300,8 @@ def sample(
         weights: weights, any floating dtype and strides.
         rng_state: int64 (2,): seed and step. The backward draws the same noise from it again, so it must not
             be changed in place before: pass what `advance` returned.
-        tau: 0-dim fp32 tensor, temperature > 0 (read by the Gumbel modes).
-        mode: a `Mode`.
+        tau: 0-dim fp32 tensor, temperature > 0 (read by the Gumbel modes); of SCALED_SOFT fp32 (2,): tau and kappa.
+        mode: a `Mode`, or `SCALED_SOFT`.
         layers: the noise contract's layer index of each tensor; 0, 1, 2, ... by default.
         thresholds: one number per layer (THRESHOLD, TERNARY: the threshold; EDIT: the unit of the edit).
         step_offset: added to the step (sample j of a split batch).
@@ -298,8 +327,9 @@ def sample(
     """
     layers = range(len(weights)) if layers is None else layers
     thresholds = [0.0] * len(weights) if thresholds is None else thresholds
-    flat = (rng_state, tau, list(layers), list(thresholds), int(Mode(mode)), step_offset)
-    _check_sample(logits, weights, *flat[:4])
+    mode = SCALED_SOFT if mode == SCALED_SOFT else int(Mode(mode))
+    flat = (rng_state, tau, list(layers), list(thresholds), mode, step_offset)
+    _check_sample(logits, weights, *flat[:5])
     result: tuple[list[Tensor], Tensor, Tensor] = torch.ops.dwm_fast.sample(
         list(logits), list(weights), *flat, dtype, pack
     )

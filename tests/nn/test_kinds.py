@@ -31,6 +31,8 @@ MORE_KINDS = [
     dwm.KernelSoft(),
     dwm.KernelSoft(threshold=0.1, init=0.2, noisy=True),
     dwm.Threshold(scheme="uniform"),
+    dwm.GumbelSigmoid(tau=dwm.LinearSchedule(4.0, 0.05, 9), kappa=dwm.TauSchedule(25.0, 350.0, 9), hard=False),
+    dwm.SemiStructured(4, 8, kappa=dwm.LinearSchedule(100.0, 500.0, 7), hard=True),
 ]
 
 
@@ -123,6 +125,29 @@ def test_a_schedule_falls_geometrically_and_then_stays():
     assert schedule.at(torch.tensor(3)).shape == ()
     rising = dwm.TauSchedule(0.5, 2.0, 2)
     assert float(rising.at(torch.tensor(1))) == pytest.approx(1.0)
+
+
+def test_a_linear_schedule_goes_in_equal_parts_and_then_stays():
+    schedule = dwm.LinearSchedule(4.0, 0.05, 2000)
+    at = [float(schedule.at(torch.tensor(n))) for n in (0, 500, 1000, 2000, 9000)]
+    assert at == pytest.approx([4.0, 3.0125, 2.025, 0.05, 0.05])
+    assert schedule.at(torch.tensor(3)).dtype == torch.float32
+
+
+def test_a_scale_is_drawn_beside_tau_and_wants_soft_masks():
+    kind = dwm.GumbelSigmoid(tau=2.0, kappa=dwm.LinearSchedule(25.0, 350.0, 100), hard=False)
+    assert kind.training_mode == ops.SCALED_SOFT
+    assert kind.current_tau(torch.tensor(2.0), torch.tensor([1, 50])).tolist() == [2.0, 187.5]
+    with pytest.raises(InputError, match="give hard=False"):
+        dwm.GumbelSigmoid(kappa=2.0)
+
+
+def test_a_start_from_a_mask_moves_logits_by_spreads_to_its_side():
+    keep = torch.tensor([True, False])
+    moved = dwm.GumbelSigmoid(init=0.0, spread=0.014, kappa=25.0, hard=False).lean(torch.zeros(2), keep, 3.0)
+    assert moved.tolist() == pytest.approx([0.042, -0.042])
+    with pytest.raises(InputError, match="no start from another mask"):
+        dwm.Edit().lean(torch.zeros(2), keep, 3.0)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *MORE_KINDS], ids=repr)
