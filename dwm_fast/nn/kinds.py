@@ -14,6 +14,7 @@ from torch import Tensor
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn.schedule import Scheduled, check_flags, check_numbers, check_scheduled, first, now, schedule_from_dict
+from dwm_fast.nn.start import with_spread
 from dwm_fast.ops import Mode
 from dwm_fast.ops.draw import SCALED_SOFT
 from dwm_fast.ops.kernel_soft import kernel_shape, kernel_soft, soft_values
@@ -197,12 +198,9 @@ class GumbelSigmoid(MaskKind):
         current = tau if isinstance(self.tau, (int, float)) else now(self.tau, forwards)
         return current if self.kappa is None else torch.stack([current, now(self.kappa, forwards)])
 
-
-def with_spread(start: Tensor, spread: float) -> Tensor:
-    """`start` plus normal numbers of that deviation, drawn on the CPU, so that a seed means the same anywhere."""
-    if spread == 0 or start.is_meta:
-        return start
-    return start.add_(torch.randn(start.shape, device="cpu").to(start.device), alpha=spread)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; a scale and a spread that are not there are left out, as older releases expect."""
+        return {key: value for key, value in super().to_dict().items() if value or key not in ("kappa", "spread")}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.nn.kinds import KINDS, Drawn, MaskKind, with_spread
+from dwm_fast.nn.kinds import KINDS, Drawn, MaskKind
 from dwm_fast.nn.schedule import Scheduled, check_flags, check_numbers, check_scheduled, first, now
+from dwm_fast.nn.start import with_spread
 from dwm_fast.ops import Mode
 from dwm_fast.ops.patterns import pattern_keep, pattern_mask, pattern_shape, pattern_table, patterns
 
