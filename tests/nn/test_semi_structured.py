@@ -34,7 +34,7 @@ def learned(kind=KIND, steps=20, seed=0):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return model, masked, x, losses
 
 
