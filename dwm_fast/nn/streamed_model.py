@@ -106,8 +106,8 @@ def refuse_unstreamable(kind: MaskKind, mask_samples: int) -> None:
     """InputError for what a streamed model cannot do."""
     if kind.draws_itself:
         raise InputError(
-            f"{kind.name} cannot be learned with memory='streamed': its rule needs the whole layer; it has few learned "
-            "numbers, so use memory='plain'"
+            f"{kind!r} cannot be learned with memory='streamed', which knows the rules of dwm_fast.ops.Mode alone; use "
+            "memory='plain'"
         )
     if mask_samples != 1:
         raise InputError(
