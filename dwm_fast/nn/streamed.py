@@ -44,7 +44,7 @@ class Pass:
 
     state: Tensor
     tau: Tensor
-    mode: ops.Mode
+    mode: int
     stepper: Stepper | None = None
     uses: dict[StreamedLayer, int] = field(default_factory=dict)
     _versions: dict[StreamedLayer, tuple[int, ...]] = field(default_factory=dict)
