@@ -29,6 +29,37 @@ class Adopted:
     values: dict[str, Tensor] = field(default_factory=dict)
 
 
+def adopted(masks: Any, tensors: Mapping[str, Tensor], form: str | None, with_values: bool) -> Adopted:
+    """What `MaskBank.add` was given, as arguments of `make_domain`.
+
+    Args:
+        masks: a mapping of bool tensors, or a masked model.
+        tensors: the backbone's state dict.
+        form: as it was asked for; "kept" without values takes those that the backbone has now.
+        with_values: whether values were given beside the masks.
+
+    Raises:
+        InputError: masks are neither, or the weights of a mask with more than bits were asked for as kept ones.
+    """
+    if hasattr(masks, "keep_masks"):
+        given = adopt(masks, tensors)
+    elif isinstance(masks, Mapping):
+        given = Adopted(weight_names(masks, tensors))
+    else:
+        raise InputError(
+            f"masks: given {type(masks).__name__}; expected a mapping of bool tensors, or a model with keep_masks()"
+        )
+    if form == "kept" and not with_values:
+        if given.form != "binary":
+            raise InputError(f"form='kept' stores what a binary mask keeps; this one has form '{given.form}'")
+        for name, mask in given.masks.items():
+            weight = tensors[name].detach()
+            check_mask_shape(name, tuple(mask.shape), tuple(weight.shape), whole=True)
+            given.values[name] = weight[mask.to(weight.device, torch.bool)]
+    given.form = form or given.form
+    return given
+
+
 def weight_names(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks by parameter name, from masks by parameter or module name ("conv1" means "conv1.weight").
 
@@ -48,11 +79,12 @@ def weight_names(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
     return result
 
 
-def check_mask_shape(name: str, mask: tuple[int, ...], weight: tuple[int, ...]) -> None:
-    """InputError unless every size of the mask is the weight's or 1."""
-    fits = len(mask) == len(weight) and all(m in (w, 1) for m, w in zip(mask, weight, strict=True))
-    if not fits:
-        raise InputError(f"mask '{name}' has shape {mask}; expected {weight}, or 1 in place of some of its sizes")
+def check_mask_shape(name: str, mask: tuple[int, ...], weight: tuple[int, ...], whole: bool = False) -> None:
+    """InputError unless every size of the mask is the weight's or, where it need not be `whole`, 1."""
+    spread = len(mask) == len(weight) and all(m in (w, 1) for m, w in zip(mask, weight, strict=True))
+    if not (mask == weight if whole else spread):
+        choice = "" if whole else ", or 1 in place of some of its sizes"
+        raise InputError(f"mask '{name}' has shape {mask}; expected {weight}{choice}")
 
 
 def adopt(masked: Any, tensors: Mapping[str, Tensor]) -> Adopted:

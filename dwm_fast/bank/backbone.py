@@ -141,7 +141,7 @@ class Backbone:
         try:
             self.check_names(layout.names)
             for name, shape in zip(layout.names, layout.shapes, strict=True):
-                check_mask_shape(name, shape, tuple(self.tensors[name].shape))
+                check_mask_shape(name, shape, tuple(self.tensors[name].shape), whole=record.info.form == "kept")
             missing = sorted(set(record.state) - set(self.tensors))
             if missing:
                 raise InputError(f"state '{missing[0]}': the backbone has no such tensor")

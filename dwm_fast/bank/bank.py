@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dwm_fast.bank import hub, sets
-from dwm_fast.bank.adopt import Adopted, adopt, weight_names
+from dwm_fast.bank.adopt import adopted
 from dwm_fast.bank.backbone import Backbone
 from dwm_fast.bank.cache import ByteLru
 from dwm_fast.bank.file import MaskFile
@@ -121,34 +121,27 @@ class MaskBank:
                 is added too.
             state: tensors by state dict name that the domain has for itself (head, batch norm).
             values: for forms other than binary, see `dwm_fast.bank.DomainMasks`.
-            form, method, classes, options: description; form, method and options of a masked model come from
-                it.
+            form: of a masked model by default its own, else "binary". "kept" also stores the weights that the mask
+                keeps: the domain is the same over any other weights, and is read faster where few are kept.
+            method, classes, options: description; method and options of a masked model come from it.
 
         Raises:
             InputError: the name is taken or not usable, or a tensor does not fit the backbone, or a masked
                 model's own weights are not the backbone's.
         """
-        masks = unwrapped(masks)
-        if hasattr(masks, "keep_masks"):
-            given = adopt(masks, self._net.tensors)
-        elif isinstance(masks, Mapping):
-            given = Adopted(weight_names(masks, self._net.tensors))
-        else:
-            raise InputError(
-                f"masks: given {type(masks).__name__}; expected a mapping of bool tensors, or a model with keep_masks()"
-            )
+        given = adopted(unwrapped(masks), self._net.tensors, form, with_values=values is not None)
         names = list(given.masks)
         self._net.check_names(names)
         record = make_domain(
             domain,
             given.masks,
-            form=form or given.form,
+            form=given.form,
             method=given.method if method is None else method,
             classes=classes,
             options=given.options if options is None else options,
             state=given.state if state is None else state,
             values=given.values if values is None else values,
-            fingerprint=self._net.fingerprint(names),
+            fingerprint="" if given.form == "kept" else self._net.fingerprint(names),
         )
         self.add_record(record)
 

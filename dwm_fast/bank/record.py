@@ -20,8 +20,9 @@ from dwm_fast import ops
 from dwm_fast.bank.header import MAX_DIMENSIONS, is_name
 from dwm_fast.errors import InputError
 
-FORMS = ("binary", "ternary", "soft", "edit")
-"""What a domain does to a weight W with keep bits m: W * m; W * m * sign; W * (m or a value); W + a value."""
+FORMS = ("binary", "ternary", "soft", "edit", "kept")
+"""What a domain does to a weight W with keep bits m: W * m; W * m * sign; W * (m or a value); W + a value; a value of
+its own where m is 1 and 0 elsewhere, whatever W is."""
 
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TEXT = 4096
@@ -88,7 +89,8 @@ class DomainMasks:
 
     bits: network buffer (uint8) of the layout. state: tensors by state_dict name that replace the backbone's
     own (head, batch norm). values: by masked tensor, what the form needs beside the bits: "soft" and "edit"
-    floats, one per weight or one per ZERO bit in order; "ternary" uint8 packed sign bits (1 = minus).
+    floats, one per weight or one per ZERO bit in order; "ternary" uint8 packed sign bits (1 = minus); "kept"
+    floats, one per ONE bit in order.
     """
 
     info: MaskInfo
@@ -207,6 +209,9 @@ def check_values(record: DomainMasks) -> None:
         if info.form == "ternary":
             fits = value.dtype == torch.uint8 and value.shape == ((n + 7) // 8,)
             rule = f"uint8 of shape ({(n + 7) // 8},), sign bits packed LSB first"
+        elif info.form == "kept":
+            fits = value.dtype in (*VALUE_DTYPES, torch.float64) and value.shape == (ones[name],)
+            rule = f"a 1-D float of {ones[name]} elements (one per one bit)"
         else:
             fits = value.dtype in VALUE_DTYPES and value.dim() == 1 and value.numel() in (n, n - ones[name])
             rule = f"a 1-D float of {n} (one per weight) or {n - ones[name]} elements (one per zero bit)"
@@ -222,6 +227,8 @@ def effective_weight(record: DomainMasks, name: str, mask: Tensor, weight: Tenso
     if form == "binary":
         return torch.where(mask, weight, zero)
     value = record.values[name].to(weight.device)
+    if form == "kept":
+        return torch.zeros_like(weight).masked_scatter_(mask, value.to(weight.dtype))
     if form == "ternary":
         minus = ops.unpack(_padded(value), [mask.numel()])[0].view(mask.shape)
         return torch.where(mask, torch.where(minus, -weight, weight), zero)

@@ -18,15 +18,30 @@ from dwm_fast.ops.bank import is_large, reads_bits
 
 
 @dataclass(frozen=True, eq=False)
+class Straight:
+    """What a linear layer multiplies few rows with: a large weight (N, K) and the packed bits of it.
+
+    kept: values and row starts of what the bits keep, where reading these alone is faster; the product is the same.
+    """
+
+    weight: Tensor
+    bits: Tensor
+    kept: tuple[Tensor, Tensor] | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds beside the weight."""
+        return (self.bits, *(self.kept or ()))
+
+
+@dataclass(frozen=True, eq=False)
 class Patch:
     """What a domain puts in the place of the backbone's tensors.
 
-    tensors: by state dict name. bits: by name, a large weight of the backbone and the domain's packed bits of it: a
-    linear layer multiplies few rows straight from them, as mixed batches do.
+    tensors: by state dict name. straight: by name, what linear layers multiply few rows with, as mixed batches do.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    bits: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    straight: Mapping[str, Straight] = field(default_factory=dict)
 
 
 def domain_patch(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> tuple[Patch, int]:
@@ -44,13 +59,22 @@ def domain_patch(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> tuple[Pa
         named = zip(layout.names, masks, weights, strict=True)
         patched = [effective_weight(domain, name, mask, weight) for name, mask, weight in named]
     patch = dict(zip(layout.names, patched, strict=True))
+    straight = {
+        name: _straight(domain, name, weight if domain.info.form == "binary" else patch[name])
+        for name, weight in zip(layout.names, weights, strict=True)
+        if domain.info.form in ("binary", "kept") and is_large(weight)
+    }
     for name, own in domain.state.items():
         like = tensors[name]
         patch[name] = own.to(like.device, like.dtype if own.is_floating_point() else own.dtype)
-    large = {n: w for n, w in zip(layout.names, weights, strict=True) if is_large(w)}
-    straight = {n: (w, network_bits(domain, n, w)) for n, w in large.items()} if domain.info.form == "binary" else {}
-    kept = [*patch.values(), *(row for _, row in straight.values())]
-    return Patch(patch, straight), sum(t.numel() * t.element_size() for t in kept)
+    held = [*patch.values(), *(t for large in straight.values() for t in large.tensors())]
+    return Patch(patch, straight), sum(t.numel() * t.element_size() for t in held)
+
+
+def _straight(domain: DomainMasks, name: str, weight: Tensor) -> Straight:
+    bits = network_bits(domain, name, weight)
+    few = ops.is_faster_kept(weight, int(ops.count(bits, [weight.numel()])[0]))
+    return Straight(weight, bits, ops.keep_values(weight, bits) if few else None)
 
 
 class Runner:
@@ -83,24 +107,27 @@ class Runner:
         for name, tensor in patch.tensors.items():
             for alias in self._aliases[name]:
                 shell.set(alias, tensor)
-        for name, (weight, bits) in patch.bits.items():
+        for name, straight in patch.straight.items():
             for alias in self._aliases[name]:
                 path, _, attribute = alias.rpartition(".")
                 module = shell.module.get_submodule(path)
                 if type(module) is nn.Linear and attribute == "weight" and "forward" not in vars(module):
-                    shell.put(path, _LinearFromBits(module, weight, bits))
+                    shell.put(path, _StraightLinear(module, straight))
 
 
-class _LinearFromBits:
-    """The forward of a linear layer that wears a masked weight: few rows are multiplied from the bits instead."""
+class _StraightLinear:
+    """The forward of a linear layer that wears a masked weight: few rows are multiplied straight instead."""
 
-    def __init__(self, module: nn.Linear, weight: Tensor, bits: Tensor) -> None:
-        self._module, self._weight, self._bits = module, weight, bits
+    def __init__(self, module: nn.Linear, straight: Straight) -> None:
+        self._module, self._straight = module, straight
 
     def __call__(self, input: Tensor) -> Tensor:
-        if reads_bits(input, self._weight):
-            return ops.linear_packed(input, self._weight, self._bits, self._module.bias)
-        return F.linear(input, self._module.weight, self._module.bias)
+        given, bias = self._straight, self._module.bias
+        if not reads_bits(input, given.weight):
+            return F.linear(input, self._module.weight, bias)
+        if given.kept is not None:
+            return ops.linear_kept(input, *given.kept, given.bits, bias)
+        return ops.linear_packed(input, given.weight, given.bits, bias)
 
 
 _NOTHING = Patch()

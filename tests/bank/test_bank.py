@@ -6,6 +6,7 @@ import copy
 import hashlib
 import struct
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dwm_fast
+from dwm_fast import ops
 from dwm_fast.bank import MaskBank, fingerprint, make_domain, pack_signs
 from dwm_fast.errors import InputError, MaskFileError
 
@@ -191,6 +193,76 @@ def test_forms_beyond_bits_give_the_weight_of_their_formula(form: str, per_zero:
     twin = by_hand(net, {"conv2.weight": expected})
     assert torch.equal(bank(X), twin(X))
     assert torch.equal(bank(X, domains=["d"] * 6), twin(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_domain_of_kept_weights_is_the_same_over_other_weights_and_from_its_file(tmp_path: Path, dtype) -> None:
+    net = nets.small_net().to(dtype).to(memory_format=torch.channels_last)
+    model = dwm_fast.mask_model(copy.deepcopy(net), dwm_fast.GumbelSigmoid(), exclude=["fc"])
+    with torch.no_grad():
+        for logits in model.mask_parameters():
+            logits.normal_()
+    bank = MaskBank(net)
+    bank.add("bits", model)
+    bank.add("kept", model, form="kept")
+    x = X.to(dtype)
+    bank.activate("bits")
+    expected = bank(x)
+    bank.activate("kept")
+    assert torch.equal(bank(x), expected)
+    assert torch.equal(bank(x, domains=["kept"] * 6), expected)
+    assert torch.equal(bank(x, domains=["kept", "bits"] * 3)[::2], bank(x[::2]))
+    bank.save(tmp_path, coding="coded")
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for name in bank.info("kept").layout.names:
+            other.get_parameter(name).fill_(torch.nan)
+    loaded = MaskBank.load(tmp_path, other)
+    loaded.activate("kept")
+    assert torch.equal(loaded(x), expected)
+    with pytest.raises(MaskFileError, match="made for other weights"):
+        loaded.activate("bits")
+    names = bank.info("kept").layout.names
+    assert all(v.dtype == dtype for v in loaded.record("kept").values.values())
+    assert [v.numel() for v in loaded.record("kept").values.values()] == list(bank.info("kept").ones)
+    assert set(loaded.record("kept").values) == set(names)
+
+
+def test_kept_weights_are_stored_for_binary_masks_of_the_weights_shape_alone(tmp_path: Path) -> None:
+    net = nets.small_net()
+    bank = MaskBank(net)
+    ternary = dwm_fast.mask_model(copy.deepcopy(net), dwm_fast.Threshold(ternary=True))
+    with pytest.raises(InputError, match="form='kept' stores what a binary mask keeps; this one has form 'ternary'"):
+        bank.add("d", ternary, form="kept")
+    kernels = {"conv2": torch.rand(12, 8, 1, 1) < 0.5}
+    with pytest.raises(InputError, match=r"'conv2.weight' has shape \(12, 8, 1, 1\); expected \(12, 8, 3, 3\)$"):
+        bank.add("d", kernels, form="kept")
+    record = make_domain("d", {"conv2.weight": kernels["conv2"]}, form="kept",
+                         values={"conv2.weight": torch.zeros(int(kernels["conv2"].sum()))})  # fmt: skip
+    with pytest.raises(MaskFileError, match="does not fit the backbone"):
+        bank.add_record(record)
+    assert not bank.domains
+
+
+def test_an_active_domain_multiplies_few_rows_of_a_large_weight_by_its_kept_values(monkeypatch) -> None:
+    net = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 3))
+    bank = MaskBank(net)
+    few, many = torch.rand(2048, 2048) < 0.3, torch.rand(2048, 2048) < 0.7
+    for name, mask, form in (("few", few, None), ("own", few, "kept"), ("many", many, None)):
+        bank.add(name, {"0": mask}, form=form)
+    seen: list[int] = []
+    product = ops.linear_kept
+    monkeypatch.setattr(ops, "linear_kept", lambda x, *rest: seen.append(len(x)) or product(x, *rest))
+    x = torch.randn(40, 2048)
+    here = ops.backends.chosen("linear_kept", "cpu") == "cpp"
+    for name in bank.domains:
+        seen.clear()
+        bank.activate(name)
+        y = bank(x)
+        assert torch.equal(bank(x[:4]), bank(x[:4], domains=[name] * 4))
+        torch.testing.assert_close(bank(x[:4]), y[:4], rtol=1e-4, atol=1e-4)
+        assert bool(seen) == (here and name != "many")
+        assert max(seen, default=4) == 4
 
 
 @pytest.mark.parametrize(

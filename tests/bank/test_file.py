@@ -59,7 +59,7 @@ def domains(draw: st.DrawFn) -> DomainMasks:
     """Any domain: masks of any shape and density, state of any dtype, every form."""
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
-    form = draw(st.sampled_from(["binary", "ternary", "soft", "edit"]))
+    form = draw(st.sampled_from(["binary", "ternary", "soft", "edit", "kept"]))
     masks, values, state = {}, {}, {}
     for i, shape in enumerate(draw(st.lists(shapes, max_size=4))):
         density = draw(st.sampled_from([0.0, 0.03, 0.5, 1.0]))
@@ -68,6 +68,9 @@ def domains(draw: st.DrawFn) -> DomainMasks:
         n = math.prod(shape)
         if form == "ternary":
             values[f"layer{i}.weight"] = torch.randint(0, 256, ((n + 7) // 8,), generator=generator, dtype=torch.uint8)
+        elif form == "kept":
+            dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+            values[f"layer{i}.weight"] = torch.randn(int(mask.sum()), generator=generator).to(dtype)
         elif form != "binary":
             size = draw(st.sampled_from([n, n - int(mask.sum())]))
             values[f"layer{i}.weight"] = torch.randn(size, generator=generator).half()
@@ -251,10 +254,11 @@ def test_without_constriction_coding_says_what_to_install(monkeypatch: pytest.Mo
         ({"domain": "../up"}, "cannot name a file"),
         ({"domain": ""}, "cannot name a file"),
         ({"masks": {"w": torch.ones(3)}}, "torch.bool"),
-        ({"form": "other"}, "binary, ternary, soft, edit"),
+        ({"form": "other"}, "binary, ternary, soft, edit, kept"),
         ({"form": "edit"}, "'w' is missing"),
         ({"values": {"w": torch.zeros(3)}}, "too many"),
         ({"form": "soft", "values": {"w": torch.zeros(7)}}, "one per zero bit"),
+        ({"form": "kept", "values": {"w": torch.zeros(10)}}, "one per one bit"),
         ({"state": {"w": torch.zeros(3)}}, "both a mask and a value"),
         ({"options": {"f": print}}, "plain data"),
     ],
