@@ -10,8 +10,10 @@ from dwm_fast.methods.ksm import KSM
 from dwm_fast.methods.learned import LearnedMask
 from dwm_fast.methods.naive import Naive
 from dwm_fast.methods.none import NoMask
+from dwm_fast.methods.one_shot import Magnitude, Wanda
 from dwm_fast.methods.packnet import PackNet
 from dwm_fast.methods.piggyback import Piggyback
+from dwm_fast.methods.pruning import LEAP, MaskLLM, MaskTraining, meet_density, pruning_methods, start_from
 from dwm_fast.methods.registry import presets, sequential_methods
 from dwm_fast.methods.sequence import Learner, SequentialMethod, Task
 from dwm_fast.methods.spg import SPG
@@ -29,6 +31,7 @@ __all__ = [
     "BATCH_NORM_POLICIES",
     "INITS",
     "KSM",
+    "LEAP",
     "SPG",
     "Binary",
     "BinarySequence",
@@ -37,6 +40,9 @@ __all__ = [
     "FoundMask",
     "LearnedMask",
     "Learner",
+    "Magnitude",
+    "MaskLLM",
+    "MaskTraining",
     "Method",
     "Naive",
     "NoMask",
@@ -47,10 +53,14 @@ __all__ = [
     "SourceTask",
     "Task",
     "TrainOptions",
+    "Wanda",
     "masked_view",
+    "meet_density",
     "presets",
+    "pruning_methods",
     "reinitialise",
     "sequential_methods",
     "source_view",
+    "start_from",
     "train",
 ]
