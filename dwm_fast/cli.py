@@ -1,4 +1,4 @@
-"""The command line: dwm-fast pacs, doctor, build, bench and masks."""
+"""The command line: dwm-fast pacs, language, doctor, build, bench and masks."""
 
 from __future__ import annotations
 
@@ -77,6 +77,22 @@ def bench(
     from dwm_fast._bench.run import bench as measure
 
     raise typer.Exit(measure(device, quick, only, out))
+
+
+@app.command()
+def language(
+    out: Annotated[Path, typer.Option(help="Folder of the table, the figure and results.json.")] = Path(
+        "runs/language"
+    ),
+    steps: Annotated[int | None, typer.Option(help="Training steps of the network.")] = None,
+    mask_steps: Annotated[int | None, typer.Option(help="Training steps of a learned mask.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Prune a small language model to 50 % and 2:4: magnitude, Wanda, LEAP, MaskLLM, perplexity side by side."""
+    from dwm_fast.language.study import LanguageStudy, run
+
+    sizes = {name: value for name, value in (("steps", steps), ("mask_steps", mask_steps)) if value is not None}
+    run(LanguageStudy(**sizes, seed=seed), out, typer.echo)
 
 
 def main() -> None:

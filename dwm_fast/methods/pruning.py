@@ -163,11 +163,11 @@ def _started(
 ) -> MaskedModel:
     """The model under masks that start from the prior."""
     prior = {"wanda": Wanda, "magnitude": Magnitude}[training.prior]
-    where = {"include": training.include, "exclude": training.exclude}
-    keep = prior(density, pattern, **where).find(model, task).keep or {}
+    include, exclude = training.include, training.exclude
+    keep = prior(density, pattern, include=include, exclude=exclude).find(model, task).keep or {}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(task.seed)
-        masked = mask_model(model, kind, **where, seed=task.seed)
+        masked = mask_model(model, kind, include=include, exclude=exclude, seed=task.seed)
     start_from(masked, keep, training.strength)
     return masked
 
@@ -220,7 +220,7 @@ def _train(
             output = masked(inputs).float()
             loss = F.cross_entropy(output.flatten(0, -2), labels.flatten())
         optimizer.zero_grad()
-        (loss + regulariser(seen.pop(), left)).backward()
+        (loss + regulariser(seen.pop(), left)).backward()  # type: ignore[no-untyped-call]
         if training.clip_norm is not None:
             nn.utils.clip_grad_norm_(list(masked.mask_parameters()), training.clip_norm)
         optimizer.step()
