@@ -93,7 +93,7 @@ def cross_entropy(network: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     """Mean over all letters, in nats."""
     network.eval()
     total = 0.0
-    for x, y in zip(inputs.split(_SLICE), labels.split(_SLICE), strict=True):
+    for x, y in zip(torch.split(inputs, _SLICE), torch.split(labels, _SLICE), strict=True):
         total += float(F.cross_entropy(network(x).flatten(0, 1).double(), y.flatten(), reduction="sum"))
     return total / labels.numel()
 
