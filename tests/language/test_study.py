@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from dwm_fast.errors import InputError
 from dwm_fast.language.network import SmallLlama
-from dwm_fast.language.study import LanguageStudy, cross_entropy, run
+from dwm_fast.language.study import LanguageStudy, cross_entropy, run, table
 from dwm_fast.language.text import Text
 
+DOCS = Path(__file__).parents[2] / "docs"
 TINY = LanguageStudy(width=16, layers=1, heads=2, hidden=16, length=24, rows=4, steps=30, mask_steps=6, pieces=4)
 
 
@@ -86,3 +88,12 @@ def test_the_same_seed_gives_the_same_numbers(results, tmp_path):
 def test_options_out_of_range_are_named():
     with pytest.raises(InputError, match="steps is 0"):
         LanguageStudy(steps=0)
+
+
+def test_the_pages_say_what_was_recorded():
+    recorded = json.loads((DOCS / "results/language.json").read_text(encoding="utf-8"))
+    assert table(recorded) in (DOCS / "language.md").read_text(encoding="utf-8")
+    for sparsity, name in (("50 %", "leap"), ("2:4", "maskllm")):
+        page = (DOCS / f"methods/{name}.md").read_text(encoding="utf-8")
+        rows = [row for row in recorded["rows"] if row["sparsity"] == sparsity]
+        assert all(f"{number:.3f}" in page for number in (recorded["dense"], *(row["perplexity"] for row in rows)))
