@@ -16,6 +16,7 @@ Noise: a group takes ceil(P / 4) whole blocks of the noise contract, so pattern 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -59,9 +60,15 @@ def pattern_shape(weight: Sequence[int], n: int, m: int) -> tuple[int, ...]:
 
 
 def pattern_table(n: int, m: int, like: Tensor) -> Tensor:
-    """S (P, m), in dtype and on the device of `like`."""
+    """S (P, m), in dtype and on the device of `like`; made once, so that a step waits for no copy from the host."""
+    return _table(n, m, like.dtype, like.device)
+
+
+@functools.cache
+def _table(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     table = [[float(e in kept) for e in range(m)] for kept in patterns(n, m)]
-    return torch.tensor(table, dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):
+        return torch.tensor(table, dtype=dtype, device=device)
 
 
 def pattern_keep(logits: Tensor, n: int, m: int) -> Tensor:
