@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -147,8 +147,8 @@ class GumbelSigmoid(MaskKind):
     tau: Scheduled = 1.0
     init: float = 2.0
     hard: bool = True
-    kappa: Scheduled | None = None
-    spread: float = 0.0
+    kappa: Scheduled | None = field(default=None, metadata={"later": True})
+    spread: float = field(default=0.0, metadata={"later": True})
     name: ClassVar[str] = "gumbel-sigmoid"
 
     def __post_init__(self) -> None:
