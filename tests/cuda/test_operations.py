@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dwm_fast
 from dwm_fast import ops
+from dwm_fast.ops import filters
 from dwm_fast.ops.update import free_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:dwm_fast. backend 'cuda' is not used")
@@ -243,3 +244,15 @@ def test_a_depthwise_convolution_is_staged(gpu):
     with dwm_fast.use_backend("reference"):
         assert_near(found.cpu(), depthwise(Draws(lambda t: t.clone())))
     assert not any("product" in x.kernel for x in gpu.launches)
+
+
+def test_no_filters_are_laid_out_for_onednn_on_a_gpu(gpu, monkeypatch):
+    x, weight = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last), torch.randn(6, 4, 3, 3)
+    on_gpu = x.to("cuda:0"), weight.to("cuda:0")
+    for name, answer in (("_has_vendor", True), ("_somebody_listens", False)):
+        monkeypatch.setattr(filters, name, lambda answer=answer: answer)
+    monkeypatch.setattr(filters, "_PLAIN", (Tensor, type(on_gpu[0])))
+    monkeypatch.setattr(torch._C, "_select_conv_backend", lambda *args: torch._C._ConvBackend.Mkldnn)
+    how = ((1, 1), (0, 0), (1, 1), 1)
+    assert filters.fit(x, weight, None, how)  # the device alone decides
+    assert not any(filters.fit(*where, None, how) for where in (on_gpu, (x, on_gpu[1]), (on_gpu[0], weight)))
