@@ -1,7 +1,6 @@
 """Filters of a convolution in the blocked order of oneDNN: laid out once, where torch does so in every call.
 
-For filters that nobody changes that is much of a small convolution (512 to 512 channels, 3x3, on 2x2 pixels of 8
-images, two threads of an AMD EPYC: 5.1 ms from logical order, 3.4 ms laid out). They serve only calls that torch itself
+For filters that nobody changes that is much of a small convolution. They serve only calls that torch itself
 would give to oneDNN as channels_last: what comes out is torch's own convolution bit for bit.
 """
 
