@@ -172,12 +172,12 @@ class _GpuClock:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        self.run = run
+        self.run = self._captured = run
         if way.graph:
             captured = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured):
-                self._kept = run()
-            self.run = captured.replay
+                self._results = run()
+            self.run = captured.replay  # it reads and writes what belongs to the call, which has to live as long
 
     def time(self) -> float:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

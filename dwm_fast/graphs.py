@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -51,14 +52,16 @@ class CapturedStep:
             torch.cuda.current_stream(device).wait_stream(stream)
 
     def _record(self, device: torch.device) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, outer = torch.cuda.CUDAGraph(), sys.exception()
+        pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.device(device), torch.cuda.graph(graph):
+            with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
                 self._outputs = _detached(self.eager(*self._inputs))
         except (RuntimeError, InputError) as error:  # the step has run: what it refuses now, it refuses to be captured
+            _abandon(pool, device)
             raise CaptureError(
-                f"the step cannot be captured as a CUDA graph ({_first_line(error)}); everything in it must "
-                f"stay on the device: no .item(), .cpu(), print, no choice by a tensor's value"
+                f"the step cannot be captured as a CUDA graph ({_first_line(_cause(error, outer))}); everything in it "
+                f"must stay on the device: no .item(), .cpu(), print, no choice by a tensor's value"
             ) from error
         self._graph = graph
         self.captured = True
@@ -148,6 +151,28 @@ def _no_waiting() -> Iterator[None]:
         ) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def _cause(error: BaseException, outer: BaseException | None) -> BaseException:
+    """What went wrong first: torch ends a broken capture with an error that says only that it is broken."""
+    while error.__context__ is not None and error.__context__ is not outer:
+        error = error.__context__
+    return error
+
+
+def _abandon(pool: tuple[int, int], device: torch.device) -> None:
+    """Undo what torch leaves behind where CUDA breaks a capture off, so that the process can go on without a graph.
+
+    Its generator believes itself inside the capture and refuses every draw until its state is another object; its
+    allocator keeps back the capture's memory, and blocks that other streams have used.
+    """
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+        with contextlib.suppress(RuntimeError):  # ended already, where the step raised and no capture was broken
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
 
 
 def _tensors(thing: Stateful) -> list[Tensor]:

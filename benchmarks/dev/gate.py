@@ -35,6 +35,8 @@ _ELSEWHERE = "test_compile"
 _OPTIONAL = ("hypothesis", "constriction", "zstandard", "huggingface_hub")
 """Packages without which a file of tests is left out; without any other it is red."""
 _MARKED = "pytest.mark.gpu"
+_SHARDS = {"kernels/test_sample.py": 3, "kernels/test_linear.py": 2, "kernels/test_products_gpu.py": 2}
+"""Files of which a process takes a part only: most of their time goes to compiling, which a machine's cores share."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,16 @@ def areas(devices: Collection[str] = ("cuda",)) -> set[str]:
 
 
 def belongs(file: str, area: str) -> bool:
-    """Whether tests/kernels/test_sample.py, or test_sample_tails.py, is about an area ("sample")."""
-    stem = Path(file).stem.removeprefix("test_")
+    """Whether tests/kernels/test_sample.py, a part of it, or test_sample_tails.py is about an area ("sample")."""
+    stem = Path(file.partition("#")[0]).stem.removeprefix("test_")
     return stem == area or stem.startswith(f"{area}_")
 
 
 def planned(tests: Path) -> list[tuple[str, list[str]]]:
-    """(file, further arguments of pytest) of the gate: kernels and operations first, long files before short ones."""
+    """(file, further arguments of pytest) of the gate: kernels and operations first, long files before short ones.
+
+    A part of a file has its number behind the name: kernels/test_sample.py#2.
+    """
     timed = areas()
     found: list[tuple[bool, int, str, list[str]]] = []
     for path in tests.glob("*/test_*.py"):
@@ -70,7 +75,11 @@ def planned(tests: Path) -> list[tuple[str, list[str]]]:
             continue
         whole = path.parent.name in WHOLE
         if whole or any(belongs(name, area) for area in timed):
-            found.append((not whole, -path.stat().st_size, name, []))
+            parts = _SHARDS.get(name, 1)
+            for part in range(1, parts + 1) if parts > 1 else ():
+                found.append((False, -2 * path.stat().st_size, f"{name}#{part}", ["--part", f"{part}/{parts}"]))
+            if parts == 1:
+                found.append((not whole, -path.stat().st_size, name, []))
         elif _MARKED in path.read_text(encoding="utf-8"):
             found.append((True, -path.stat().st_size, name, ["-m", "gpu"]))
     return [(name, more) for *_, name, more in sorted(found)]
@@ -143,7 +152,8 @@ def run(
 def _start(name: str, more: Sequence[str], tests: Path, folder: Path, jobs: int) -> _Running:
     report, log = (folder / f"{name.replace('/', '-')}.{kind}" for kind in ("xml", "log"))
     plugins = ["-p", "benchmarks", "-p", "benchmarks.dev.without", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *plugins, "-q", f"--junitxml={report}", *more, str(tests / name)]
+    file = tests / name.partition("#")[0]
+    command = [sys.executable, "-m", "pytest", *plugins, "-q", f"--junitxml={report}", *more, str(file)]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     path = os.pathsep.join([str(TREE), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": path}

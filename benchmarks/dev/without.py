@@ -1,7 +1,8 @@
 """A plugin of pytest for machines where nothing can be installed: what tests import may be missing.
 
 Without hypothesis its place is taken by names that mean nothing: a test that draws from it is left out with that
-reason, and the others of its file are run. Without pytest-timeout the mark `timeout` means nothing.
+reason, and the others of its file are run. Without pytest-timeout the mark `timeout` means nothing. With --part 2/3
+every third test is run, from the second on.
 """
 
 from __future__ import annotations
@@ -62,6 +63,16 @@ def stand_in() -> dict[str, ModuleType]:
     names = {"given": _given, "settings": _Unchanged(), "example": _Unchanged(), "seed": _Unchanged()}
     vars(top).update(names, strategies=modules["hypothesis.strategies"], __path__=[])
     return modules
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="I/N: run the tests I, I + N, I + 2 N, ...")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("--part").split("/"))
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != part - 1])
+    items[:] = items[part - 1 :: parts]
 
 
 def pytest_configure(config: pytest.Config) -> None:

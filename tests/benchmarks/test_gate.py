@@ -39,7 +39,8 @@ def _run(tests: Path, seconds: float = 200.0, jobs: int = 2) -> dict[str, tuple[
 
 
 def test_all_tests_of_kernels_and_operations_are_run_and_the_marked_ones_of_other_folders() -> None:
-    plan = dict(planned(TREE / "tests"))
+    parts = dict(planned(TREE / "tests"))
+    plan = {name.partition("#")[0]: [] if "#" in name else more for name, more in parts.items()}
     whole = {
         p.relative_to(TREE / "tests").as_posix()
         for f in ("kernels", "ops")

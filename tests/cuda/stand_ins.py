@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +46,20 @@ class FakeGraph:
         with _disable_current_modes():
             for node in self.nodes:
                 node()
+
+
+class FakeGenerator:
+    """A torch.Generator of torch.cuda.default_generators, after the names that are used of it."""
+
+    def __init__(self) -> None:
+        self.state = object()
+
+    def clone_state(self) -> FakeGenerator:
+        return FakeGenerator()
+
+    def graphsafe_set_state(self, new_state: FakeGenerator) -> FakeGenerator:
+        self.state = new_state.state
+        return self
 
 
 class FakeCapture:
@@ -117,6 +132,7 @@ def _functions(gpu: GPU) -> dict[str, Callable[..., Any]]:
         "stream": use_stream,
         "synchronize": synchronize,
         "is_current_stream_capturing": gpu.is_capturing,
+        "graph_pool_handle": lambda: (0, 1),
         "get_sync_debug_mode": lambda: gpu.sync_debug_mode,
         "set_sync_debug_mode": set_sync_debug_mode,
         "mem_get_info": lambda device=None: (2**34, 2**34),
@@ -153,6 +169,11 @@ def install(monkeypatch: pytest.MonkeyPatch, gpu: GPU) -> dict[str, Any]:
         made[name] = create_autospec(getattr(torch.cuda, name), side_effect=function)
     for name, fake in CLASSES.items():
         has_the_names_of(getattr(torch.cuda, name), fake)
+    has_the_names_of(torch.Generator, FakeGenerator)
+    monkeypatch.setattr(torch.cuda, "default_generators", tuple(FakeGenerator() for _ in range(COUNT)))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        call = functools.partial(lambda name, device, pool: gpu.log.append((name, device, pool)), name)
+        monkeypatch.setattr(torch._C, name, call)
     for name, value in {**made, **CLASSES}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return made

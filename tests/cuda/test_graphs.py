@@ -157,3 +157,34 @@ def test_an_input_error_of_the_step_itself_is_its_own(gpu):
 
     with pytest.raises(InputError, match="no such batch"):
         capture_step(step, torch.ones(1, device="cuda:0"))
+
+
+def test_a_capture_that_fails_gives_torch_its_generator_and_memory_back_and_names_the_first_error(gpu):
+    layer, runs = nn.Linear(3, 3).to("cuda:0"), []
+
+    def step(x):
+        runs.append(None)
+        if len(runs) > 3:  # the warm-up is over
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return layer(x)
+
+    class Broken(torch.cuda.graph):
+        def __exit__(self, *args):
+            super().__exit__(*args)
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    generator = torch.cuda.default_generators[0]
+    before, other = generator.state, torch.cuda.default_generators[1].state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", Broken)
+        try:
+            raise KeyError("an error that is being handled already")
+        except KeyError:
+            with pytest.raises(CaptureError, match="operation not permitted"):
+                capture_step(step, torch.ones(1, 3, device="cuda:0"))
+    assert generator.state is not before
+    assert torch.cuda.default_generators[1].state is other
+    assert [entry for entry in gpu.log if "Pool" in str(entry[0])] == [
+        ("_cuda_endAllocateToPool", 0, (0, 1)),
+        ("_cuda_releasePool", 0, (0, 1)),
+    ]

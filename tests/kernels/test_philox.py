@@ -43,15 +43,19 @@ def _words_kernel(out, rng_state, counters, SPLIT: tl.constexpr):
         tl.store(out + i, words[i].to(tl.int64))
 
 
+BLOCK = 1024
+"""Words of a program; all of them in one would be unrolled thousands of times."""
+
+
 @triton.jit
 def _uniform_kernel(out, words, N: tl.constexpr):
-    i = tl.arange(0, N)
+    i = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(out + i, uniform(tl.load(words + i).to(tl.uint32)))
 
 
 @triton.jit
 def _mask_kernel(keep, soft, slope, words, logit, inverse_tau, N: tl.constexpr):
-    i = tl.arange(0, N)
+    i = tl.program_id(0) * N + tl.arange(0, N)
     u = uniform(tl.load(words + i).to(tl.uint32))
     x = tl.zeros([N], tl.float32) + logit
     tl.store(keep + i, hard_keep(x, u).to(tl.float32))
@@ -82,7 +86,7 @@ def _tails_and_more() -> torch.Tensor:
 def test_uniform_is_the_references_in_both_tails_and_beside_them(device):
     words = torch.cat([_tails_and_more(), torch.randint(2**32, (2**18,), generator=torch.Generator().manual_seed(1))])
     out = torch.zeros(len(words), device=device)
-    _uniform_kernel[(1,)](out, words.to(device), N=len(words))
+    _uniform_kernel[(len(words) // BLOCK,)](out, words.to(device), N=BLOCK)
     assert torch.equal(out.cpu(), signed_uniform(words))
 
 
@@ -91,7 +95,7 @@ def test_rare_masks_are_the_references_on_every_word_of_the_tails(device, p):
     words = _tails_and_more()
     for logit in (math.log(p / (1 - p)), math.log((1 - p) / p)):
         keep, soft, slope = (torch.zeros(len(words), device=device) for _ in range(3))
-        _mask_kernel[(1,)](keep, soft, slope, words.to(device), logit, 1.25, N=len(words))
+        _mask_kernel[(len(words) // BLOCK,)](keep, soft, slope, words.to(device), logit, 1.25, N=BLOCK)
         u = signed_uniform(words)
         near = u.abs().double()
         argument = (logit + u.sign() * (near.log() - torch.log1p(-near))) * 1.25

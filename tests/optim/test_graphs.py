@@ -167,3 +167,27 @@ def test_outputs_of_any_nesting_come_back_detached():
 def test_a_wrong_argument_is_one_clear_error(arguments, options, message):
     with pytest.raises(InputError, match=message):
         capture_step(lambda *x: None, *arguments, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_capture_that_cuda_breaks_off_leaves_torch_as_it_was():
+    x, calls = torch.ones(4, device="cuda"), []
+
+    def step(x):
+        calls.append(None)
+        if len(calls) > 3:  # the warm-up is over
+            torch.cuda.synchronize()
+        return x * torch.rand_like(x)
+
+    held = torch.cuda.memory_allocated()
+    with pytest.raises(CaptureError, match="capturing"):  # CUDA's first word, not that of the capture's end
+        capture_step(step, x)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() == held
+    torch.cuda.manual_seed(3)
+    first = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(3)
+    assert torch.equal(torch.rand(4, device="cuda"), first)
+    run = capture_step(lambda x: x * torch.rand_like(x), x)
+    assert not torch.equal(run(x).clone(), run(x).clone())
