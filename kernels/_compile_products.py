@@ -30,10 +30,12 @@ def product_configurations() -> Iterator[Configuration]:
     yield _product(_BITS, _BF16, 16, back=True)
     yield _product(_BITS, _FP32, 64, tf32=True)
     yield _product(_BITS, _FP32, 16, k=4090)
-    for m in (1, 16):
+    for m in (1, 16, 64, 8192):
         yield _product(_HARD, _BF16, m)
+    yield _product(_HARD, _BF16, 64, k=4090)
     yield _product(_HARD, _BF16, 16, back=True)
-    yield _product(_HARD, _FP32, 16, tf32=True)
+    for m in (16, 64):
+        yield _product(_HARD, _FP32, m, tf32=True)
     yield Configuration(
         "linear parts",
         linear.parts_kernel,
