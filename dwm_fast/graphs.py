@@ -36,10 +36,10 @@ class CapturedStep:
         self._outputs: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def _warm_up(self, examples: tuple[Tensor, ...], device: torch.device, warmup: int) -> None:
-        """Run the step on copies of `examples`, on a side stream, as a capture wants it."""
+    def _warm_up(self, examples: tuple[Tensor, ...], stream: torch.cuda.Stream, warmup: int) -> None:
+        """Run the step on copies of `examples`, on the stream of the capture."""
+        device = stream.device
         self._inputs = tuple(x.to(device, copy=True) for x in examples)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.device(device), torch.cuda.stream(stream):
@@ -51,18 +51,18 @@ class CapturedStep:
             # A step that raised has left work behind; what is restored next must not overtake it.
             torch.cuda.current_stream(device).wait_stream(stream)
 
-    def _record(self, device: torch.device) -> None:
+    def _record(self, stream: torch.cuda.Stream) -> None:
+        # The warm-up's stream: what it left alive of autograd's graph adds up gradients there, and nowhere else.
+        device = stream.device
         graph, outer = torch.cuda.CUDAGraph(), sys.exception()
         pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._outputs = _detached(self.eager(*self._inputs))
         except (RuntimeError, InputError) as error:  # the step has run: what it refuses now, it refuses to be captured
             _abandon(pool, device)
-            raise CaptureError(
-                f"the step cannot be captured as a CUDA graph ({_first_line(_cause(error, outer))}); everything in it "
-                f"must stay on the device: no .item(), .cpu(), print, no choice by a tensor's value"
-            ) from error
+            reason = _first_line(_cause(error, outer))
+            raise CaptureError(f"the step cannot be captured as a CUDA graph ({reason}); {_advice(reason)}") from error
         self._graph = graph
         self.captured = True
 
@@ -130,9 +130,10 @@ def capture_step(
     captured = CapturedStep(step, examples)
     if where.type != "cuda":
         return captured
+    stream = torch.cuda.Stream(where)  # type: ignore[no-untyped-call]
     with _restored(list(restore)):
-        captured._warm_up(examples, where, warmup)
-    captured._record(where)
+        captured._warm_up(examples, stream, warmup)
+    captured._record(stream)
     return captured
 
 
@@ -158,6 +159,14 @@ def _cause(error: BaseException, outer: BaseException | None) -> BaseException:
     while error.__context__ is not None and error.__context__ is not outer:
         error = error.__context__
     return error
+
+
+def _advice(reason: str) -> str:
+    if "another stream" in reason:
+        return (
+            "drop what is left of earlier steps first: a loss or an output that still has its graph (keep it detached)"
+        )
+    return "everything in it must stay on the device: no .item(), .cpu(), print, no choice by a tensor's value"
 
 
 def _abandon(pool: tuple[int, int], device: torch.device) -> None:

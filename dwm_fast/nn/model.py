@@ -184,6 +184,8 @@ class MaskedModel(nn.Module):
         if not self.training:
             return self._run(self.rng_state.clone(), args, kwargs)
         repeated = recompute.in_backward()
+        if not repeated:
+            self._drawn = None  # with it goes the last pass's graph, whose stream need not be that of this one
         state = recompute.pinned(self, partial(ops.advance, self.rng_state, self.mask_samples))
         if self.mask_samples == 1:
             return self._run(state, args, kwargs, repeated=repeated)

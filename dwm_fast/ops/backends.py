@@ -25,6 +25,8 @@ BIT_OPS = ("pack", "unpack", "apply", "count", "combine", "overlap")
 
 _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ORDER_OF_BITS = ("cuda", "triton", "reference")
+_WALKED = ("pack", "apply")
+"""Bit operations that read or write a network's weights or flags: Triton's walk is the faster one on a GPU."""
 
 # Of the process, not of the thread: autograd runs the backward of CUDA tensors on threads of its own.
 _forced: str | None = None
@@ -168,7 +170,7 @@ def chosen_for(op: str, device_type: str) -> tuple[str, Implementation]:
     forced = forced_backend()
     if forced is not None:
         return forced, _asked_for(op, forced, device_type)
-    bits_on_gpu = device_type == "cuda" and op in BIT_OPS
+    bits_on_gpu = device_type == "cuda" and op in BIT_OPS and op not in _WALKED
     for name in _ORDER_OF_BITS if bits_on_gpu else _ORDER.get(device_type, ("reference",)):
         found = _loaded(name)
         if isinstance(found, str):

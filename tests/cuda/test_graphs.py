@@ -188,3 +188,25 @@ def test_a_capture_that_fails_gives_torch_its_generator_and_memory_back_and_name
         ("_cuda_endAllocateToPool", 0, (0, 1)),
         ("_cuda_releasePool", 0, (0, 1)),
     ]
+
+
+def test_the_warm_up_runs_on_the_stream_of_the_capture(gpu):
+    masked = masked_network()
+    optimizer = MaskAdam(masked, lr=0.05)
+    capture_step(training(masked, optimizer), batches(1)[0], restore=(masked, optimizer))
+    streams = {captured: {x.stream for x in gpu.launches if x.captured == captured} for captured in (False, True)}
+    assert streams[True] == streams[False]
+    assert len(streams[True]) == 1
+
+
+def test_what_is_left_of_a_step_on_another_stream_is_named(gpu):
+    runs = []
+
+    def step(x):
+        runs.append(None)
+        if len(runs) > 3:  # the warm-up is over
+            raise RuntimeError("CUDA error: dependency created on uncaptured work in another stream")
+        return x * 2
+
+    with pytest.raises(CaptureError, match=r"earlier steps.*detached"):
+        capture_step(step, torch.ones(1, 3, device="cuda:0"))

@@ -657,3 +657,19 @@ def test_a_model_from_the_meta_device_starts_as_any_other(kind):
         assert torch.equal(mine, other)
     assert isinstance(masked.rng_state, torch.Tensor)
     assert "rng_state" in masked.state_dict()
+
+
+def test_the_last_pass_is_let_go_before_the_next_one_draws():
+    """What it kept alive of autograd's graph belongs to another stream, where the next one is captured."""
+    masked, before = dwm.mask_model(_net(), dwm.GumbelSigmoid()).train(), []
+
+    class Sampler:
+        def sample(self, *args, **kwargs):
+            before.append(masked._drawn)
+            return dwm.ops.sample(*args, **kwargs)
+
+    masked.attach_recorder(Sampler())
+    for _ in range(2):
+        masked(_x())
+        assert masked._drawn is not None
+    assert before == [None, None]

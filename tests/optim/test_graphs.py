@@ -6,6 +6,7 @@ import torch
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.graphs import CaptureError, capture_step
+from dwm_fast.nn import GumbelSigmoid, mask_model
 from dwm_fast.optim import FrozenAdamW, FrozenSGD, MaskAdam
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -75,6 +76,29 @@ def test_captured_steps_and_eager_steps_agree_from_the_same_state(device):
     assert torch.equal(net.logits, other.logits)
     assert torch.equal(net.rng_state, other.rng_state)
     assert optimizer.state_dict()["state"][0]["step"] == len(batches)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_network_whose_penalty_nobody_asks_for_is_captured(device):
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    masked = mask_model(plain, GumbelSigmoid(), seed=3).to(device).train()
+    optimizer = MaskAdam(masked, lr=0.05, coefficient=1.0)
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = masked(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    x = torch.ones(8, 32, device=device)
+    last = step(x).detach()
+    run = capture_step(step, x)
+    assert run.captured == (device == "cuda")
+    before = [p.detach().clone() for p in masked.mask_parameters()]
+    assert run(x) != last
+    assert all((p != b).any() for p, b in zip(masked.mask_parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
