@@ -85,38 +85,50 @@ def decayed(weight, grad, shrink, decay, DECAY: tl.constexpr, DECOUPLED: tl.cons
 
 
 @triton.jit
-def adam_lanes(weights, w, grad, exp_avg, exp_avg_sq, mask, scalars, DECAY: tl.constexpr, DECOUPLED: tl.constexpr):
-    """Adam(W) on the lanes of `mask`, w their values; lanes outside it are not written.
+def store_free(pointers, value, old, mask, free):
+    """Write the lanes of `mask`: `value` where `free`, else what was there; without `free`, `value`."""
+    if free is None:
+        tl.store(pointers, value, mask=mask)
+    else:
+        tl.store(pointers, tl.where(free, value, old), mask=mask)
+
+
+@triton.jit
+def adam_lanes(
+    weights, w, grad, exp_avg, exp_avg_sq, mask, free, scalars, DECAY: tl.constexpr, DECOUPLED: tl.constexpr
+):
+    """Adam(W) on the lanes of `mask`, w their values; lanes outside it are not written, and see `store_free`.
 
     m = m + (1 - b1) (g - m);  v = b2 v + (1 - b2) g g;  w = w - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps).
     """
     step_size, root, shrink, rate, beta2, rate2, eps, decay = scalars
-    m = tl.load(exp_avg, mask=mask, other=0.0)
-    v = tl.load(exp_avg_sq, mask=mask, other=0.0)
-    w, g = decayed(w, grad, shrink, decay, DECAY, DECOUPLED)
+    m0 = tl.load(exp_avg, mask=mask, other=0.0)
+    v0 = tl.load(exp_avg_sq, mask=mask, other=0.0)
+    w1, g = decayed(w, grad, shrink, decay, DECAY, DECOUPLED)
     # torch.lerp's two formulas, each exact at its end
-    m = tl.where(rate < 0.5, m + rate * (g - m), g - (g - m) * (1.0 - rate))
-    v = v * beta2 + rate2 * g * g
-    w = w + divide(step_size * m, divide(square_root(v), root) + eps)
-    tl.store(weights, narrow(w, weights.dtype.element_ty), mask=mask)
-    tl.store(exp_avg, m, mask=mask)
-    tl.store(exp_avg_sq, v, mask=mask)
+    m = tl.where(rate < 0.5, m0 + rate * (g - m0), g - (g - m0) * (1.0 - rate))
+    v = v0 * beta2 + rate2 * g * g
+    w1 = w1 + divide(step_size * m, divide(square_root(v), root) + eps)
+    store_free(weights, narrow(w1, weights.dtype.element_ty), narrow(w, weights.dtype.element_ty), mask, free)
+    store_free(exp_avg, m, m0, mask, free)
+    store_free(exp_avg_sq, v, v0, mask, free)
 
 
 @triton.jit
 def sgd_lanes(
-    weights, w, grad, momentum_buffers, mask, first, scalars, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    weights, w, grad, momentum_buffers, mask, free, first, scalars, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     DECAY: tl.constexpr, DECOUPLED: tl.constexpr,
 ):  # fmt: skip
     """SGD on the lanes of `mask`, w their values; at the first step the momentum buffer becomes the gradient."""
     step_size, shrink, momentum, rate, decay = scalars
-    w, g = decayed(w, grad, shrink, decay, DECAY, DECOUPLED)
+    w1, g = decayed(w, grad, shrink, decay, DECAY, DECOUPLED)
     if MOMENTUM:
-        buffer = tl.load(momentum_buffers, mask=mask, other=0.0) * momentum + rate * g
-        buffer = tl.where(first, g, buffer)
-        tl.store(momentum_buffers, buffer, mask=mask)
+        before = tl.load(momentum_buffers, mask=mask, other=0.0)
+        buffer = tl.where(first, g, before * momentum + rate * g)
+        store_free(momentum_buffers, buffer, before, mask, free)
         g = g + momentum * buffer if NESTEROV else buffer
-    tl.store(weights, narrow(w + step_size * g, weights.dtype.element_ty), mask=mask)
+    dtype: tl.constexpr = weights.dtype.element_ty
+    store_free(weights, narrow(w1 + step_size * g, dtype), narrow(w, dtype), mask, free)
 
 
 def split(*values: float) -> tuple[float, ...]:

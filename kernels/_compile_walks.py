@@ -146,7 +146,9 @@ def _frozen() -> Iterator[Configuration]:
         for dtype, which, has_bits, compact in cases:
             layout, taps, rank = which
             tensors = 4 if adam else 3
-            meant = {} if has_bits else _meant(launch, which, tensors, tensors - 1, rolled=True)
+            # fp32 alone fills 16 bytes with four lanes: state, and of bf16 networks nothing else
+            wide = tensors if dtype == fp32 else tensors - 2
+            meant = {} if compact or dtype == fp64 else _meant(launch, which, wide, min(wide, tensors - 1), rolled=True)
             state = torch.promote_types(dtype, torch.float32)
             yield Configuration(
                 f"{'frozen_adamw' if adam else 'frozen_sgd'} {_short(dtype)} {layout}"

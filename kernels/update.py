@@ -34,19 +34,19 @@ from dwm_fast.ops.draw import Draw
 
 @triton.jit
 def frozen_lanes(
-    weights, grads, first, second, mask, scalars, is_first,
+    weights, grads, first, second, mask, free, scalars, is_first,
     STATE: tl.constexpr, ADAM: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECAY: tl.constexpr,
     DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
-    """One step on the lanes of `mask`; first and second point to their state."""
+    """One step on the lanes of `mask` that are `free`; first and second point to their state."""
     w = tl.load(weights, mask=mask, other=0.0).to(STATE)
     g = tl.load(grads, mask=mask, other=0.0).to(STATE)
     if MAXIMIZE:
         g = -g
     if ADAM:
-        adam_lanes(weights, w, g, first, second, mask, scalars, DECAY, DECOUPLED)
+        adam_lanes(weights, w, g, first, second, mask, free, scalars, DECAY, DECOUPLED)
     else:
-        sgd_lanes(weights, w, g, first, mask, is_first, scalars, MOMENTUM, NESTEROV, DECAY, DECOUPLED)
+        sgd_lanes(weights, w, g, first, mask, free, is_first, scalars, MOMENTUM, NESTEROV, DECAY, DECOUPLED)
 
 
 @triton.jit
@@ -59,8 +59,9 @@ def frozen_kernel(
 ):  # fmt: skip
     """AdamW (state: both moments) or SGD (state: momentum buffer, twice) on the lanes whose bit is 0.
 
-    With bits, pointers are left without their alignment: one lane a thread, so that neighbouring threads write
-    neighbouring lanes and a store that skips kept lanes still fills whole sectors.
+    Four neighbouring lanes are read and written together, kept ones among them as they were; four that are all kept
+    are left alone. Compact state has no such fours: there pointers are left without their alignment, one lane a
+    thread, so that neighbouring threads write neighbouring lanes.
     """
     tensor, kind, chunk = block_entry(blocks)
     numel, _layer, _threshold, word = row_of(rows, tensor)
@@ -73,42 +74,41 @@ def frozen_kernel(
 
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        if HAS_BITS:
+        if COMPACT:
             mask = mask & (load_bits(bits, word, numel, chunk, BLOCK) == 0)
-            place = start + offsets
-            state = compact_places(bits, ranks, word, numel, chunk, BLOCK) if COMPACT else place
+            place, state = start + offsets, compact_places(bits, ranks, word, numel, chunk, BLOCK)
             frozen_lanes(
                 loose(weights, WEIGHT) + place, loose(grads, GRAD) + place,
-                loose(first, STATE) + state, loose(second, STATE) + state, mask, scalars, is_first,
+                loose(first, STATE) + state, loose(second, STATE) + state, mask, None, scalars, is_first,
                 STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
             )  # fmt: skip
         else:
+            free = None
+            if HAS_BITS:
+                kept = load_bits(bits, word, numel, chunk, BLOCK)
+                free = kept == 0
+                mask = mask & (tl.sum(kept, axis=1) < 4)[:, None]
             frozen_lanes(
                 aligned(weights, WEIGHT) + start + offsets, aligned(grads, GRAD) + start + offsets,
                 aligned(first, STATE) + start + offsets, aligned(second, STATE) + start + offsets,
-                mask, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
+                mask, free, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
             )  # fmt: skip
 
     if HAS_TAPS and kind == TAPS:
         _group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
-        if HAS_BITS:
-            taps = load_taps_bits(bits, word, numel, chunk, GROUPS)
-            for tap in range(9):
-                place = tap * stride + offsets
-                frozen_lanes(
-                    loose(weights, WEIGHT) + place, loose(grads, GRAD) + place,
-                    loose(first, STATE) + place, loose(second, STATE) + place,
-                    mask & (((taps >> tap) & 1) == 0), scalars, is_first,
-                    STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
-                )  # fmt: skip
-        else:
-            for tap in range(9):
-                place = tap * stride + offsets
-                frozen_lanes(
-                    aligned(weights, WEIGHT) + place, aligned(grads, GRAD) + place,
-                    aligned(first, STATE) + place, aligned(second, STATE) + place,
-                    mask, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
-                )  # fmt: skip
+        taps = load_taps_bits(bits, word, numel, chunk, GROUPS) if HAS_BITS else offsets
+        for tap in range(9):
+            free, wanted = None, mask
+            if HAS_BITS:
+                kept = (taps >> tap) & 1
+                free = kept == 0
+                wanted = mask & (tl.sum(kept, axis=1) < 4)[:, None]
+            place = tap * stride + offsets
+            frozen_lanes(
+                aligned(weights, WEIGHT) + place, aligned(grads, GRAD) + place,
+                aligned(first, STATE) + place, aligned(second, STATE) + place,
+                wanted, free, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
+            )  # fmt: skip
 
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 4)
@@ -123,7 +123,7 @@ def frozen_kernel(
         frozen_lanes(
             loose(weights, WEIGHT) + strided_offsets(geometry, tensor, places, 0, RANK, 4),
             loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 1, RANK, 4), first_lanes, second_lanes,
-            mask, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
+            mask, None, scalars, is_first, STATE, ADAM, MOMENTUM, NESTEROV, DECAY, DECOUPLED, MAXIMIZE,
         )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def mask_lanes(
     w = tl.load(weights, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grads, mask=mask, other=0.0).to(tl.float32)
     dx = logit_gradient(g, x, w, u, threshold, inverse_tau, penalty_scale, MODE)
-    adam_lanes(logits, x, dx, exp_avg, exp_avg_sq, mask, scalars, DECAY, DECOUPLED)
+    adam_lanes(logits, x, dx, exp_avg, exp_avg_sq, mask, None, scalars, DECAY, DECOUPLED)
 
 
 @triton.jit(do_not_specialize=["step_offset"])
