@@ -108,6 +108,24 @@ def kept_tile(
 
 
 @triton.jit
+def under_words(w, words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`w` [BLOCK_N, BLOCK_K] where its bit is 1, else 0; `words` int32 [BLOCK_N, BLOCK_K // 32], a bit a column.
+
+    Two-byte weights travel in pairs. Each bit is moved to the top of its word; one instruction spreads the tops of two
+    words over the halves of a third, and one takes the pair under it.
+    """
+    if INTERPRETED or w.dtype.primitive_bitwidth != 16:
+        keep = ((words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1).reshape(BLOCK_N, BLOCK_K) != 0
+        return tl.where(keep, w, 0.0)
+    else:
+        tops = (words[:, :, None] << (31 - tl.arange(0, 32))[None, None, :]).reshape(BLOCK_N, BLOCK_K)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 kept; prmt.b32 kept, $2, $3, 0xFFBB; and.b32 $0, $1, kept; }", "=r,r,r,r", [w, tops],
+            dtype=w.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
 def element_uniform(seed, step, layer, element):
     """u of elements by their logical numbers (int64), one Philox call each."""
     w0, w1, w2, w3 = block_words4(seed, step, layer, element >> 2)

@@ -19,10 +19,11 @@ from dwm_fast.kernels import _tables
 from dwm_fast.kernels._launch import OPTIONS, Tiles, forced_tiles
 from dwm_fast.kernels._math import bound
 from dwm_fast.kernels._product_launch import words_of
-from dwm_fast.kernels._products import product
+from dwm_fast.kernels._products import product, under_words
 from dwm_fast.kernels._tables import TL_DTYPES
 from dwm_fast.ops.geometry import Geometry
-from dwm_fast.ops.problem import FLOATS, matmul_tf32
+from dwm_fast.ops.measured import nearest
+from dwm_fast.ops.problem import FLOATS, Problem, device_name, matmul_tf32
 
 
 @triton.jit
@@ -34,22 +35,21 @@ def weight_tile(weight, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
-def keep_tile(bits, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
-    """Keep flags of that tile, bool; `bits` is the domain's first word. ALIGNED: K is a multiple of 32."""
+def masked_tile(w, bits, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
+    """That tile under its bits; `bits` is the domain's first word. ALIGNED: K is a multiple of 32."""
     n = tl.arange(0, BLOCK_N)
     rest = (N - n0).to(tl.int32)
     if ALIGNED:
         column = k0 // 32 + tl.arange(0, BLOCK_K // 32)
         inside = (n < rest)[:, None] & (column < K // 32)[None, :]
         words = tl.load(bits + n0 * (K // 32) + (n[:, None] * (K // 32) + column[None, :]), mask=inside, other=0)
-        keep = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-        return keep.reshape(BLOCK_N, BLOCK_K) != 0
+        return under_words(w, words, BLOCK_N, BLOCK_K)
     else:
         k = k0 + tl.arange(0, BLOCK_K)
         inside = (n < rest)[:, None] & (k < K)[None, :]
         element = (n0 * K % 32).to(tl.int32) + n[:, None] * K + k[None, :]
         words = tl.load(bits + n0 * K // 32 + element // 32, mask=inside, other=0)
-        return ((words >> (element % 32)) & 1) != 0
+        return tl.where(((words >> (element % 32)) & 1) != 0, w, 0.0)
 
 
 @triton.jit
@@ -101,14 +101,14 @@ def bank_linear_few_fwd_kernel(
             w = weight_tile(weight, n0, k0, N, K, BLOCK_N, BLOCK_K)
             added = ()
             for g in tl.static_range(GROUP):
-                keep = keep_tile(bits + members[g] * bits_stride, n0, k0, N, K, BLOCK_N, BLOCK_K, ALIGNED)
-                masked = tl.where(keep, w, 0.0).to(x.dtype.element_ty)
+                own = bits + members[g] * bits_stride
+                masked = masked_tile(w, own, n0, k0, N, K, BLOCK_N, BLOCK_K, ALIGNED).to(x.dtype.element_ty)
                 columns = row_tile(x, starts[g] + done, stops[g], k0, K, BLOCK_M, BLOCK_K)
                 added = append(added, product(masked, columns, sums[g], PRECISION))
             sums = added
         for g in tl.static_range(GROUP):
-            own = bias + members[g] * bias_stride
-            store_rows(y, own, sums[g], n0, starts[g] + done, stops[g], N, HAS_BIAS, BLOCK_N, BLOCK_M)
+            shift = bias + members[g] * bias_stride
+            store_rows(y, shift, sums[g], n0, starts[g] + done, stops[g], N, HAS_BIAS, BLOCK_N, BLOCK_M)
 
 
 @triton.jit
@@ -139,8 +139,8 @@ def bank_linear_many_fwd_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for k0 in range(0, bound(K), BLOCK_K):
             w = weight_tile(weight, n0, k0, N, K, BLOCK_N, BLOCK_K)
-            keep = keep_tile(bits + domain * bits_stride, n0, k0, N, K, BLOCK_N, BLOCK_K, ALIGNED)
-            masked = tl.where(keep, w, 0.0).to(x.dtype.element_ty)
+            own = bits + domain * bits_stride
+            masked = masked_tile(w, own, n0, k0, N, K, BLOCK_N, BLOCK_K, ALIGNED).to(x.dtype.element_ty)
             columns = row_tile(x, start, stop, k0, K, BLOCK_M, BLOCK_K)
             acc = product(masked, columns, acc, PRECISION)
         store_rows(y, bias + domain * bias_stride, acc, n0, start, stop, N, HAS_BIAS, BLOCK_N, BLOCK_M)
@@ -158,10 +158,15 @@ _SMALL = 32
 """Rows of a domain, on average, up to which reading the weight once for several domains wins."""
 
 
-def tiles_for(rows: int, domains: int, k: int, dtype: torch.dtype) -> Tiles:
-    """The launch parameters for `rows` rows of `domains` domains and k columns."""
-    few = FEW if k % 32 == 0 and dtype.itemsize == 2 else FEW_WIDE
-    return forced_tiles() or (few if rows <= _SMALL * domains else MANY)
+def tiles_for(rows: int, domains: int, n: int, k: int, dtype: torch.dtype, name: str = "") -> Tiles:
+    """The launch parameters for `rows` rows of `domains` domains, n outputs and k columns on the GPU called `name`.
+
+    Those that a table of that GPU (`benchmarks.tune`) found fastest for a like number of rows a domain, if it has any.
+    """
+    few = k % 32 == 0 and dtype.itemsize == 2
+    row = nearest(Problem("bank_linear", "cuda", dtype, max(rows // domains, 1), n, k, name=name)) if few else None
+    measured = Tiles(**row["tiles"]) if row is not None else None
+    return forced_tiles() or measured or ((FEW if few else FEW_WIDE) if rows <= _SMALL * domains else MANY)
 
 
 def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:
@@ -174,10 +179,12 @@ def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, of
     if not y.numel():
         return y.view(*x.shape[:-1], n)
     words = words_of(bits)
-    tiles = tiles_for(rows.shape[0], bits.shape[0], k, torch.promote_types(x.dtype, weight.dtype))
+    dtype, name = torch.promote_types(x.dtype, weight.dtype), device_name(weight.device) if weight.is_cuda else ""
+    tiles = tiles_for(rows.shape[0], bits.shape[0], n, k, dtype, name)
     constants = {
         "HAS_BIAS": bias is not None, "ALIGNED": k % 32 == 0, "PRECISION": _precision(x),
         "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "BLOCK_M": tiles.block_m, "num_warps": tiles.num_warps,
+        "num_stages": tiles.stages,
     }  # fmt: skip
     shift = (y if bias is None else bias).contiguous()
     arguments = (

@@ -75,7 +75,8 @@ def convolution_tf32() -> bool:
 
 
 @functools.cache
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A GPU's name, under which a table of it is found."""
     return torch.cuda.get_device_name(device)
 
 
@@ -93,7 +94,7 @@ def problem_of(
     """
     if backend == "cpp":
         return cpu_problem(op, x, weight, math.prod(x.shape[:-1]))
-    where, name = ("cuda", _device_name(weight.device)) if weight.is_cuda else ("interpreter", "")
+    where, name = ("cuda", device_name(weight.device)) if weight.is_cuda else ("interpreter", "")
     dtype = x.dtype if weight.dtype in FLOATS else weight.dtype
     obstacle = ""
     if logits is not None and logits.dtype != torch.float32:

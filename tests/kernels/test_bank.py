@@ -116,10 +116,10 @@ def test_conv2d_is_the_loop_over_domains(device, tiles, memory_format, groups):
 
 
 def test_the_way_follows_the_rows_per_domain():
-    assert kernels.tiles_for(64, 16, 4096, torch.bfloat16) is FEW
-    assert kernels.tiles_for(64, 16, 4096, torch.float32) is FEW_WIDE
-    assert kernels.tiles_for(64, 16, 100, torch.bfloat16) is FEW_WIDE
-    assert kernels.tiles_for(16 * 3136, 16, 576, torch.bfloat16) is MANY
+    assert kernels.tiles_for(64, 16, 512, 4096, torch.bfloat16) is FEW
+    assert kernels.tiles_for(64, 16, 512, 4096, torch.float32) is FEW_WIDE
+    assert kernels.tiles_for(64, 16, 512, 100, torch.bfloat16) is FEW_WIDE
+    assert kernels.tiles_for(16 * 3136, 16, 64, 576, torch.bfloat16) is MANY
 
 
 @pytest.mark.gpu

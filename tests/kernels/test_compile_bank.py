@@ -15,7 +15,7 @@ for dtype in (torch.bfloat16, torch.float32):
     pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     types = (pointer, pointer, "*i32", pointer, "*i64", pointer, *["i32"] * 6)
     for k in (64, 50):
-        for tiles in (bank.tiles_for(4, 4, k, dtype), bank.MANY):
+        for tiles in (bank.tiles_for(4, 4, 512, k, dtype), bank.MANY):
             kernel = bank.bank_linear_few_fwd_kernel if tiles.group else bank.bank_linear_many_fwd_kernel
             constants = {"HAS_BIAS": True, "ALIGNED": k == 64, "PRECISION": "tf32", "BLOCK_N": tiles.block_n,
                          "BLOCK_K": tiles.block_k, "BLOCK_M": tiles.block_m}
