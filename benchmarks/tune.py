@@ -2,6 +2,7 @@
 
 python -m benchmarks.tune [--seconds 120] [--out FOLDER]            in a checkout
 python -m dwm_fast._bench.tune [--seconds 120] [--out FOLDER]       where the package is installed
+python -m benchmarks.tune --prepare [--jobs 8]                      compile every candidate, many at a time, and end
 
 Every shape of the grid is timed staged and in one pass with each candidate's tiles, interleaved, and written after
 each shape to dispatch-<device>.json: in the user's cache, where the library reads it from then on, and in FOLDER. Put
@@ -11,9 +12,12 @@ that file into benchmarks/results/ of a checkout to ship it.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -47,7 +51,7 @@ _WINDOWS = ((64, 56), (128, 28), (256, 14), (512, 7))
 
 @dataclass(frozen=True)
 class Shape:
-    """One product of the grid: m rows (images, where taps is 9) of n outputs and k inputs."""
+    """One product of the grid: m rows (images, where taps is 9) of n outputs and k inputs, of each domain."""
 
     op: str
     m: int
@@ -55,11 +59,13 @@ class Shape:
     k: int
     taps: int = 1
     side: int = 1
+    domains: int = 1
 
 
 def grid() -> list[Shape]:
     """What is measured, in order of importance."""
     packed = [Shape("linear_packed", m, n, k) for n, k in _LINEAR for m in _ROWS]
+    packed[3:3] = [Shape("bank_linear", m, 4096, 4096, domains=16) for m in (4, 1)]
     narrow = [Shape("linear_packed", m, n, k) for n, k in _POINTWISE for m in (49, 196, 3136)]
     rest = [
         Shape(op, m, n, k)
@@ -77,20 +83,29 @@ def candidates(shape: Shape) -> list[Any]:
 
     if shape.taps > 1:
         return [Tiles(64, 32, 64, stages=2), Tiles(32, 64, 32, stages=2)]
+    if shape.op == "bank_linear":
+        wide = [Tiles(64, 64, 16, num_warps=w, group=g) for w, g in ((4, 4), (8, 4), (4, 2), (8, 2), (8, 8))]
+        return [Tiles(64, 32, 16, num_warps=8, group=4), *wide, Tiles(64, 128, 16, num_warps=8, group=2),
+                Tiles(32, 64, 16, group=4), Tiles(64, 128, 16, num_warps=4, group=1)]  # fmt: skip
     if shape.m == 1:
         rows = [Tiles(16, 256, 1, splits=s, stages=2) for s in (1, 2, 4)]
-        return [*rows, Tiles(16, 128, 1, splits=4), Tiles(64, 128, 16, splits=4)]
+        rows += [Tiles(16, 128, 1, splits=4), Tiles(16, 512, 1, splits=2, stages=2)]
+        return [*rows, Tiles(64, 128, 16, splits=4), Tiles(32, 256, 16, stages=4), Tiles(16, 256, 16, stages=4)]
     if shape.m > PACKED_ROWS:
         return [Tiles(128, 64, 128, num_warps=8), Tiles(64, 64, 64)]
     block_m = max(16, 1 << (shape.m - 1).bit_length())
     drawn = "packed" not in shape.op
     found = [Tiles(64, 64, block_m, splits=s, stages=2 if drawn else 4) for s in (1, 4, 8)]
-    return found if drawn else [*found, Tiles(64, 128, block_m, splits=4), Tiles(64, 128, block_m, splits=8)]
+    if drawn:
+        return found
+    deep = [Tiles(64, 128, block_m, splits=s) for s in (2, 4, 8)]
+    return [*found, *deep, Tiles(32, 256, block_m), Tiles(32, 128, block_m, splits=2, stages=5),
+            Tiles(16, 256, block_m, stages=4)]  # fmt: skip
 
 
 def problem_of(shape: Shape, device: torch.device) -> Problem:
     """The shape as the rule sees it."""
-    m, k = (shape.m * shape.side**2, shape.k * shape.taps) if shape.taps > 1 else (shape.m, shape.k)
+    m, k = (shape.m * shape.side**2, shape.k * shape.taps) if shape.taps > 1 else (shape.m, shape.k)  # of a domain
     return Problem(shape.op, "cuda", torch.bfloat16, m, shape.n, k, taps=shape.taps, name=device_name(device))
 
 
@@ -100,6 +115,11 @@ def operation(shape: Shape, device: torch.device) -> Callable[[], Any]:
     weight = torch.randn(shape.n, shape.k, *window, device=device).bfloat16()
     logits = torch.randn(weight.shape, device=device)
     bits = dwm_fast.ops.pack([logits > 0])
+    if shape.op == "bank_linear":
+        x = torch.randn(shape.domains * shape.m, shape.k, device=device).bfloat16()
+        each = torch.stack([dwm_fast.ops.pack([torch.randn_like(logits) > 0]) for _ in range(shape.domains)])
+        offsets = torch.arange(shape.domains + 1, device=device) * shape.m
+        return lambda: torch.ops.dwm_fast.bank_linear(x, weight, each, None, offsets, len(x))
     state, tau = torch.tensor([7, 1], device=device), torch.tensor(1.0, device=device)
     call = getattr(torch.ops.dwm_fast, shape.op)
     if shape.taps > 1:
@@ -116,6 +136,14 @@ def operation(shape: Shape, device: torch.device) -> Callable[[], Any]:
         "linear_mask_grad": (grad, x, weight, logits, *rule, True, False),
     }
     return lambda: call(*arguments[shape.op])
+
+
+def staged_way(shape: Shape, run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The other way of the same call: the masked weight first; of a bank, domain by domain on tensors like those."""
+    if shape.op != "bank_linear":
+        return _forced(run, ways.STAGED)
+    one = _forced(operation(dataclasses.replace(shape, op="linear_packed", domains=1), device), ways.STAGED)
+    return lambda: [one() for _ in range(shape.domains)]
 
 
 def _forced(run: Callable[[], Any], way: str, tiles: Any = None) -> Callable[[], Any]:
@@ -145,6 +173,14 @@ def _agrees(run: Callable[[], Any], expected: torch.Tensor) -> bool:
     return True
 
 
+def _expected(shape: Shape, run: Callable[[], Any], staged: Callable[[], Any]) -> torch.Tensor:
+    """What every candidate has to come to."""
+    if shape.op != "bank_linear":
+        return _first(staged())
+    with dwm_fast.use_backend("reference"):
+        return _first(run())
+
+
 def _itself(call: Run) -> Run:
     return call
 
@@ -156,8 +192,8 @@ def _first(result: Any) -> torch.Tensor:
 def measured(shape: Shape, device: torch.device) -> dict[str, Any] | None:
     """A row of the table: the times of both ways, and the tiles that were fastest in one pass; None if none ran."""
     run = operation(shape, device)
-    staged = _forced(run, ways.STAGED)
-    expected = _first(staged())
+    staged = staged_way(shape, run, device)
+    expected = _expected(shape, run, staged)
     calls = {tiles: _forced(run, ways.ONE_PASS, tiles) for tiles in candidates(shape)}
     calls = {tiles: call for tiles, call in calls.items() if _agrees(call, expected)}
     if not calls:
@@ -214,15 +250,40 @@ def tune(
             yield row
 
 
+def _compile(shape: Shape, tiles: Any) -> bool:
+    """Whether one candidate runs here; what Triton compiled for it stays in its cache."""
+    try:
+        _forced(operation(shape, torch.device("cuda")), ways.ONE_PASS, tiles)()
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def prepare(shapes: Sequence[Shape], jobs: int) -> int:
+    """Compile every candidate of the shapes in `jobs` processes, each kernel once; returns how many run."""
+    chosen = {
+        (s.op, s.taps, s.m == 1, s.n % 16, s.k % 32, tiles): (s, tiles) for s in shapes for tiles in candidates(s)
+    }
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        return sum(pool.map(_compile, *zip(*chosen.values(), strict=True)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further shape after this time")
     parser.add_argument("--out", type=Path, help="a further folder for the table")
     parser.add_argument("--commit", default=f"release {dwm_fast.__version__}", help="what is measured, for the record")
+    parser.add_argument("--prepare", action="store_true", help="only compile, so that a later call measures at once")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes of --prepare")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks: tune measures a GPU and torch sees none", file=sys.stderr)
         return 2
+    if options.prepare:
+        print(f"{prepare(grid(), options.jobs)} candidates run here")
+        return 0
     device = torch.device("cuda")
     name, cache = f"dispatch-{slug(device_name(device))}.json", cache_folder()
     folders = [*([cache] if cache else []), *([options.out] if options.out else [])]

@@ -48,7 +48,11 @@ class Device:
         return subprocess.run(command, env={**known, **variables}, capture_output=True, text=True, check=False)
 
     def calls(self) -> list[str]:
-        return self.log.read_text().splitlines()
+        """What was called one after the other: without what compiles beside the tests."""
+        return [line for line in self.log.read_text().splitlines() if "--prepare" not in line]
+
+    def prepared(self) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if "--prepare" in line]
 
     def call(self, part: str) -> str:
         """The only call that has `part` in it, "" for none."""
@@ -92,6 +96,7 @@ def test_a_call_without_options_does_everything_in_order_within_its_time(device:
     assert (device.folder / "out" / "gate.json").is_file()
     assert "--tool racecheck" in device.calls()[-2]
     assert device.calls()[-2].endswith("dev.sanitize one_pass")
+    assert device.prepared() == ["python -m benchmarks.tune --prepare --jobs 4"]
 
 
 def test_steps_are_left_out_as_asked_and_say_so(device: Device) -> None:
@@ -100,6 +105,7 @@ def test_steps_are_left_out_as_asked_and_say_so(device: Device) -> None:
     assert done.stdout.count("left out, as asked") == 3
     assert [line for line in device.calls() if "gate" in line or "tune" in line or "sanitizer" in line] == []
     assert "gated by its own check alone" in done.stdout
+    assert not device.prepared()
     assert float(_option(device.call("dev.run"), "--seconds")) > 500
     done = device.run("--skip", "suite")
     assert device.call("dev.run") == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -96,14 +97,48 @@ def test_every_operation_of_the_grid_is_called_as_it_is_defined_and_way_by_way(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taps = 9 if op.startswith("conv2d") else 1
-    shape = tune.Shape(op, 2, 16, 32, taps, side=4 if taps > 1 else 1)
+    shape = tune.Shape(op, 2, 16, 32, taps, side=4 if taps > 1 else 1, domains=3 if op == "bank_linear" else 1)
     with ways.use_way(ways.STAGED):
         found = OPERATION(shape, CPU)()
     first = found if isinstance(found, torch.Tensor) else found[0]
-    expected = {"linear_mask_grad": (16, 32), "conv2d_packed": (2, 16, 4, 4)}
+    expected = {"linear_mask_grad": (16, 32), "conv2d_packed": (2, 16, 4, 4), "bank_linear": (6, 16)}
     assert first.shape == expected.get(op, (2, 32) if "input_grad" in op else (2, 16))
     assert first.isfinite().all()
     assert first.abs().max() > 0
+
+
+def test_a_banks_tiles_are_those_of_the_nearest_rows_a_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dwm_fast.kernels.bank import tiles_for
+
+    _measure_as(monkeypatch, best=3, seconds=0.5)
+    shape = tune.Shape("bank_linear", 4, 4096, 4096, domains=16)
+    monkeypatch.setattr(tune, "_agrees", lambda run, expected: True)
+    list(tune.tune(CPU, [shape], 1e9, [measured.table_paths(NAME)[0]]))
+    arguments = (4096, 4096, torch.bfloat16, NAME)
+    assert tiles_for(16 * 4, 16, *arguments) == tiles_for(16 * 6, 16, *arguments) == tune.candidates(shape)[3]
+    assert tiles_for(16 * 16, 16, *arguments) != tune.candidates(shape)[3]
+
+
+def test_each_candidate_is_compiled_once_and_those_that_do_not_run_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[tuple[str, object]] = []
+
+    def runs(shape: tune.Shape, tiles: object) -> bool:
+        made.append((shape.op, tiles))
+        return shape.op != "linear"
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, jobs: int, mp_context: object) -> None:
+            super().__init__(jobs)
+
+    monkeypatch.setattr(tune, "_compile", runs)
+    monkeypatch.setattr(tune.concurrent.futures, "ProcessPoolExecutor", Pool)
+    shapes = [tune.Shape(op, m, 64, 64) for op in ("linear", "linear_packed") for m in (1, 16, 16)]
+    count = tune.prepare(shapes, 2)
+    expected = {(shape.op, tiles) for shape in shapes for tiles in tune.candidates(shape)}
+    assert set(made) == expected
+    assert count == sum(op == "linear_packed" for op, _ in made)
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
