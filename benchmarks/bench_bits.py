@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import dwm_fast
 from dwm_fast import ops
 from dwm_fast.ops import backends
 
@@ -53,7 +54,22 @@ def _case(
         copy_way(moved, context.device),
         Way("ours", lambda: ours, moved, graph=name != "Jaccard", backend=backend),
     ]
+    others = [other for other in ("cuda", "triton") if context.on_gpu and other != backend]
+    ways += [_way_by(other, ours, moved, graph=name != "Jaccard") for other in others]
     return Case(f"bits {name}", {"network": "resnet18", "weights": masks.count}, ways, gate)
+
+
+def _way_by(backend: str, run: Callable[[], Any], moved: int, graph: bool) -> Way:
+    """The same call by another backend than the rule picks, where that is there."""
+
+    def make() -> Callable[[], Any]:
+        def forced() -> Any:
+            with dwm_fast.use_backend(backend):
+                return run()
+
+        return forced
+
+    return Way(f"by the backend {backend}", make, moved, graph=graph)
 
 
 def _way(name: str, run: Callable[[], Any]) -> Way:
