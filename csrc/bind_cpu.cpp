@@ -2,6 +2,7 @@
 #include <string>
 
 #include "bind_bits.h"
+#include "bind_coded_adam.h"
 #include "bind_kept.h"
 #include "bind_linear.h"
 #include "bind_sample.h"

@@ -76,6 +76,26 @@ inline void check_state(const Tensors& list, const Tensors& weights, const char*
   }
 }
 
+// The one dtype of logits: fp32, bf16 or fixed point.
+inline Type logits_type(const Tensors& logits) {
+  Type type = Type::f32;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const ScalarType scalar = logits[i].scalar_type();
+    const Type own = scalar == ScalarType::Float      ? Type::f32
+                     : scalar == ScalarType::BFloat16 ? Type::bf16
+                                                      : Type::i16;
+    STD_TORCH_CHECK(own != Type::i16 || scalar == ScalarType::Short, "dwm_fast: unknown dtype of logits");
+    STD_TORCH_CHECK(i == 0 || own == type, "dwm_fast: logits must have one dtype");
+    type = own;
+  }
+  return type;
+}
+
+inline void check_logits(const Tensors& logits, const Tensors& weights) {
+  check_count(logits, weights.size(), "logits");
+  for (size_t i = 0; i < logits.size(); ++i) check_like(logits[i], shape_of(weights[i]), "logits");
+}
+
 inline Type type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   if (type == ScalarType::Float) return Type::f32;

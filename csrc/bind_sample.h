@@ -20,18 +20,18 @@ void sample(Tensors masked, Tensor bits, Tensor penalty, Tensors logits, Tensors
             Integers layers, Numbers thresholds, int64_t mode, int64_t step_offset) {
   const size_t count = weights.size();
   check_count(masked, count, "masked");
-  check_state(logits, weights, "logits");
+  check_logits(logits, weights);
   STD_TORCH_CHECK(layers.size() == count && thresholds.size() == count,
                   "dwm_fast: sample got wrong layers or thresholds");
   const bool pack = bits.numel() > 0;
   const Integers offsets = pack ? offsets_of(bits, numels_of(weights)) : Integers(count, 0);
   const SampleRule rule{static_cast<int>(mode), common_type(weights, "weights"), common_type(masked, "masked"),
-                             noise_of(rng_state, step_offset), 1.0f / tau_of(tau, mode)[0]};
+                             noise_of(rng_state, step_offset), 1.0f / tau_of(tau, mode)[0], logits_type(logits)};
   std::vector<SampleTensor> tensors;
   for (size_t i = 0; i < count; ++i) {
     const Shape shape = shape_of(weights[i]);
     check_like(masked[i], shape, "masked");
-    tensors.push_back({shape, floats(logits[i]), weights[i].data_ptr(), masked[i].data_ptr(),
+    tensors.push_back({shape, logits[i].data_ptr(), weights[i].data_ptr(), masked[i].data_ptr(),
                        pack ? bytes(bits) + offsets[i] : nullptr, static_cast<uint32_t>(layers[i]),
                        number_of(thresholds, i, tau, mode)});
   }
@@ -55,12 +55,13 @@ void sample_backward(Tensors dlogits, Tensors dweights, Tensors grads, Tensor gr
                      int64_t step_offset) {
   const size_t count = weights.size();
   check_count(grads, count, "grads");
-  check_state(logits, weights, "logits");
+  check_logits(logits, weights);
   if (!dlogits.empty()) check_state(dlogits, weights, "dlogits");
   if (!dweights.empty()) check_count(dweights, count, "dweights");
   STD_TORCH_CHECK(layers.size() == count && thresholds.size() == count,
                   "dwm_fast: sample_backward got wrong layers or thresholds");
   BackwardRule rule = backward_rule(grads, weights, rng_state, tau, mode, step_offset);
+  rule.logits = logits_type(logits);
   rule.penalty = scalar_of(grad_penalty, "grad_penalty") / static_cast<float>(std::max<int64_t>(1, total_of(weights)));
   if (!dweights.empty()) {
     STD_TORCH_CHECK(common_type(dweights, "dweights") == rule.weight, "dwm_fast: dweights have another dtype");
@@ -70,7 +71,7 @@ void sample_backward(Tensors dlogits, Tensors dweights, Tensors grads, Tensor gr
     const Shape shape = shape_of(weights[i]);
     check_like(grads[i], shape, "grads");
     if (!dweights.empty()) check_like(dweights[i], shape, "dweights");
-    tensors.push_back({shape, grads[i].data_ptr(), floats(logits[i]), weights[i].data_ptr(),
+    tensors.push_back({shape, grads[i].data_ptr(), logits[i].data_ptr(), weights[i].data_ptr(),
                        dlogits.empty() ? nullptr : floats(dlogits[i]),
                        dweights.empty() ? nullptr : dweights[i].data_ptr(), static_cast<uint32_t>(layers[i]),
                        number_of(thresholds, i, tau, mode)});

@@ -8,8 +8,12 @@
 // A call of its own: inlining it into every rule would only make compiling slow.
 #if defined(__GNUC__)
 #define DWM_NOINLINE __attribute__((noinline))
+// Part of a lane loop: a call left in one keeps it from vectors, and whether the compiler leaves it hangs on the file's
+// size.
+#define DWM_INLINE inline __attribute__((always_inline))
 #else
 #define DWM_NOINLINE
+#define DWM_INLINE inline
 #endif
 
 namespace dwm {
@@ -17,7 +21,8 @@ namespace dwm {
 // Rules by number, as in dwm_fast/ops/_modes.py.
 enum Mode : int { kScaledSoft = -1, kGumbelHard = 0, kGumbelSoft = 1, kKeep = 2, kThreshold = 3, kTernary = 4, kEdit = 5 };
 
-enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+// i16: logits in units of 2^-11. i8: moments in blocks, int8 and uint8 (dwm_fast/ops/coding.py).
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, i16 = 3, i8 = 4 };
 
 // Memory order of a dense tensor. Logical order is [outer][inner][spatial]. spatial == 1: memory is in logical order.
 // spatial > 1: memory is [outer][spatial][inner] (channels_last); at most kMaxSpatial.
@@ -35,6 +40,9 @@ constexpr int64_t kTile = 2304;
 // Elements handed to one thread at a time: a few microseconds of work, and 128 divides it.
 constexpr int64_t kChunk = 32768;
 
+// Elements of a moment in 8 bits that share a scale; kTile and kChunk are multiples of it.
+constexpr int64_t kCodeBlock = 128;
+
 constexpr int64_t packed_nbytes(int64_t numel) { return (numel + 127) / 128 * 16; }
 
 struct Noise {
@@ -45,7 +53,7 @@ struct Noise {
 // sample: logits, weight -> out, bits.
 struct SampleTensor {
   Shape shape;
-  const float* logits;
+  const void* logits;
   const void* weight;
   void* out;
   uint8_t* bits;  // nullptr: not wanted
@@ -59,13 +67,14 @@ struct SampleRule {
   Type out;
   Noise noise;
   float inverse_tau;
+  Type logits = Type::f32;  // or bf16, i16
 };
 
 // sample_backward: grad of the masked weight -> grad of logits and of the weight.
 struct BackwardTensor {
   Shape shape;
   const void* grad;
-  const float* logits;
+  const void* logits;
   const void* weight;
   float* dlogits;  // nullptr: not wanted
   void* dweight;   // nullptr: not wanted
@@ -80,6 +89,7 @@ struct BackwardRule {
   Noise noise;
   float inverse_tau;
   float penalty;  // gradient of the penalty over the number of elements of the network
+  Type logits = Type::f32;  // or bf16, i16
 };
 
 // How pack reads "nonzero" from an element.
@@ -172,6 +182,39 @@ struct MaskAdamTensor {
   AdamRule rule;
 };
 
+// coded_adam: what is stored in which format, and the scalars of one tensor's step.
+struct CodedTypes {
+  Type logits;   // f32, bf16, i16
+  Type moments;  // f32, bf16, i8
+};
+
+struct CodedRule {
+  float rate;       // 1 - beta1
+  bool near;        // 1 - beta1 < 1/2
+  float beta2;
+  float rate2;      // 1 - beta2
+  float step_size;  // -lr / (1 - beta1^t)
+  float root;       // sqrt(1 - beta2^t)
+  float eps;
+  float shrink;     // 1 - lr * weight_decay when decoupled, else 1
+  float decay;      // weight_decay when it is part of the gradient, else 0
+  uint32_t step;    // of rounding's noise
+};
+
+// All of it in logical order.
+struct CodedTensor {
+  Shape shape;
+  void* logits;
+  const float* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* exp_avg_scale;  // of i8, one a block; else nullptr
+  float* exp_avg_sq_scale;
+  uint32_t layer;
+  uint64_t seed;
+  CodedRule rule;
+};
+
 // KSM: one number a kernel of `taps`. Memory of weight, grad and the masked weight is in logical order
 // [outer][inner][taps], or with `last` [outer][taps][inner] (channels_last).
 struct FilterTensor {
@@ -240,6 +283,7 @@ struct Kernels {
   void (*frozen_adamw)(UpdateTypes types, const AdamWTensor& t, int64_t begin, int64_t end);
   void (*frozen_sgd)(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end);
   void (*mask_adam)(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end);
+  void (*coded_adam)(CodedTypes types, const CodedTensor& t, int64_t begin, int64_t end);
   void (*linear_packed)(const LinearPacked& job, int64_t first_row, int64_t last_row);
   bool (*linear_kept)(const KeptLinear& job, int64_t first_row, int64_t last_row);
   // The filter kernels work on rows [begin, end) of outer; soft_masked_sgd on lanes in memory order.

@@ -1,4 +1,5 @@
 // The core, compiled once for every instruction set: DWM_ISA names the set, DWM_TABLE the table it exports.
+#include "coded_adam.h"
 #include "kept.h"
 #include "linear.h"
 #include "masks.h"
@@ -39,6 +40,7 @@ const Kernels DWM_TABLE = {
     .frozen_adamw = DWM_ISA::frozen_adamw,
     .frozen_sgd = DWM_ISA::frozen_sgd,
     .mask_adam = DWM_ISA::mask_adam,
+    .coded_adam = DWM_ISA::coded_adam,
     .linear_packed = DWM_ISA::linear_packed,
     .linear_kept = DWM_ISA::linear_kept,
     .filter_range = DWM_ISA::filter_range,

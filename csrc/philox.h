@@ -111,6 +111,9 @@ DWM_NOINLINE static void philox_blocks(uint64_t first, int64_t blocks, uint32_t 
 
 #endif
 
+// Streams of words, in the highest bits of a block's number: of masks (0), of rounded logits, of rounded moments.
+constexpr uint64_t kLogitRounding = uint64_t{1} << 62, kMomentRounding = uint64_t{2} << 62;
+
 // Words of elements [first, first + count), count <= kTile. They start at the returned place inside `buffer`, which
 // holds kWordBuffer words.
 constexpr int64_t kWordBuffer = kTile + 8 + 4 * kBlockSlack;

@@ -14,12 +14,12 @@ struct Odds {
   float keep;     // sigmoid(l)
 };
 
-static inline Odds odds_of(float logit) {
+static DWM_INLINE Odds odds_of(float logit) {
   const float against = exp_(-logit);
   return {against, 1.0f / (1.0f + against)};
 }
 
-static inline bool kept(const Odds& odds, float u) { return u > (u < 0.0f ? -odds.keep : odds.against * odds.keep); }
+static DWM_INLINE bool kept(const Odds& odds, float u) { return u > (u < 0.0f ? -odds.keep : odds.against * odds.keep); }
 
 // u and 1 - u, the small one of a tail exact.
 struct Pair {
@@ -27,14 +27,14 @@ struct Pair {
   float other;
 };
 
-static inline Pair pair_of(float u) {
+static DWM_INLINE Pair pair_of(float u) {
   const float near = magnitude_of(u), far = 1.0f - near;
   return {u < 0.0f ? far : near, u < 0.0f ? near : far};
 }
 
 // soft = sigmoid((l + log u - log(1 - u)) / tau). At tau = 1 it is u / (u + (1 - u) e^-l), without a logarithm.
 template <bool kUnitTau>
-static inline float soft_value(float logit, float u, float inverse_tau) {
+static DWM_INLINE float soft_value(float logit, float u, float inverse_tau) {
   const Pair p = pair_of(u);
   if constexpr (kUnitTau) return p.u / (p.u + p.other * exp_(-logit));
   return 1.0f / (1.0f + exp_(-(logit + log_(p.u / p.other)) * inverse_tau));
@@ -42,7 +42,7 @@ static inline float soft_value(float logit, float u, float inverse_tau) {
 
 // d soft / d l = soft (1 - soft) / tau; `against` = e^-l.
 template <bool kUnitTau>
-static inline float soft_slope(float logit, float against, float u, float inverse_tau) {
+static DWM_INLINE float soft_slope(float logit, float against, float u, float inverse_tau) {
   const Pair p = pair_of(u);
   if constexpr (kUnitTau) {
     const float other = p.other * against;
@@ -55,7 +55,7 @@ static inline float soft_slope(float logit, float against, float u, float invers
 }
 
 // d penalty / d e of an edit, apart from 1 / elements: -sign(e) e^-|e|.
-static inline float edit_penalty_slope(float edit) {
+static DWM_INLINE float edit_penalty_slope(float edit) {
   const float decay = exp_(edit < 0.0f ? edit : -edit);
   const float signed_decay = edit > 0.0f ? -decay : decay;
   return edit == 0.0f ? 0.0f : signed_decay;
@@ -124,16 +124,17 @@ static double sample_range(const SampleRule& rule, const SampleTensor& t, int64_
   constexpr Wanted kWanted{.words = draws_noise(kMode), .bits_out = kBits};
   const TileSource source{.layer = t.layer, .noise = rule.noise, .bits_out = t.bits};
   const RunRule run_rule{t.threshold, rule.inverse_tau};
-  alignas(64) float weight[kTile], result[kTile], terms[kTile];
+  alignas(64) float weight[kTile], result[kTile], terms[kTile], logit[kTile];
   double penalty = 0.0;
   walk<kWanted>(t.shape, source, begin, end, [&](int64_t at, int64_t n, const uint32_t* words, uint8_t* keep) {
     const int count = static_cast<int>(n);
     const float* w = load_run(rule.weight, t.weight, at, n, weight);
+    const float* l = load_run(rule.logits, t.logits, at, n, logit);
     float* out = result_run(rule.out, t.out, at, result);
     if (kMode == kGumbelSoft && rule.inverse_tau == 1.0f) {
-      sample_run<kMode, kBits, kMode == kGumbelSoft>(run_rule, t.logits + at, w, out, words, keep, terms, count);
+      sample_run<kMode, kBits, kMode == kGumbelSoft>(run_rule, l, w, out, words, keep, terms, count);
     } else {
-      sample_run<kMode, kBits, false>(run_rule, t.logits + at, w, out, words, keep, terms, count);
+      sample_run<kMode, kBits, false>(run_rule, l, w, out, words, keep, terms, count);
     }
     if constexpr (has_penalty(kMode)) penalty += sum_run(terms, count);
     store_run(rule.out, result, t.out, at, n);
@@ -190,8 +191,8 @@ DWM_NOINLINE static void chain_run(const ChainRule& rule, const float* __restric
 }
 
 template <int kMode>
-static inline void logits_run(const ChainRule& rule, const float* g, const float* w, const float* l,
-                              const uint32_t* words, float* out, int n) {
+static inline void logit_slopes(const ChainRule& rule, const float* g, const float* w, const float* l,
+                                const uint32_t* words, float* out, int n) {
   constexpr bool kReadsTau = kMode == kGumbelHard || kMode == kGumbelSoft;
   constexpr bool kHasPenalty = has_penalty(kMode);
   const bool unit_tau = rule.inverse_tau == 1.0f, penalty = rule.penalty != 0.0f;
@@ -233,14 +234,14 @@ static void backward_range(const BackwardRule& rule, const BackwardTensor& t, in
   constexpr Wanted kWanted{.words = draws_noise(kMode)};
   const TileSource source{.layer = t.layer, .noise = rule.noise};
   const ChainRule chain{t.threshold, rule.inverse_tau, rule.penalty};
-  alignas(64) float grad[kTile], weight[kTile], result[kTile];
+  alignas(64) float grad[kTile], weight[kTile], result[kTile], logit[kTile];
   walk<kWanted>(t.shape, source, begin, end, [&](int64_t at, int64_t n, const uint32_t* words, uint8_t*) {
     const float* g = load_run(rule.grad, t.grad, at, n, grad);
-    const float* l = t.logits + at;
+    const float* l = load_run(rule.logits, t.logits, at, n, logit);
     const int count = static_cast<int>(n);
     if (t.dlogits) {
       const float* w = load_run(rule.weight, t.weight, at, n, weight);
-      logits_run<kMode>(chain, g, w, l, words, t.dlogits + at, count);
+      logit_slopes<kMode>(chain, g, w, l, words, t.dlogits + at, count);
     }
     if (t.dweight) {
       float* out = result_run(rule.weight, t.dweight, at, result);

@@ -6,16 +6,16 @@
 
 namespace dwm::DWM_ISA {
 
-static inline float sqrt_(float x) { return __builtin_sqrtf(x); }
+static DWM_INLINE float sqrt_(float x) { return __builtin_sqrtf(x); }
 
 struct AdamLane {
   float value, exp_avg, exp_avg_sq;
 };
 
 // decay * w, and 0 without decay whatever w is: a logit may be infinite, which keeps or drops its weight for good.
-static inline float pull(float decay, float w) { return decay == 0.0f ? 0.0f : decay * w; }
+static DWM_INLINE float pull(float decay, float w) { return decay == 0.0f ? 0.0f : decay * w; }
 
-static inline AdamLane adam_lane(const AdamRule& rule, float w, float g, float m, float v) {
+static DWM_INLINE AdamLane adam_lane(const AdamRule& rule, float w, float g, float m, float v) {
   const float gradient = rule.sign * g + pull(rule.decay, w);
   const float first = m + rule.beta1_complement * (gradient - m);
   const float second = v * rule.beta2 + rule.beta2_complement * (gradient * gradient);
@@ -234,7 +234,7 @@ static void mask_adam_range(const BackwardRule& chain, const MaskAdamTensor& t, 
     const int count = static_cast<int>(n);
     const float* g = load_run(chain.grad, t.grad, at, n, grad);
     const float* w = load_run(chain.weight, t.weight, at, n, weight);
-    logits_run<kMode>(rule, g, w, t.logits + at, words, slope, count);
+    logit_slopes<kMode>(rule, g, w, t.logits + at, words, slope, count);
     adam_run(t.rule, t.logits + at, slope, t.exp_avg + at, t.exp_avg_sq + at, count);
   });
 }

@@ -9,12 +9,12 @@
 
 namespace dwm::DWM_ISA {
 
-static inline float as_float(uint32_t x) { return std::bit_cast<float>(x); }
-static inline uint32_t as_bits(float x) { return std::bit_cast<uint32_t>(x); }
+static DWM_INLINE float as_float(uint32_t x) { return std::bit_cast<float>(x); }
+static DWM_INLINE uint32_t as_bits(float x) { return std::bit_cast<uint32_t>(x); }
 
 // e^x for |x| <= 87, clamped beyond. Minimax polynomial of (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2, relative error
 // 3e-9 before rounding.
-static inline float exp_(float x) {
+static DWM_INLINE float exp_(float x) {
   x = x > 87.0f ? 87.0f : x;
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low bits
@@ -31,7 +31,7 @@ static inline float exp_(float x) {
 
 // ln x for normal positive x. Minimax polynomial of (ln(1 + f) - f + f^2 / 2) / f^3 on [sqrt(1/2), sqrt(2)],
 // relative error 3e-8 before rounding.
-static inline float log_(float x) {
+static DWM_INLINE float log_(float x) {
   const uint32_t bits = as_bits(x) - 0x3F3504F3u;  // mantissa in [sqrt(1/2), sqrt(2))
   const float n = static_cast<float>(static_cast<int32_t>(bits) >> 23);
   const float f = as_float((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
@@ -46,24 +46,24 @@ static inline float log_(float x) {
   return (p * f * square - 0.5f * square) + f + n * 0.693147181f;
 }
 
-static inline float magnitude_of(float x) { return as_float(as_bits(x) & 0x7FFFFFFFu); }
+static DWM_INLINE float magnitude_of(float x) { return as_float(as_bits(x) & 0x7FFFFFFFu); }
 
 // u of a random word as dwm_fast/ops/philox.py's signed_uniform: u itself, and -(1 - u) in the upper tail.
-static inline float signed_uniform(uint32_t word) {
+static DWM_INLINE float signed_uniform(uint32_t word) {
   const float ordinary = static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f + 0x1p-25f;
   const float tail = (static_cast<float>(static_cast<int32_t>(word)) + 0.5f) * 0x1p-32f;
   return magnitude_of(tail) < 0x1p-16f ? tail : ordinary;
 }
 
-static inline float from_bf16(uint16_t h) { return as_float(static_cast<uint32_t>(h) << 16); }
+static DWM_INLINE float from_bf16(uint16_t h) { return as_float(static_cast<uint32_t>(h) << 16); }
 
-static inline uint16_t to_bf16(float x) {
+static DWM_INLINE uint16_t to_bf16(float x) {
   const uint32_t bits = as_bits(x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(x == x ? rounded : 0x7FC0u);
 }
 
-static inline float from_f16(uint16_t h) {
+static DWM_INLINE float from_f16(uint16_t h) {
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7FFFu) << 13;
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   // Normal: the exponent's bias moves from 15 to 127. Subnormal: integer times 2^-24. Infinite, NaN: exponent all ones.
@@ -73,7 +73,7 @@ static inline float from_f16(uint16_t h) {
   return as_float(value | sign);
 }
 
-static inline uint16_t to_f16(float x) {
+static DWM_INLINE uint16_t to_f16(float x) {
   const uint32_t bits = as_bits(x);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -86,12 +86,20 @@ static inline uint16_t to_f16(float x) {
   return static_cast<uint16_t>(value | sign);
 }
 
+// A logit in units of 2^-11; -32768 stands for NaN.
+static DWM_INLINE float from_fixed(int16_t code) {
+  const float value = static_cast<float>(code) * 0x1p-11f;
+  return code == -32768 ? as_float(0x7FC00000u) : value;
+}
+
 // A run of n <= kTile values as fp32: the memory itself when it is fp32, else converted into `staging`.
 static inline const float* load_run(Type type, const void* base, int64_t offset, int64_t n, float* staging) {
   if (type == Type::f32) return static_cast<const float*>(base) + offset;
   const uint16_t* source = static_cast<const uint16_t*>(base) + offset;
   if (type == Type::bf16) {
     for (int64_t i = 0; i < n; ++i) staging[i] = from_bf16(source[i]);
+  } else if (type == Type::i16) {
+    for (int64_t i = 0; i < n; ++i) staging[i] = from_fixed(static_cast<int16_t>(source[i]));
   } else {
     for (int64_t i = 0; i < n; ++i) staging[i] = from_f16(source[i]);
   }

@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dwm_fast.errors import InputError
+from dwm_fast.errors import InputError, Unsupported
 from dwm_fast.kernels._launch import Launch
 from dwm_fast.ops.packing import packed_offsets
 
@@ -135,6 +135,8 @@ def pick(values: Sequence[object], indices: list[int]) -> list[Any]:
 
 def require_fp32(logits: Sequence[Tensor]) -> None:
     for logit in logits:
+        if logit.dtype in (torch.bfloat16, torch.int16):
+            raise Unsupported  # formats of dwm_fast.ops.coding, which the reference decodes
         if logit.dtype != torch.float32:
             raise InputError(
                 f"the triton backend got logits of {logit.dtype}; expected torch.float32: convert them, or use the "

@@ -50,6 +50,7 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
                 "mask_samples": masked.mask_samples,
                 "batch_norm": masked.batch_norm,
                 **({} if masked.memory == "plain" else {"memory": masked.memory}),
+                **({} if masked.logits == "fp32" else {"logits": masked.logits}),
             }
         ),
     }
@@ -116,7 +117,7 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
         header = json.loads(about)
         kind, layers = kind_from_dict(header["kind"]), [str(name) for name in header["layers"]]
         samples, batch_norm = int(header["mask_samples"]), str(header["batch_norm"])
-        memory = str(header.get("memory", "plain"))
+        memory, logits = str(header.get("memory", "plain")), str(header.get("logits", "fp32"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise MaskFileError(f"{path}: the field 'masked' of the header is broken: {error!r}; save it again") from error
     missing = [n for n in layers if not isinstance(_submodule(model, n), (nn.Linear, nn.Conv2d))]
@@ -128,7 +129,14 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
     include = [literal(name) for name in layers]
     try:
         return mask_model(
-            model, kind, include=include, mask_samples=samples, batch_norm=batch_norm, seed=0, memory=memory
+            model,
+            kind,
+            include=include,
+            mask_samples=samples,
+            batch_norm=batch_norm,
+            seed=0,
+            memory=memory,
+            logits=logits,
         )
     except InputError as error:
         raise MaskFileError(f"{path}: does not fit the given model: {error}") from error

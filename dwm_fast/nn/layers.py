@@ -18,6 +18,7 @@ from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind, checked_kind
 from dwm_fast.nn.recast import keep_dtype, recast
 from dwm_fast.nn.stored import computed
 from dwm_fast.ops.autocast import autocast_dtype
+from dwm_fast.ops.coding import decoded, encoded
 from dwm_fast.ops.shards import refuse_shards
 
 
@@ -78,7 +79,7 @@ class MaskedLayer(nn.Module):
     @torch.no_grad()
     def reset_mask(self) -> None:
         """Give learned tensor, noise and temperature the values that they had when the layer was made."""
-        self.mask_logits.copy_(self.kind.initial(self.frozen_weight.detach()))
+        self.mask_logits.copy_(encoded(self.kind.initial(self.frozen_weight.detach()), self.mask_logits.dtype))
         self.unit = self.kind.unit(self.frozen_weight)
         if self.rng_state is not None and self.tau is not None:
             self.rng_state.copy_(new_rng_state(self._seed, "cpu"))
@@ -191,6 +192,9 @@ class MaskedLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(f"{prefix}mask_logits")
+        if isinstance(given, Tensor) and (given.dtype == torch.int16) != (self.mask_logits.dtype == torch.int16):
+            state_dict[f"{prefix}mask_logits"] = encoded(decoded(given), self.mask_logits.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self._awaits_weights and f"{prefix}mask_logits" not in state_dict:
             self.reset_mask()  # start values may follow the weights

@@ -53,7 +53,7 @@ class MaskedModel(nn.Module):
         seed: seed of the mask noise; from torch's generator by default.
     """
 
-    memory = "plain"
+    memory, logits = "plain", "fp32"
     rng_state: Tensor
     tau: Tensor
 
@@ -273,6 +273,7 @@ def mask_model(
     seed: int | None = None,
     skip_unmaskable: bool = False,
     memory: str = "plain",
+    logits: str = "fp32",
 ) -> MaskedModel:
     """Wrap a network so that its Linear and Conv2d weights are seen through learned masks.
 
@@ -289,6 +290,7 @@ def mask_model(
         skip_unmaskable: leave out the layers that cannot be masked (see Raises), not refuse them.
         memory: "streamed" saves nothing of a weight's size for the backward pass and learns inside it, by
             `dwm_fast.optim.StreamedAdam`; for networks whose masks would not fit otherwise (docs/streamed.md).
+        logits: of a streamed model, how its logits are stored: "fp32", "bf16" or "fixed16" (units of 2^-11).
 
     Returns:
         A MaskedModel; with memory="streamed" a StreamedModel, which is one.
@@ -315,7 +317,9 @@ def mask_model(
     if memory not in ("plain", "streamed"):
         raise InputError(f"memory={memory!r}; expected 'plain' or 'streamed'")
     if memory == "streamed":
-        streamed_model.refuse_unstreamable(kind, mask_samples)
+        streamed_model.refuse_unstreamable(kind, mask_samples, logits)
+    elif logits != "fp32":
+        raise InputError(f"logits={logits!r} with memory='plain'; expected 'fp32', or memory='streamed'")
     chosen = maskable_layers(model, include, exclude, skip_unmaskable=skip_unmaskable)
     refuse_shared(model, chosen)
     shell = Shell(model, [m.weight for m in chosen.values()])
@@ -334,5 +338,5 @@ def mask_model(
         except InputError as error:
             raise InputError(f"layer '{name}': {error}") from error
     if memory == "streamed":
-        return streamed_model.StreamedModel(shell.module, batch_norm=batch_norm, seed=seed)
+        return streamed_model.StreamedModel(shell.module, batch_norm=batch_norm, seed=seed, logits=logits)
     return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)

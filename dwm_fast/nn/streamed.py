@@ -22,10 +22,15 @@ from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import MaskKind
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.ops.autocast import autocast_dtype, autocast_operands, without_autocast
+from dwm_fast.ops.coding import decoded, encoded
 
 
 class Stepper(Protocol):
     """The optimiser of a streamed network, as its layers see it."""
+
+    def begin(self) -> None:
+        """A training pass begins; InputError where its steps could not be taken."""
+        ...
 
     def take(self, layer: StreamedLayer, grad: Tensor, run: Pass) -> None:
         """The gradient of the layer's masked weight, from one use of the layer in the forward pass `run`."""
@@ -97,6 +102,13 @@ class StreamedLayer(MaskedLayer):
     def _init_mask(self, kind: MaskKind, seed: int | None) -> None:
         super()._init_mask(kind, seed)
         self.mask_logits.requires_grad_(False)
+
+    @torch.no_grad()
+    def store(self, dtype: torch.dtype) -> None:
+        """Keep the logits as `dtype` from now on (`dwm_fast.ops.coding`), rounded to nearest."""
+        if dtype != self.mask_logits.dtype:
+            codes = encoded(decoded(self.mask_logits), dtype).contiguous()
+            self.mask_logits = nn.Parameter(codes, requires_grad=False)
 
     def enter(self, run: Pass | None) -> None:
         """Belong to a pass from now on; None: to none."""

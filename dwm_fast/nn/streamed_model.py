@@ -13,6 +13,8 @@ from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import MaskKind
 from dwm_fast.nn.model import MaskedModel, Sampler
 from dwm_fast.nn.streamed import Pass, Stepper, StreamedLayer
+from dwm_fast.ops.coding import LOGITS
+from dwm_fast.ops.draw import GUMBEL_MODES
 
 
 class StreamedModel(MaskedModel):
@@ -24,8 +26,13 @@ class StreamedModel(MaskedModel):
 
     memory = "streamed"
 
-    def __init__(self, model: nn.Module, *, batch_norm: str = "frozen", seed: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, batch_norm: str = "frozen", seed: int | None = None, logits: str = "fp32"
+    ) -> None:
         super().__init__(model, batch_norm=batch_norm, seed=seed)
+        self.logits = logits
+        for layer in self.streamed_layers():
+            layer.store(LOGITS[logits])
         self._stepper: Stepper | None = None
 
     def attach_stepper(self, stepper: Stepper | None) -> None:
@@ -65,6 +72,7 @@ class StreamedModel(MaskedModel):
                 "a streamed model in train() learns inside backward() and has no optimiser yet; make "
                 "dwm_fast.optim.StreamedAdam(masked, ...) first, or call eval()"
             )
+        self._stepper.begin()
         trained = [name for name, layer in self._layers.items() if layer.frozen_weight.requires_grad]
         if trained:
             raise InputError(
@@ -102,7 +110,7 @@ class _ReadPenalty(torch.autograd.Function):
         )
 
 
-def refuse_unstreamable(kind: MaskKind, mask_samples: int) -> None:
+def refuse_unstreamable(kind: MaskKind, mask_samples: int, logits: str) -> None:
     """InputError for what a streamed model cannot do."""
     if kind.draws_itself:
         raise InputError(
@@ -113,6 +121,13 @@ def refuse_unstreamable(kind: MaskKind, mask_samples: int) -> None:
         raise InputError(
             f"mask_samples={mask_samples} with memory='streamed'; expected 1: split the batch yourself and give "
             "StreamedAdam(..., accumulate=n), which has a mask for each part"
+        )
+    if logits not in LOGITS:
+        raise InputError(f"logits={logits!r}; expected one of {', '.join(map(repr, LOGITS))}")
+    if logits != "fp32" and kind.training_mode not in GUMBEL_MODES:
+        raise InputError(
+            f"logits='{logits}' with {kind.name}; expected GumbelSigmoid, whose logits are of a size that 16 bits can "
+            "say: use logits='fp32'"
         )
 
 

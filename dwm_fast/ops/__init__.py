@@ -11,6 +11,7 @@ from dwm_fast.ops.bits import (
     pack,
     unpack,
 )
+from dwm_fast.ops.coded_adam import coded_adam
 from dwm_fast.ops.conv2d import conv2d, conv2d_packed, padded
 from dwm_fast.ops.draw import SCALED_SOFT, Mode
 from dwm_fast.ops.kept import PADDING, expand_values, is_faster_kept, keep_values, linear_kept
@@ -34,6 +35,7 @@ __all__ = [
     "apply",
     "bank_conv2d",
     "bank_linear",
+    "coded_adam",
     "combine",
     "conv2d",
     "conv2d_packed",

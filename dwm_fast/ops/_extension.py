@@ -22,6 +22,7 @@ _build.load("cpu")
 
 from dwm_fast.ops.bank import segments  # noqa: E402
 from dwm_fast.ops.blocks import multiply_by_blocks  # noqa: E402
+from dwm_fast.ops.coding import LOGITS  # noqa: E402
 from dwm_fast.ops.draw import Draw  # noqa: E402
 from dwm_fast.ops.layout import PACKABLE, in_orders, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.linear import activated  # noqa: E402
@@ -32,6 +33,7 @@ from dwm_fast.ops.ways import one_pass  # noqa: E402
 TensorList = Sequence[Tensor]
 
 _OPS = torch.ops.dwm_fast_cpu
+_LOGITS = tuple(LOGITS.values())
 
 
 def _uniform(tensors: TensorList, dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -41,7 +43,7 @@ def _uniform(tensors: TensorList, dtypes: tuple[torch.dtype, ...]) -> bool:
 def sample(
     logits: TensorList, weights: TensorList, draw: Draw, dtype: torch.dtype | None, pack: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    simple = (dtype is None or dtype in FLOATS) and _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,))
+    simple = (dtype is None or dtype in FLOATS) and _uniform(weights, FLOATS) and _uniform(logits, _LOGITS)
     if not (simple and weights):
         raise Unsupported
     plain = all(t.is_contiguous() for t in (*logits, *weights))
@@ -58,12 +60,12 @@ def sample_backward(
     grads: TensorList, grad_penalty: Tensor, logits: TensorList, weights: TensorList, draw: Draw, need_logits: bool,
     need_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    simple = _uniform(weights, FLOATS) and _uniform(logits, (torch.float32,)) and _uniform(grads, FLOATS)
+    simple = _uniform(weights, FLOATS) and _uniform(logits, _LOGITS) and _uniform(grads, FLOATS)
     if not (simple and weights):
         raise Unsupported
     scores, orders = known(logits)
     dense, incoming = in_orders(weights, orders), in_orders(grads, orders)
-    dlogits = [torch.empty_like(x) for x in scores] if need_logits else []
+    dlogits = [torch.empty_like(x, dtype=torch.float32) for x in scores] if need_logits else []
     dweights = [torch.empty_like(w) for w in dense] if need_weights else []
     _OPS.sample_backward.default(dlogits, dweights, incoming, grad_penalty.float(), scores, dense, *_fp32(draw))
     return restored(dlogits, logits if need_logits else []), restored(dweights, weights if need_weights else [])
@@ -176,6 +178,17 @@ def mask_adam(
     dense = in_orders(weights, known(logits)[1])
     _OPS.mask_adam.default(
         logits, dense, aligned, exp_avg, exp_avg_sq, *_fp32(draw), penalty_scale.float(), steps.contiguous(), lr,
+        beta1, beta2, eps, weight_decay, decoupled,
+    )  # fmt: skip
+
+
+def coded_adam(
+    logits: TensorList, grads: TensorList, exp_avg: TensorList, exp_avg_sq: TensorList, exp_avg_scale: TensorList,
+    exp_avg_sq_scale: TensorList, rng_state: Tensor, layers: Sequence[int], steps: Tensor, lr: Tensor, beta1: float,
+    beta2: float, eps: float, weight_decay: float, decoupled: bool,
+) -> None:  # fmt: skip
+    _OPS.coded_adam.default(
+        logits, grads, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rng_state, layers, steps.contiguous(), lr,
         beta1, beta2, eps, weight_decay, decoupled,
     )  # fmt: skip
 

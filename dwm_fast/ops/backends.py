@@ -50,6 +50,7 @@ def _cpp() -> dict[str, Implementation]:
         "combine": _extension.combine,
         "overlap": _extension.overlap,
         "mask_adam": _extension.mask_adam,
+        "coded_adam": _extension.coded_adam,
         "frozen_adamw": _extension.frozen_adamw,
         "frozen_sgd": _extension.frozen_sgd,
         "kernel_soft": _extension_soft.kernel_soft,

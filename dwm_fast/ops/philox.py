@@ -21,6 +21,9 @@ _ROUNDS = 10
 # Blocks a chunk: on a CPU the dozen int64 temporaries stay in cache, elsewhere they stay under 1 GiB.
 _CHUNK_CPU, _CHUNK = 1 << 15, 1 << 22
 
+MASKS, LOGIT_ROUNDING, MOMENT_ROUNDING = range(3)
+"""Streams of words: of masks, and of the rounding of stored logits and moments (`dwm_fast.ops.coding`)."""
+
 TAIL = 2.0**-16
 """Below u = TAIL and above u = 1 - TAIL the contract counts in steps of 2^-32, else of 2^-24."""
 
@@ -52,24 +55,26 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
-def block_words(block: Tensor, rng_state: Tensor, layer: int, step_offset: int = 0) -> Tensor:
+def block_words(block: Tensor, rng_state: Tensor, layer: int, step_offset: int = 0, stream: int = MASKS) -> Tensor:
     """Words of elements 4 * block ... 4 * block + 3: block int64 (n,), each in [0, 2^61) -> int64 (n, 4)."""
     seed, step = rng_state[0], (rng_state[1] + step_offset) & _LOW
     key = (seed & _LOW, (seed >> 32) & _LOW)
-    counter = (block & _LOW, block >> 32, torch.full_like(block, layer), step.expand_as(block))
+    counter = (block & _LOW, (block >> 32) | (stream << 30), torch.full_like(block, layer), step.expand_as(block))
     return torch.stack(philox4x32(counter, key), dim=1)
 
 
-def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0) -> Tensor:
+def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0, stream: int = MASKS) -> Tensor:
     """The contract's random word of every element of one tensor.
 
-    Counter = (element // 4 low, element // 4 high, layer, step), key = seed; element e takes word e % 4.
+    Counter = (element // 4 low, element // 4 high + 2^30 stream, layer, step), key = seed; element e takes word e % 4.
 
     Args:
         numel: number of elements, in logical contiguous order.
         rng_state: int64 tensor (2,): seed (read as 64 bits) and step (its low 32 bits count).
         layer: index of the tensor in its network, in [0, 2^32).
         step_offset: added to the step: sample j of a batch that is split into several mask samples uses j.
+        stream: MASKS, LOGIT_ROUNDING or MOMENT_ROUNDING. A tensor has fewer than 2^63 elements, so the two highest bits
+            of the second word are free for it, and no two streams share a counter.
 
     Returns:
         int64 tensor (numel,) with values in [0, 2^32).
@@ -83,7 +88,7 @@ def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0
     chunk = _CHUNK_CPU if rng_state.device.type == "cpu" else _CHUNK
     for first in range(0, blocks, chunk):
         block = torch.arange(first, min(first + chunk, blocks), device=rng_state.device, dtype=torch.int64)
-        words[first : first + chunk] = block_words(block, rng_state, layer, step_offset)
+        words[first : first + chunk] = block_words(block, rng_state, layer, step_offset, stream)
     return words.view(-1)[:numel]
 
 

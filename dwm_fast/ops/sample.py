@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import pack_reference
+from dwm_fast.ops.coding import decoded, value_dtype
 from dwm_fast.ops.draw import GUMBEL_MODES, SCALED_SOFT, Draw, Mode
 from dwm_fast.ops.packing import packed_nbytes
 from dwm_fast.ops.philox import random_words, signed_uniform
@@ -80,7 +81,7 @@ def mask_value(logits: Tensor, draw: Draw, i: int) -> tuple[Tensor, Tensor]:
 
 
 def _no_penalty(logits: TensorList, device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=logits[0].dtype if logits else torch.float32, device=device)
+    return torch.zeros((), dtype=value_dtype(logits[0].dtype) if logits else torch.float32, device=device)
 
 
 def penalty(logits: TensorList, mode: int, device: torch.device | None = None, tau: Tensor | None = None) -> Tensor:
@@ -97,6 +98,7 @@ def penalty(logits: TensorList, mode: int, device: torch.device | None = None, t
         0-dim tensor in [0, 1]: a mean over every element, so a coefficient means the same for any size.
     """
     device = logits[0].device if logits else device or torch.device("cpu")
+    logits = [decoded(x) for x in logits]
     total = sum(x.numel() for x in logits)
     if mode == SCALED_SOFT:
         if tau is None:
@@ -120,6 +122,7 @@ def sample_reference(
     logits: TensorList, weights: TensorList, draw: Draw, dtype: torch.dtype | None, pack: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     masked, keeps, sums = [], [], []
+    logits = [decoded(x) for x in logits]
     for i, (scores, weight) in enumerate(zip(logits, weights, strict=True)):
         value, keep = mask_value(scores, draw, i)
         if draw.mode == Mode.EDIT:
@@ -169,6 +172,7 @@ def sample_backward_reference(
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """With `total` the penalty is a sum over so many elements, of which `logits` are a part."""
     total = total or max(1, sum(x.numel() for x in logits))
+    logits = [decoded(x) for x in logits]
     dlogits, dweights = [], []
     for i, (grad, scores, weight) in enumerate(zip(grads, logits, weights, strict=True)):
         g = grad.to(scores.dtype)
@@ -198,7 +202,7 @@ def _sample_backward_fake(
     need_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     return (
-        [torch.empty_like(x) for x in logits] if need_logits else [],
+        [torch.empty_like(x, dtype=value_dtype(x.dtype)) for x in logits] if need_logits else [],
         [torch.empty_like(w) for w in weights] if need_weights else [],
     )
 
@@ -296,7 +300,8 @@ def sample(
     """Draw and apply the masks of all layers of a network at once; differentiable in logits and weights.
 
     Args:
-        logits: learned tensors, fp32, logits[i] of the shape of weights[i] with any strides.
+        logits: learned tensors, fp32, logits[i] of the shape of weights[i] with any strides; without gradients also
+            bf16, or int16 for fixed point (`dwm_fast.ops.coding`), all of one dtype.
         weights: weights, any floating dtype and strides.
         rng_state: int64 (2,): seed and step. The backward draws the same noise from it again, so it must not
             be changed in place before: pass what `advance` returned.

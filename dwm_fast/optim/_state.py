@@ -63,12 +63,16 @@ class DeviceOptimizer(torch.optim.Optimizer):
         super().add_param_group({k: v for k, v in param_group.items() if k != "keep"})
         group = self.param_groups[-1]
         for param in group["params"]:
-            if not param.is_floating_point():
+            if not self.steps_on(param.dtype):
                 raise InputError(f"a parameter is {param.dtype}; expected a real floating dtype")
         refuse_shards(group["params"], type(self).__name__, self.FOR_SHARDS)
         if keep is not None:
             for param, mask in _with_parameters(keep, [group]):
                 self._keep_one(param, mask)
+
+    def steps_on(self, dtype: torch.dtype) -> bool:
+        """Whether parameters may be of this dtype."""
+        return dtype.is_floating_point
 
     def buckets(self, group_index: int) -> list[Bucket]:
         """The buckets of one param group, made at their first use: by then parameters have been moved."""
@@ -98,6 +102,10 @@ class DeviceOptimizer(torch.optim.Optimizer):
         """State tensors that a group's rule needs."""
         return self.STATE
 
+    def new_state(self, bucket: Bucket, i: int, name: str) -> Tensor:
+        """State tensor `name` of the bucket's parameter i before its first step."""
+        return bucket.new_state(i)
+
     def states(self, group: dict[str, Any], bucket: Bucket, active: Iterable[int]) -> list[list[Tensor]]:
         """One list per name of `state_names`, each aligned with `active`; zeros where there was no state."""
         names = self.state_names(group)
@@ -111,7 +119,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 state["step"] = bucket.steps[i]
             for name in names:
                 if name not in state:
-                    state[name] = bucket.new_state(i)
+                    state[name] = self.new_state(bucket, i, name)
             rows.append([state[name] for name in names])
         return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
 
@@ -226,7 +234,12 @@ class DeviceOptimizer(torch.optim.Optimizer):
             if value is None:
                 target.zero_()
                 continue
-            if value.shape != bucket.params[i].shape:
+            if value.is_floating_point() != target.is_floating_point():
+                raise InputError(
+                    f"state '{name}' is {value.dtype} and {target.dtype} here: the state dict is of moments in another "
+                    "format; load it into a StreamedAdam, which converts"
+                )
+            if value.shape != (target if index is None else bucket.params[i]).shape:
                 raise InputError(
                     f"state '{name}' has shape {tuple(value.shape)} for a parameter of shape "
                     f"{tuple(bucket.params[i].shape)}; load a state dict of the same model"

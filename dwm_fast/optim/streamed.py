@@ -12,7 +12,10 @@ from torch import Tensor
 from dwm_fast.errors import InputError
 from dwm_fast.nn.streamed import Pass, StreamedLayer
 from dwm_fast.nn.streamed_model import StreamedModel, refuse_several_processes
+from dwm_fast.ops.coded_adam import coded_adam
+from dwm_fast.ops.coding import LOGITS, MOMENTS, decoded
 from dwm_fast.ops.update import frozen_adamw, mask_adam
+from dwm_fast.optim import _moments
 from dwm_fast.optim._bucket import Bucket
 from dwm_fast.optim._state import DeviceOptimizer, finite, non_negative, valid_betas
 from dwm_fast.optim.folded import FoldedGradient, Share
@@ -34,9 +37,11 @@ class StreamedAdam(DeviceOptimizer):
             first layer of a step steps, so change them between `step()` and the next `backward()`.
         accumulate: forward passes whose gradients make one step; each draws masks of its own. Above 1 a layer keeps
             the sum of its gradients, fp32, between them. `step()` takes what there is, were it less.
+        moments: how Adam's moments are stored: "fp32", "bf16", or "8bit", one byte each and a scale for 128
+            (formats and their rounding: `dwm_fast.ops.coding`).
 
     Raises:
-        InputError: no streamed model, a number out of range, or several processes.
+        InputError: no streamed model, a number out of range, an unknown format, or several processes.
 
     Example:
         >>> import torch, dwm_fast as dwm
@@ -48,7 +53,7 @@ class StreamedAdam(DeviceOptimizer):
         True
     """
 
-    STATE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    STATE: ClassVar[tuple[str, ...]] = _moments.state_names("8bit")
     FOR_SHARDS: ClassVar[str] = "keep the network whole, in one process"
 
     def __init__(
@@ -62,6 +67,7 @@ class StreamedAdam(DeviceOptimizer):
         coefficient: float | Tensor = 0.0,
         decoupled_weight_decay: bool = True,
         accumulate: int = 1,
+        moments: str = "fp32",
     ) -> None:
         non_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         valid_betas(betas)
@@ -69,6 +75,8 @@ class StreamedAdam(DeviceOptimizer):
             raise InputError(f"coefficient is {coefficient!r}; expected a finite number")
         if not isinstance(accumulate, int) or accumulate < 1:
             raise InputError(f"accumulate is {accumulate!r}; expected a whole number of at least 1")
+        if moments not in MOMENTS:
+            raise InputError(f"moments={moments!r}; expected one of {', '.join(map(repr, MOMENTS))}")
         _check_source(source)
         defaults = {
             "lr": lr,
@@ -78,7 +86,8 @@ class StreamedAdam(DeviceOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "coefficient": coefficient,
         }
-        self.accumulate = accumulate
+        self.accumulate, self.moments = accumulate, moments
+        self._coded = moments != "fp32" or source.logits != "fp32"
         self._layers = {layer: _Progress() for layer in source.streamed_layers()}
         self._scalars: dict[Bucket, tuple[Tensor, Tensor]] = {}
         self._last: tuple[Pass, torch.dtype] | None = None
@@ -89,6 +98,16 @@ class StreamedAdam(DeviceOptimizer):
         """Nothing is left to clear: a gradient is gone once its layer has stepped."""
         for layer in self._layers:
             layer.mask_logits.grad = None
+
+    def begin(self) -> None:
+        """As of `dwm_fast.nn.streamed.Stepper`: called before each forward pass that learns."""
+        logits = next(iter(self._layers)).mask_logits
+        if self._coded and logits.device.type != "cpu":
+            raise InputError(
+                f"logits of {logits.dtype} and moments='{self.moments}' on {logits.device}; numbers in fewer bits are "
+                "learned on a CPU alone so far: give mask_model(..., logits='fp32') and StreamedAdam(..., "
+                "moments='fp32') on a GPU"
+            )
 
     @torch.no_grad()
     def take(self, layer: StreamedLayer, grad: Tensor, run: Pass) -> None:
@@ -133,12 +152,15 @@ class StreamedAdam(DeviceOptimizer):
             if progress.sum is not None:
                 self._step_sum(layer, progress.sum)
             elif self.accumulate > 1:
-                self._step_sum(layer, torch.zeros_like(layer.mask_logits))
+                self._step_sum(layer, torch.zeros_like(layer.mask_logits, dtype=torch.float32))
             else:
                 self._step_layer(layer, torch.zeros_like(layer.frozen_weight, dtype=dtype), run)
 
     def _step_layer(self, layer: StreamedLayer, grad: Tensor, run: Pass) -> None:
         """Chain rule, penalty and Adam from the gradient of the masked weight of one draw."""
+        if self._coded:
+            _, slope = self._scalars_of(*self._place_of(layer)[:2])
+            return self._adam(layer, _logit_gradient(layer, grad, run, slope))
         group, bucket, (exp_avg, exp_avg_sq), steps = self._open(layer)
         lr, slope = self._scalars_of(group, bucket)
         mask_adam(
@@ -164,33 +186,47 @@ class StreamedAdam(DeviceOptimizer):
 
     def _step_sum(self, layer: StreamedLayer, grad: Tensor) -> None:
         """Penalty and Adam from the gradient of the logits, the sum over several draws."""
-        group, bucket, (exp_avg, exp_avg_sq), steps = self._open(layer)
-        lr, slope = self._scalars_of(group, bucket)
+        group, bucket, _ = self._place_of(layer)
         if isinstance(group["coefficient"], Tensor) or group["coefficient"] != 0:
-            (term,) = penalty_terms([layer.mask_logits], layer.kind.training_mode)
+            _, slope = self._scalars_of(group, bucket)
+            (term,) = penalty_terms([decoded(layer.mask_logits)], layer.kind.training_mode)
             grad = grad + slope * term
-        frozen_adamw(
-            [layer.mask_logits],
-            [grad],
-            exp_avg,
-            exp_avg_sq,
-            bucket.bits,
-            bucket.ranks,
-            steps,
-            lr,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-        )
+        self._adam(layer, grad)
+
+    def _adam(self, layer: StreamedLayer, grad: Tensor) -> None:
+        """Adam from the gradient of the logits."""
+        group, bucket, state, steps = self._open(layer)
+        lr, _ = self._scalars_of(group, bucket)
+        options: dict[str, Any] = {
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": group["decoupled_weight_decay"],
+        }
+        logits, (exp_avg, exp_avg_sq, *scales) = [layer.mask_logits], state
+        if self._coded:
+            assert self._last is not None
+            if not layer.mask_logits.is_contiguous():  # a block of 128 is one in logical order
+                layer.mask_logits.data = layer.mask_logits.contiguous()
+            first, second = scales or ([], [])
+            options |= {"layers": [layer.layer_index]}
+            seed, grads = self._last[0].state, [grad.contiguous()]
+            coded_adam(logits, grads, exp_avg, exp_avg_sq, first, second, seed, steps, lr, **options)
+        else:
+            frozen_adamw(logits, [grad], exp_avg, exp_avg_sq, bucket.bits, bucket.ranks, steps, lr, **options)
         self._close(layer)
 
     def _open(self, layer: StreamedLayer) -> tuple[dict[str, Any], Bucket, list[list[Tensor]], Tensor]:
         """The layer's group, bucket, state and step count, which moves on by one."""
+        group, bucket, i = self._place_of(layer)
+        return group, bucket, self.states(group, bucket, [i]), bucket.steps[i : i + 1].add_(1)
+
+    def _place_of(self, layer: StreamedLayer) -> tuple[dict[str, Any], Bucket, int]:
+        """The layer's group and bucket, and the number of its logits there."""
         for group, bucket in self.all_buckets():
             i = bucket.index.get(layer.mask_logits)
             if i is not None:
-                return group, bucket, self.states(group, bucket, [i]), bucket.steps[i : i + 1].add_(1)
+                return group, bucket, i
         raise InputError(
             "the streamed model's parameters are other tensors than when StreamedAdam was made; make it after that"
         )
@@ -211,6 +247,20 @@ class StreamedAdam(DeviceOptimizer):
             )
             self._scalars[bucket] = self.learning_rate(group, bucket), slope
         return self._scalars[bucket]
+
+    def steps_on(self, dtype: torch.dtype) -> bool:
+        return dtype in LOGITS.values()
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return _moments.state_names(self.moments)
+
+    def new_state(self, bucket: Bucket, i: int, name: str) -> Tensor:
+        if not self._coded:
+            return super().new_state(bucket, i, name)
+        return _moments.new_state(bucket.params[i], self.moments, name)
+
+    def _load(self, group: dict[str, Any], bucket: Bucket, i: int, saved: dict[str, Any]) -> None:
+        super()._load(group, bucket, i, _moments.in_format(saved, self.moments))
 
     def state_dict(self) -> dict[str, Any]:
         """As MaskAdam's, between two steps; in the middle of one: InputError."""
@@ -275,12 +325,13 @@ class _Stepped(Share):
         """Nothing to clear."""
 
 
-def _logit_gradient(layer: StreamedLayer, grad: Tensor, run: Pass) -> Tensor:
-    """Chain rule of one draw: gradient of the logits, fp32."""
+def _logit_gradient(layer: StreamedLayer, grad: Tensor, run: Pass, slope: Tensor | None = None) -> Tensor:
+    """Chain rule of one draw, and `slope` times the slope of each penalty's term: gradient of the logits, fp32."""
+    logits = layer.mask_logits
     found, _ = torch.ops.dwm_fast.sample_backward(
         [grad],
-        torch.zeros((), device=grad.device),
-        [layer.mask_logits],
+        torch.zeros((), device=grad.device) if slope is None else slope * logits.numel(),
+        [logits],
         [layer.frozen_weight],
         run.state,
         run.tau,

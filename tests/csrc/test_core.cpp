@@ -2,6 +2,7 @@
 // the promised size, so that a byte read or written beyond it stops the run. Prints "ok" or the broken promise.
 #include "core.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -374,6 +375,28 @@ std::vector<float> soft_step(const Kernels& k, int64_t n, bool whole) {
   return {w.get(), w.get() + n};
 }
 
+// Logits, moments and scales after three steps of coded_adam.
+std::vector<uint8_t> coded_steps(const Kernels& k, int64_t n, CodedTypes types) {
+  std::srand(9);
+  const int64_t wide = types.logits == Type::f32 ? 4 : 2;
+  const int64_t moment = types.moments == Type::f32 ? 4 : types.moments == Type::bf16 ? 2 : 1;
+  const int64_t blocks = (n + kCodeBlock - 1) / kCodeBlock;
+  Block<uint8_t> logits(n * wide), first(n * moment), second(n * moment);
+  Block<float> grad(n), scale(blocks), scale_sq(blocks);
+  CodedTensor t{{n, 1, 1}, logits.get(), grad.get(), first.get(), second.get(), scale.get(), scale_sq.get(), 3, 42,
+                {0.1f, true, 0.999f, 0.001f, -0.01f, 0.5f, 1e-15f, 0.99f, 0.0f, 1}};
+  for (; t.rule.step <= 3; ++t.rule.step) {
+    for (int64_t i = 0; i < n; ++i) grad[i] = next_float();
+    for_chunks(t.shape, [&](int64_t b, int64_t e) { k.coded_adam(types, t, b, e); });
+  }
+  std::vector<uint8_t> all;
+  for (const Block<uint8_t>* block : {&logits, &first, &second}) {
+    all.insert(all.end(), block->get(), block->get() + block->size);
+  }
+  require(std::count(all.begin(), all.end(), 0) < static_cast<int64_t>(all.size()), "coded_adam steps", k.name);
+  return all;
+}
+
 }  // namespace
 
 int main() {
@@ -412,6 +435,14 @@ int main() {
     for (const int64_t width : {5, 16, 1027, 4112}) {
       const auto first = check_linear(*tables.front(), n, width, false);
       require(first == check_linear(*tables.back(), n, width, false), "instruction sets multiply alike", "linear");
+    }
+  }
+  for (const int64_t n : {1, 127, 129, 2305, 40001}) {
+    for (const Type logits : {Type::f32, Type::bf16, Type::i16}) {
+      for (const Type moments : {Type::f32, Type::bf16, Type::i8}) {
+        require(coded_steps(*tables.front(), n, {logits, moments}) == coded_steps(*tables.back(), n, {logits, moments}),
+                "instruction sets code alike", "coded_adam");
+      }
     }
   }
   for (const Shape& shape : shapes) {

@@ -612,5 +612,7 @@ def test_compiler_vectorised_the_lane_loops() -> None:
     functions = re.findall(r"<(?:\w+ )?dwm::avx2::(\w+)[^\n]*>:\n(.*?)\n\n", listing, re.S)
     loops = {name: body for name, body in functions if name.endswith(("_run", "philox_blocks", "store_free_f32"))}
     wanted = {"sample_run", "chain_run", "adamw_run", "adam_run", "sgd_run", "apply_run", "dot_run", "philox_blocks"}
+    wanted |= {"coded_adam_run", "encode_bf16_run", "encode_fixed_run", "encode_blocks_run", "decode_blocks_run"}
     assert wanted <= set(loops)
     assert not [name for name, body in loops.items() if "%ymm" not in body]
+    assert not [name for name, body in functions if name in wanted and re.search(r"\bcall .*<dwm::", body)]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dwm_fast as dwm
+from dwm_fast.errors import InputError
 from dwm_fast.methods.transfer import TrainOptions, make_optimizer
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear
 from tests.bank import nets
@@ -97,6 +98,19 @@ def test_a_plain_optimiser_s_rate_lives_on_the_gpu(gpu):
     assert isinstance(rate, torch.Tensor)
     assert rate.device == torch.device("cuda:0")
     assert optimizer.param_groups[0]["capturable"] is True
+
+
+@pytest.mark.parametrize(("logits", "moments"), [("fixed16", "fp32"), ("bf16", "fp32"), ("fp32", "8bit")])
+def test_numbers_in_few_bits_are_read_on_a_gpu_and_refused_to_learn_there(gpu, logits, moments):
+    masked = dwm.mask_model(backbone(), dwm.GumbelSigmoid(init=0.1), seed=1, memory="streamed", logits=logits)
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        expected = masked.eval()(x)
+        there = copy.deepcopy(masked).to("cuda:0")
+        torch.testing.assert_close(there(x.to("cuda:0")).cpu(), expected, rtol=0, atol=2e-5)
+    dwm.optim.StreamedAdam(there, moments=moments)
+    with pytest.raises(InputError, match="learned on a CPU alone"):
+        there.train()(x.to("cuda:0"))
 
 
 def test_packed_networks_run_from_their_bits(gpu):

@@ -86,7 +86,9 @@ def pair(kind=None, checkpointed="none", accumulate=1, **options):
 
 def state_of(model, optimizer):
     found = [p.detach().clone() for p in model.mask_parameters()]
-    return found + [optimizer.state[p][name].clone() for p in model.mask_parameters() for name in optimizer.STATE]
+    return found + [
+        optimizer.state[p][name].clone() for p in model.mask_parameters() for name in optimizer.state_names({})
+    ]
 
 
 def all_equal(a, b):

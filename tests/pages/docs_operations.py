@@ -8,6 +8,9 @@ reals = [torch.full((4, 8), 1e-2), torch.full((2, 4), 1e-2)]
 rng_state, tau = torch.tensor([7, 0]), torch.tensor(1.0)
 gradients, gammas = [torch.randn(4, 8), torch.randn(2, 4)], [torch.rand(4, 8), torch.rand(2, 4)]
 lr = torch.tensor(0.1, dtype=torch.float64)
+codes, gradient, steps = torch.zeros(4, 8, dtype=torch.int16), torch.randn(4, 8), torch.ones(1)
+exp_avg, exp_avg_sq = torch.zeros(4, 8, dtype=torch.int8), torch.zeros(4, 8, dtype=torch.uint8)
+scale, scale_sq = torch.zeros(1), torch.zeros(1)
 masks = mask_a, mask_b = torch.rand(4, 8) > 0.5, torch.rand(2, 4) > 0.5
 weight_a, weight_b = weights
 n_a, n_b = 32, 8
