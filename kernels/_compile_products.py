@@ -1,13 +1,14 @@
 """The masked products that the compile gate compiles: every kernel with the tiles that its launcher chooses."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from dwm_fast.kernels import conv, linear, linear_grad
+from dwm_fast.kernels import bank, conv, linear, linear_grad
 from dwm_fast.kernels._configuration import Configuration
 from dwm_fast.kernels._launch import Tiles
 from dwm_fast.kernels._product_launch import convolution_tiles, gradient_tiles, precision, product_tiles
@@ -45,6 +46,9 @@ def product_configurations() -> Iterator[Configuration]:
     )
     yield _gradient(_HARD, 64)
     yield _gradient(_BITS, 64)
+    for dtype, k in itertools.product((_BF16, _FP32), (4096, 4090)):
+        for rows in (4, 256):
+            yield _bank(dtype, rows, k)
     yield from _convolutions()
 
 
@@ -94,6 +98,20 @@ def _gradient(mode: int, m: int) -> Configuration:
     return Configuration(
         _name(f"linear gradient M={m}", mode, _BF16), linear_grad.mask_gradient_kernel, types, constants,
         tiles.num_warps, ("N", "K", "g_m", "x_m", "w_n", "s_n", "ds_n", "dw_n"), matrix=True, pipelined=True,
+    )  # fmt: skip
+
+
+def _bank(dtype: torch.dtype, rows: int, k: int) -> Configuration:
+    tiles = bank.tiles_for(16 * rows, 16, 4096, k, dtype)
+    kernel = bank.bank_linear_few_fwd_kernel if tiles.group else bank.bank_linear_many_fwd_kernel
+    constants: dict[str, Any] = {"HAS_BIAS": True, "ALIGNED": k % 32 == 0, "PRECISION": "tf32"}
+    constants |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "BLOCK_M": tiles.block_m}
+    constants |= {"GROUP": tiles.group} if tiles.group else {}
+    pointer = _POINTER[dtype]
+    return Configuration(
+        f"bank rows={rows} K={k} {str(dtype)[6:]}", kernel,
+        (pointer, pointer, "*i32", pointer, "*i64", pointer, *("i32",) * 6), constants, tiles.num_warps,
+        ("N", "K", "bits_stride", "bias_stride") if k % 16 == 0 else ("N", "bias_stride"),
     )  # fmt: skip
 
 

@@ -151,6 +151,8 @@ FEW = Tiles(group=4, block_n=64, block_k=32, block_m=16, num_warps=8)
 FEW_WIDE = Tiles(group=1, block_n=32, block_k=32, block_m=16, num_warps=4)
 """Few rows otherwise; larger tiles or groups spill."""
 MANY = Tiles(group=0, block_n=64, block_k=64, block_m=64, num_warps=4)
+MANY_WIDE = Tiles(group=0, block_n=64, block_k=32, block_m=64, num_warps=4)
+"""Many rows of four-byte values that begin inside words; with 64 columns a tile, Triton 3.6 spills on sm_80."""
 _MAX_K = 1 << 23
 """Offsets inside a tile are int32: at most 128 rows of this many columns."""
 
@@ -166,7 +168,11 @@ def tiles_for(rows: int, domains: int, n: int, k: int, dtype: torch.dtype, name:
     few = k % 32 == 0 and dtype.itemsize == 2
     row = nearest(Problem("bank_linear", "cuda", dtype, max(rows // domains, 1), n, k, name=name)) if few else None
     measured = Tiles(**row["tiles"]) if row is not None else None
-    return forced_tiles() or measured or ((FEW if few else FEW_WIDE) if rows <= _SMALL * domains else MANY)
+    if rows <= _SMALL * domains:
+        default = FEW if few else FEW_WIDE
+    else:
+        default = MANY_WIDE if k % 32 and dtype.itemsize > 2 else MANY
+    return forced_tiles() or measured or default
 
 
 def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:
