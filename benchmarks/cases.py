@@ -16,6 +16,7 @@ from . import (
     bench_linear,
     bench_sample,
     bench_step,
+    bench_streamed,
     bench_study,
     bench_update,
 )
@@ -51,6 +52,11 @@ _SAMPLE = ("philox", "sample", "gpu")
 _STEP = (*_SAMPLE, "update", "mask_adam", "model", "graphs")
 _PRODUCT = ("bits", "linear", "products_gpu")
 _CONVOLUTION = ("bits", "conv2d", "products_gpu")
+
+
+def _streamed(name: str, batch: int, pixels: int) -> Entry:
+    build = partial(bench_streamed.learning, name=name, rows=batch, pixels=pixels)
+    return Entry(f"step-streamed-{name}", (*_STEP, "streamed", "coded_adam"), build, ("cpu",), quick=False)
 
 
 def _step(name: str, batch: int, pixels: int, device: str) -> Entry:
@@ -100,6 +106,8 @@ ENTRIES = (
     Entry("sample-backward", _SAMPLE, bench_sample.backward),
     _step("resnet18", 64, 224, "cuda"),
     _step("resnet18", 32, 64, "cpu"),
+    _streamed("resnet18", 32, 64),
+    _streamed("mlp4096", 64, 0),
     Entry("update-mask-adam", (*_SAMPLE, "update", "mask_adam"), bench_update.mask_adam),
     Entry("update-frozen-adamw", ("update", "frozen"), bench_update.frozen_adamw),
     _linear(1),
