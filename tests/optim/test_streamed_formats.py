@@ -1,6 +1,7 @@
 """Streamed learning with moments and logits in few bits: exact to resume, small in memory, and as good."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import dwm_fast as dwm
 from dwm_fast.errors import InputError
 from dwm_fast.ops import coding
-from dwm_fast.optim import MaskAdam, StreamedAdam
+from dwm_fast.optim import MaskAdam, StreamedAdam, _moments
 
 FORMATS = [("fp32", "8bit"), ("bf16", "8bit"), ("fixed16", "8bit"), ("fixed16", "bf16"), ("bf16", "fp32")]
 EACH = pytest.mark.parametrize(("logits", "moments"), FORMATS)
@@ -165,6 +166,20 @@ def test_bytes_a_masked_weight_at_the_peak_of_a_run_its_bf16_weight_included(log
     found = [peak_of(layers, width, logits, moments) for layers in (few, many)]
     bytes_a_weight = (found[1] - found[0]) / ((many - few) * width**2)
     assert most - 0.1 <= bytes_a_weight <= most
+
+
+def test_the_page_s_table_of_llama_is_what_its_tensors_would_take():
+    page = (Path(__file__).parents[2] / "docs" / "streamed.md").read_text(encoding="utf-8")
+    shapes = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
+    masked = 32 * sum(rows * columns for rows, columns in shapes)
+    whole = masked + 2 * 128256 * 4096 + (2 * 32 + 1) * 4096  # embedding and head, norms
+    assert f"({masked:,} of {whole:,} weights)" in page
+    for logits, moments in (("fp32", "fp32"), ("fp32", "8bit"), ("fixed16", "8bit")):
+        like = [torch.empty(shape, dtype=coding.LOGITS[logits], device="meta") for shape in shapes]
+        state = [_moments.new_state(x, moments, name) for x in like for name in _moments.state_names(moments)]
+        parts = [2 * whole, *(32 * sum(t.nbytes for t in role) for role in (like, state))]
+        cells = " | ".join(f"{part / 1e9:.1f}" for part in (*parts, sum(parts)))
+        assert f"| {logits}, {moments} | {cells} |" in page
 
 
 @EACH
