@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast.nn import GumbelSigmoid, mask_model
+from dwm_fast.nn.streamed_model import StreamedModel
 from dwm_fast.ops import backends
 from dwm_fast.optim import MaskAdam, StreamedAdam
 
@@ -39,6 +40,7 @@ def learning(context: Context, name: str, rows: int, pixels: int) -> Case:
     def streamed(logits: str = "fp32", moments: str = "fp32") -> Run:
         model = network(name, context.device)
         masked = mask_model(model, GumbelSigmoid(), seed=7, memory="streamed", logits=logits).train()
+        assert isinstance(masked, StreamedModel)
         optimizer = StreamedAdam(masked, lr=1e-2, coefficient=_COEFFICIENT, moments=moments)
 
         def step() -> Tensor:
