@@ -73,7 +73,7 @@ def serving(context: Context, pixels: int) -> Case:
     model = network("resnet18", context.device)
     names = ["photo", "art", "cartoon", "sketch"]
     bank = dwm_fast.MaskBank(model)
-    weights = {f"{n}.weight": m.weight for n, m in dwm_fast.nn.maskable_layers(model).items()}
+    weights = {there.full_name: there.weight for there in dwm_fast.nn.maskable_weights(model).values()}
     masks = {d: {n: torch.rand(w.shape, device=w.device) < 0.7 for n, w in weights.items()} for d in names}
     for name in names:
         bank.add(name, masks[name])

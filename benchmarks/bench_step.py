@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dwm_fast
 from dwm_fast.graphs import capture_step
-from dwm_fast.nn import GumbelSigmoid, mask_model, maskable_layers
+from dwm_fast.nn import GumbelSigmoid, mask_model, maskable_weights
 from dwm_fast.ops import backends
 from dwm_fast.optim import FrozenAdamW, MaskAdam
 
@@ -57,7 +57,7 @@ class _Setting:
         model = network(self.name, self.context.device)
         for p in model.parameters():
             p.requires_grad_(False)
-        weights = [cast(nn.Parameter, layer.weight) for layer in maskable_layers(model).values()]
+        weights = [there.weight for there in maskable_weights(model).values()]
         for weight in weights:
             weight.requires_grad_()
         return model, weights
@@ -230,7 +230,8 @@ def frozen_tuning(context: Context, name: str, rows: int, pixels: int) -> Case:
 def _eager_bits(model: nn.Module, packed: nn.Module) -> nn.Module:
     """The network with layers that unpack their bits in every forward, in plain PyTorch."""
     model = copy.deepcopy(model)
-    for name, layer in maskable_layers(model).items():
+    for name, there in maskable_weights(model).items():
+        layer = there.module
         layer.register_buffer("bits", packed.get_buffer(f"{name}.bits"))
         layer.__class__ = EagerPackedConv2d if isinstance(layer, nn.Conv2d) else EagerPackedLinear
     return model

@@ -9,7 +9,7 @@ from learn_a_mask import CLASSES, FEATURES, batch
 from torch.nn.functional import cross_entropy
 
 from dwm_fast.methods import FoundMask, SourceTask
-from dwm_fast.nn import maskable_layers
+from dwm_fast.nn import maskable_weights
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Taylor:
         model.zero_grad()
         for images, labels in task.batches(0):
             cross_entropy(model(images), labels).backward()
-        scores = {name: (m.weight * m.weight.grad).abs() for name, m in maskable_layers(model).items()}
+        scores = {name: (w.weight * w.weight.grad).abs() for name, w in maskable_weights(model).items()}
         limit = torch.cat([s.flatten() for s in scores.values()]).quantile(1 - self.fraction)
         model.zero_grad()
         return FoundMask(keep={name: score >= limit for name, score in scores.items()})

@@ -68,7 +68,7 @@ def weight_names(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
     """
     result = {}
     for given, mask in masks.items():
-        name = given if given in tensors else f"{given}.weight"
+        name = given if given in tensors else f"{given}.weight".lstrip(".")
         if name not in tensors:
             known = [*tensors, *(other.removesuffix(".weight") for other in tensors)]
             near = get_close_matches(given, known, n=1)
@@ -94,7 +94,7 @@ def adopt(masked: Any, tensors: Mapping[str, Tensor]) -> Adopted:
         masked: an object such as `dwm_fast.MaskedModel`.
         tensors: the backbone's state dict, which decides what is the domain's own.
     """
-    result = Adopted(weight_names(masked.keep_masks(), tensors))
+    result = Adopted(_first_names(weight_names(masked.keep_masks(), tensors), tensors))
     kind = getattr(masked, "kind", None)
     if kind is not None:
         result.method, result.options = str(kind.name), dict(kind.to_dict())
@@ -106,6 +106,14 @@ def adopt(masked: Any, tensors: Mapping[str, Tensor]) -> Adopted:
         _refuse_other_weights(state, result.masks, tensors)
         result.state = _own_state(state, result.masks, tensors)
     return result
+
+
+def _first_names(masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same masks, that of a tied tensor by the first of its names, as parameters are named."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {first[id(tensors[name])]: mask for name, mask in masks.items()}
 
 
 def _refuse_other_weights(

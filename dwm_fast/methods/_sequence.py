@@ -14,9 +14,9 @@ from dwm_fast.bank import MaskBank
 from dwm_fast.errors import InputError
 from dwm_fast.methods.base import SourceTask
 from dwm_fast.methods.sequence import Task
-from dwm_fast.nn import maskable_layers
+from dwm_fast.nn import maskable_weights
 from dwm_fast.nn.model import NORM_LAYERS
-from dwm_fast.nn.select import literal
+from dwm_fast.nn.select import MaskableWeight, literal
 
 Tensors = dict[str, Tensor]
 
@@ -105,7 +105,7 @@ class SequenceLearner:
         device = next(example.parameters()).device
         self._shared = part(state, "shared/", device)
         self._own = {name: part(state, f"own/{i}/", device) for i, name in tasks}
-        shapes = {name: layer.weight.shape for name, layer in self._maskable(example).items()}
+        shapes = {name: there.weight.shape for name, there in self._maskable(example).items()}
         self._masks = {}
         for i, name in tasks:
             packed = {kind: part(state, f"{kind}/{i}/", device) for kind in self.MASKS}
@@ -168,9 +168,16 @@ class SequenceLearner:
     def _of_head(self, key: str) -> bool:
         return key.startswith(f"{self._head}.")
 
-    def _maskable(self, network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-        """Every layer that can have a mask, the head left out."""
-        return maskable_layers(network, exclude=literal(self._head))
+    def _maskable(self, network: nn.Module) -> dict[str, MaskableWeight]:
+        """Every layer that can have a mask, the head left out; InputError for masks on parameters of other names."""
+        found = maskable_weights(network, exclude=literal(self._head))
+        others = [name for name, there in found.items() if there.attribute != "weight"]
+        if others:
+            raise InputError(
+                f"{', '.join(others)}: a sequence masks layers with one `weight` each; learn masks of attention, "
+                "recurrent layers and experts with dwm_fast.mask_model, and keep them in a MaskBank"
+            )
+        return found
 
 
 @contextlib.contextmanager

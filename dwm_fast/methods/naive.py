@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dwm_fast.methods.base import FoundMask, SourceTask
-from dwm_fast.nn import maskable_layers
+from dwm_fast.nn import maskable_weights
 
 
 def outliers(weight: Tensor, deviations: float) -> Tensor:
@@ -34,5 +34,5 @@ class Naive:
     name: ClassVar[str] = "naive"
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
-        layers = maskable_layers(model, self.include, self.exclude)
-        return FoundMask(keep={name: outliers(layer.weight, self.deviations) for name, layer in layers.items()})
+        found = maskable_weights(model, self.include, self.exclude)
+        return FoundMask(keep={name: outliers(there.weight, self.deviations) for name, there in found.items()})

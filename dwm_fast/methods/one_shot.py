@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dwm_fast._options import FRACTION, check_options, whole
 from dwm_fast.errors import InputError
 from dwm_fast.methods.base import FoundMask, SourceTask
-from dwm_fast.nn import maskable_layers
+from dwm_fast.nn import maskable_weights
 from dwm_fast.ops.patterns import patterns
 
 
@@ -72,8 +72,8 @@ class Magnitude:
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         """The mask; the task is not looked at."""
-        layers = maskable_layers(model, self.include, self.exclude)
-        scores = {name: layer.weight.detach().float().abs() for name, layer in layers.items()}
+        found = maskable_weights(model, self.include, self.exclude)
+        scores = {name: there.weight.detach().float().abs() for name, there in found.items()}
         return FoundMask({name: largest(x, self.density, self.pattern, by_row=False) for name, x in scores.items()})
 
 
@@ -98,14 +98,14 @@ class Wanda:
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         """The mask; the model is run in eval mode on the first batches of epoch 0."""
-        layers = maskable_layers(model, self.include, self.exclude)
-        others = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
+        found = maskable_weights(model, self.include, self.exclude)
+        others = [name for name, there in found.items() if not isinstance(there.module, nn.Linear)]
         if others:
             raise InputError(f"wanda knows linear layers alone; exclude {', '.join(map(repr, others))}")
-        norms = input_norms(model, dict(layers), task, self.batches)
+        norms = input_norms(model, {name: there.module for name, there in found.items()}, task, self.batches)
         keep = {}
-        for name, layer in layers.items():
-            scores = layer.weight.detach().float().abs() * norms[name]
+        for name, there in found.items():
+            scores = there.weight.detach().float().abs() * norms[name]
             keep[name] = largest(scores, self.density, self.pattern, by_row=True)
         return FoundMask(keep)
 

@@ -84,7 +84,7 @@ class PackNetLearner(SequenceLearner):
     def begin(self, task: Task, network: nn.Module) -> dict[str, Any]:
         """The first task owns every weight; prune and retrain."""
         self._start(task, network)
-        weights = {layer: module.weight for layer, module in self._maskable(network).items()}
+        weights = {layer: there.weight for layer, there in self._maskable(network).items()}
         self._owner = {layer: torch.ones_like(weight, dtype=torch.uint8) for layer, weight in weights.items()}
         mine = self._empty(task.classes)
         mine.load_state_dict({**self._shared, **self._own[task.name]})

@@ -82,7 +82,7 @@ class PiggybackLearner(SequenceLearner):
         method = self._method
         with seeded(task):
             network = self._fresh(task)
-            weights = {layer: module.weight.detach() for layer, module in self._maskable(network).items()}
+            weights = {layer: there.weight.detach() for layer, there in self._maskable(network).items()}
             divisors = gradient_divisors(weights, method.gradient_scale)
             masked = learn_real_masks(network, method.kind, self._head, method.options, task, divisors)
         own = norm_names(masked.model) if method.options.batch_norm == "per-domain" else lambda _: False

@@ -17,6 +17,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.base import Batch
 from dwm_fast.nn.model import NORM_LAYERS
+from dwm_fast.nn.select import weight_place
 from dwm_fast.optim import FrozenAdamW, FrozenSGD
 
 Init = Literal["S_start", "S_end", "random"]
@@ -79,7 +80,7 @@ def reinitialise(
 
     Args:
         model: the network after source training.
-        keep: layer name -> bool mask of the weight's shape.
+        keep: name of a layer, or of a parameter -> bool mask of the weight's shape.
         init: "S_start": the value before source training; "S_end": the value it has; "random": a fresh draw of the
             layer's own initialisation.
         start: state_dict before source training (read by "S_start").
@@ -93,22 +94,28 @@ def reinitialise(
         torch.default_generator.manual_seed(seed)
         for name, mask in keep.items():
             weight = _weight(model, name)
-            new = start[f"{name}.weight"] if init == "S_start" else _fresh_weight(model.get_submodule(name))
+            before = start.get(name, start.get(f"{name}.weight"))
+            new = before if init == "S_start" and before is not None else _fresh_weight(model, name)
             with torch.no_grad():
                 weight.copy_(torch.where(mask.to(weight.device), weight, new.to(weight)))
 
 
-def _weight(model: nn.Module, layer: str) -> Tensor:
-    weight = model.get_submodule(layer).weight
-    assert isinstance(weight, Tensor)
-    return weight
+def _weight(model: nn.Module, name: str) -> Tensor:
+    module, attribute = weight_place(model, name)
+    return module.get_parameter(attribute)
 
 
-def _fresh_weight(layer: nn.Module) -> Tensor:
+def _fresh_weight(model: nn.Module, name: str) -> Tensor:
     """A draw of the layer's own default initialisation, made on the CPU so that a seed means the same anywhere."""
-    fresh = copy.deepcopy(layer).cpu()
-    fresh.reset_parameters()  # type: ignore[operator]
-    return _weight(fresh, "").detach()
+    module, attribute = weight_place(model, name)
+    fresh = copy.deepcopy(module).cpu()
+    reset = getattr(fresh, "reset_parameters", None)
+    if isinstance(fresh, nn.MultiheadAttention):
+        reset = fresh._reset_parameters
+    if reset is None:
+        raise InputError(f"init 'random' of '{name}': {type(fresh).__name__} has no reset_parameters(); use 'S_start'")
+    reset()
+    return fresh.get_parameter(attribute).detach()
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions, keep: Mapping[str, Tensor] | None) -> torch.optim.Optimizer:

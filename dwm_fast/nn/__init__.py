@@ -5,11 +5,12 @@ from dwm_fast.nn.io import load_masked, save_masked
 from dwm_fast.nn.kept import KeptLinear
 from dwm_fast.nn.kinds import Edit, GumbelSigmoid, KernelSoft, MaskKind, Threshold, kind_from_dict
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
+from dwm_fast.nn.masking import mask_model
 from dwm_fast.nn.merge import merge
-from dwm_fast.nn.model import MaskedModel, mask_model
+from dwm_fast.nn.model import MaskedModel
 from dwm_fast.nn.packed import PackedConv2d, PackedLinear, pack
 from dwm_fast.nn.schedule import LinearSchedule, TauSchedule
-from dwm_fast.nn.select import maskable_layers
+from dwm_fast.nn.select import maskable_weights
 from dwm_fast.nn.semi_structured import SemiStructured
 from dwm_fast.nn.streamed import StreamedConv2d, StreamedLayer, StreamedLinear
 from dwm_fast.nn.streamed_model import StreamedModel
@@ -39,7 +40,7 @@ __all__ = [
     "kind_from_dict",
     "load_masked",
     "mask_model",
-    "maskable_layers",
+    "maskable_weights",
     "merge",
     "pack",
     "save_masked",

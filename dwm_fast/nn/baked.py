@@ -1,4 +1,4 @@
-"""Masked weights that packed convolutions keep on a CPU: made once, not at every call, under a bound of bytes."""
+"""Masked weights that packed layers keep on a CPU: made once, not at every call, under a bound of bytes."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ class Baked:
             return self._form.conv2d(x, bias, how)
         return F.conv2d(x, self._form, bias, *how)
 
+    def plain(self) -> Tensor:
+        """The masked weight, where it is not laid out."""
+        assert isinstance(self._form, Tensor)
+        return self._form
+
 
 def _marks(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     places = (weight.data_ptr(), weight._version, bits.data_ptr(), bits._version)
@@ -89,16 +94,28 @@ class Kept:
         if _obstacle_now(weight):
             return None
         laid = fit(x, weight, bias, how)
-        found = self._baked.get(laid)
-        if found is None or not found.is_current(weight, bits, x.dtype):
-            found = None if _obstacle_ever(weight, bits) else self._make(weight, bits, x, how, laid)
+        found = self._current(weight, bits, x.dtype, x if laid else None, how)
         return None if found is None else found.conv2d(x, bias, how)
 
-    def _make(self, weight: Tensor, bits: Tensor, x: Tensor, how: How, laid: bool) -> Baked | None:
+    def masked(self, weight: Tensor, bits: Tensor) -> Tensor | None:
+        """The plain masked weight in the weight's dtype, by what is kept; None where nothing may be."""
+        if _obstacle_now(weight):
+            return None
+        found = self._current(weight, bits, weight.dtype, None, ())
+        return None if found is None else found.plain()
+
+    def _current(self, weight: Tensor, bits: Tensor, dtype: torch.dtype, x: Tensor | None, how: Any) -> Baked | None:
+        found = self._baked.get(x is not None)
+        if found is None or not found.is_current(weight, bits, dtype):
+            found = None if _obstacle_ever(weight, bits) else self._make(weight, bits, dtype, x, how)
+        return found
+
+    def _make(self, weight: Tensor, bits: Tensor, dtype: torch.dtype, x: Tensor | None, how: Any) -> Baked | None:
+        laid = x is not None
         self._baked.pop(laid, None)  # its bytes are free for what takes its place
         # Under inference mode it would be a tensor that no later call can take a gradient through.
         with torch.inference_mode(False), torch.no_grad():
-            made = Baked(weight, bits, x.dtype, x if laid else None, how) if _has_room(weight, x.dtype) else None
+            made = Baked(weight, bits, dtype, x, how) if _has_room(weight, dtype) else None
         if made is None or not _take(made):
             return None
         self._baked[laid] = made

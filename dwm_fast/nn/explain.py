@@ -10,9 +10,10 @@ from torch import nn
 
 from dwm_fast.errors import BackendUnavailable, InputError
 from dwm_fast.nn.baked import BUDGET, obstacle
+from dwm_fast.nn.hosts import MaskedParameter
 from dwm_fast.nn.kept import KeptLinear
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
-from dwm_fast.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+from dwm_fast.nn.packed import PackedConv2d, PackedLayer, PackedLinear, PackedParameter
 from dwm_fast.ops import backends, padded
 from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.geometry import Geometry
@@ -54,7 +55,7 @@ def explain(layer: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype 
         >>> print(dwm.explain(layer, (100, 64)).forward.way)
         staged
     """
-    if not isinstance(layer, (MaskedLayer, PackedLayer)):
+    if not isinstance(layer, (MaskedLayer, PackedLayer)) or isinstance(layer, (MaskedParameter, PackedParameter)):
         raise InputError(
             f"explain got {type(layer).__name__}; expected MaskedLinear, MaskedConv2d, PackedLinear or PackedConv2d"
         )

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from dwm_fast._files import reason, write_atomic
 from dwm_fast.errors import InputError, MaskFileError
+from dwm_fast.nn.hosts import shares
 from dwm_fast.nn.kinds import kind_from_dict
-from dwm_fast.nn.model import MaskedModel, as_masked_model, mask_model
-from dwm_fast.nn.select import literal
+from dwm_fast.nn.masking import mask_model
+from dwm_fast.nn.model import MaskedModel, as_masked_model
+from dwm_fast.nn.select import literal, usual_names
 from dwm_fast.nn.shell import unwrapped
 from dwm_fast.ops.shards import refuse_shards
 
@@ -51,6 +54,7 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
                 "batch_norm": masked.batch_norm,
                 **({} if masked.memory == "plain" else {"memory": masked.memory}),
                 **({} if masked.logits == "fp32" else {"logits": masked.logits}),
+                **({"tied": "share"} if shares(masked.model, masked.mask_layers().values()) else {}),
             }
         ),
     }
@@ -116,37 +120,25 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
     try:
         header = json.loads(about)
         kind, layers = kind_from_dict(header["kind"]), [str(name) for name in header["layers"]]
-        samples, batch_norm = int(header["mask_samples"]), str(header["batch_norm"])
-        memory, logits = str(header.get("memory", "plain")), str(header.get("logits", "fp32"))
+        how: dict[str, Any] = {"mask_samples": int(header["mask_samples"]), "batch_norm": str(header["batch_norm"])}
+        how |= {"memory": str(header.get("memory", "plain")), "tied": str(header.get("tied", "refuse"))}
+        how |= {"logits": str(header.get("logits", "fp32"))}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise MaskFileError(f"{path}: the field 'masked' of the header is broken: {error!r}; save it again") from error
-    missing = [n for n in layers if not isinstance(_submodule(model, n), (nn.Linear, nn.Conv2d))]
+    there = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in layers if not {name, f"{name}.weight".lstrip(".")} & there.keys()]
     if missing or not layers:
         raise MaskFileError(
             f"{path}: was saved from another network: it masks '{next(iter(missing), '')}', and the given "
-            "model has no Linear or Conv2d of that name; give the architecture it was saved from"
+            "model has no weight of that name; give the architecture it was saved from"
         )
-    include = [literal(name) for name in layers]
+    usual = usual_names(model)
+    include = [literal(usual[name]) for name in layers if name in usual]
+    also = [literal(name if name in there else f"{name}.weight".lstrip(".")) for name in layers if name not in usual]
     try:
-        return mask_model(
-            model,
-            kind,
-            include=include,
-            mask_samples=samples,
-            batch_norm=batch_norm,
-            seed=0,
-            memory=memory,
-            logits=logits,
-        )
+        return mask_model(model, kind, include=include, also=also, seed=0, **how)
     except InputError as error:
         raise MaskFileError(f"{path}: does not fit the given model: {error}") from error
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def _compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:

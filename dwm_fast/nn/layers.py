@@ -64,6 +64,11 @@ class MaskedLayer(nn.Module):
     tau: Tensor | None
     _seed: int | None = None
     _awaits_weights = False
+    _unfilled = False
+    _plain_class: type[nn.Module]
+    """What the layer was before it was masked, and will be when the mask is merged."""
+    _casts = True
+    """Whether autocast may give the masked weight its own dtype when it is drawn; a parameter keeps its dtype there."""
 
     def _init_mask(self, kind: MaskKind, seed: int | None) -> None:
         self.kind = checked_kind(kind)
@@ -185,11 +190,18 @@ class MaskedLayer(nn.Module):
         fp32 = (self.mask_logits, self.mask_logits.grad, self.tau)
         was_meta = self.mask_logits.is_meta
         super()._apply(keep_dtype(fn, fp32), recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not self.mask_logits.is_meta:
-            # Nobody but the layer knows these values; the weights are for the caller to load or to reset.
-            self.reset_mask()
-            self._awaits_weights = True
+        self._unfilled = self._unfilled or (was_meta and not self.mask_logits.is_meta)
+        self._fill()
         return self
+
+    def _fill(self) -> None:
+        """Start values in memory that came without any, once the weight is there too.
+
+        Nobody but the layer knows these values; the weights are for the caller to load or to reset.
+        """
+        if self._unfilled and not self.frozen_weight.is_meta:
+            self.reset_mask()
+            self._unfilled, self._awaits_weights = False, True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(f"{prefix}mask_logits")
@@ -226,7 +238,7 @@ def draw(
         "thresholds": [layer.unit for layer in layers],
     }
     mixed = any(weight.dtype != weights[0].dtype for weight in weights)
-    dtype = None if baked or mixed else autocast_dtype(weights[0])
+    dtype = None if baked or mixed or not all(layer._casts for layer in layers) else autocast_dtype(weights[0])
     return layers[0].kind.draw(learned, weights, state, tau, **of_each, **how, dtype=dtype)
 
 
@@ -274,6 +286,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         input (..., in_features), output (..., out_features).
     """
 
+    _plain_class = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -293,7 +307,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Linear):
             raise InputError(f"from_linear got {type(layer).__name__}; expected a torch.nn.Linear")
-        return _adopt(recast(layer, cls), kind, seed)
+        return _adopt(recast(layer, cls), type(layer), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
         given = self._given()
@@ -316,6 +330,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     Shape:
         input (B, C, H, W), output (B, O, H', W'); channels_last in, channels_last out.
     """
+
+    _plain_class = nn.Conv2d
 
     def __init__(
         self,
@@ -355,7 +371,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         """A masked layer over the storage of `layer`'s weight (shared, not copied) and a copy of its bias."""
         if not isinstance(layer, nn.Conv2d):
             raise InputError(f"from_conv got {type(layer).__name__}; expected a torch.nn.Conv2d")
-        return _adopt(recast(layer, cls), kind, seed)
+        return _adopt(recast(layer, cls), type(layer), kind, seed)
 
     def forward(self, input: Tensor) -> Tensor:
         given = self._given()
@@ -383,12 +399,13 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 _Masked = TypeVar("_Masked", bound=MaskedLayer)
 
 
-def _adopt(masked: _Masked, kind: MaskKind | None, seed: int | None) -> _Masked:
-    """Make a recast plain layer a masked one: weight shared, bias its own."""
+def _adopt(masked: _Masked, plain: type[nn.Module], kind: MaskKind | None, seed: int | None) -> _Masked:
+    """Make a recast layer of class `plain` a masked one: weight shared, bias its own."""
     if why := computed(masked):
         raise InputError(f"the layer {why}")
     masked.weight = nn.Parameter(masked.weight.detach(), requires_grad=False)
     if masked.bias is not None:
         masked.bias = nn.Parameter(masked.bias.detach().clone(), requires_grad=masked.bias.requires_grad)
+    masked._plain_class = plain
     masked._init_mask(kind or GumbelSigmoid(), seed)
     return masked

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dwm_fast.errors import InputError
-from dwm_fast.nn.layers import MaskedConv2d, MaskedLinear, draw
+from dwm_fast.nn.hosts import Host, MaskedParameter, bare
+from dwm_fast.nn.layers import MaskedLayer, draw
 from dwm_fast.nn.model import MaskedModel, as_masked_model
-from dwm_fast.nn.packed import PackedLayer, PackedLinear
+from dwm_fast.nn.packed import PackedLayer, PackedLinear, PackedParameter
 from dwm_fast.nn.recast import drop_mask, recast
 from dwm_fast.nn.shell import Shell, unwrapped
 
@@ -23,7 +24,7 @@ def merge(masked: MaskedModel | nn.Module) -> nn.Module:
         masked: what `mask_model` or `pack` returned; it is left as it is.
 
     Returns:
-        A network of plain Linear and Conv2d layers, in the train/eval state of `masked`, that shares no
+        A network of the classes that it had before it was masked, in the train/eval state of `masked`, that shares no
         storage with it and in eval() gives the output that `masked.eval()` gives. All its parameters are
         trainable.
 
@@ -38,47 +39,60 @@ def merge(masked: MaskedModel | nn.Module) -> nn.Module:
         ('Linear', True)
     """
     network = unwrapped(masked)
-    if isinstance(network, nn.Module):
-        packed = {name: layer for name, layer in network.named_modules() if isinstance(layer, PackedLayer)}
-        if packed:
-            return _unpacked(network, packed)
+    if isinstance(network, nn.Module) and any(isinstance(layer, PackedLayer) for layer in network.modules()):
+        return _unpacked(network)
     masked = as_masked_model(masked, "merge")
-    layers = list(masked.mask_layers().values())
     with torch.no_grad():
-        baked, _, _ = draw(layers, masked.rng_state, masked.tau, training=False, baked=True)
+        baked, _, _ = draw(
+            list(masked.mask_layers().values()), masked.rng_state, masked.tau, training=False, baked=True
+        )
     shell = Shell(masked.model, shared=())
-    for name, weight in zip(masked.mask_layers(), baked, strict=True):
-        shell.put(name, _plain_layer(shell.module.get_submodule(name), weight))
-    shell.module.requires_grad_(True)
-    return shell.module.train(masked.training)
+    layers = [layer for layer in shell.module.modules() if isinstance(layer, MaskedLayer)]
+    plain = {layer: nn.Parameter(weight) for layer, weight in zip(layers, baked, strict=True)}
+    return _plain_again(shell, plain, _plain_layer).train(masked.training)
 
 
-def _unpacked(network: nn.Module, packed: Mapping[str, PackedLayer]) -> nn.Module:
+def _unpacked(network: nn.Module) -> nn.Module:
     """A packed network with plain layers in the place of its packed ones."""
     shell = Shell(network, shared=())
-    for name, layer in packed.items():
-        plain: nn.Module = recast(layer, nn.Linear if isinstance(layer, PackedLinear) else nn.Conv2d)
-        for tensor in ("backbone_weight", "values", "row_starts", "bits"):
-            plain._parameters.pop(tensor, None)
-            plain._buffers.pop(tensor, None)
-        vars(plain).pop("_kept", None)
-        plain.weight = nn.Parameter(layer.weight.detach())
-        if layer.bias is not None:
-            plain.bias = nn.Parameter(layer.bias.detach().clone())
-        shell.put(name, plain)
-    shell.module.requires_grad_(True)
-    return shell.module.train(network.training)
+    plain = {m: nn.Parameter(m.weight.detach()) for m in shell.module.modules() if isinstance(m, PackedLayer)}
+    return _plain_again(shell, plain, _unpacked_layer).train(network.training)
 
 
-def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """The Linear or Conv2d that `layer` was, with its hooks and settings, over `weight`."""
-    plain: nn.Module
-    if isinstance(layer, MaskedLinear):
-        plain = recast(layer, nn.Linear)
-    elif isinstance(layer, MaskedConv2d):
-        plain = recast(layer, nn.Conv2d)
-    else:
-        raise InputError(f"merge met a {type(layer).__name__}; expected MaskedLinear or MaskedConv2d")
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def _plain_again(
+    shell: Shell, plain: Mapping[_Layer, nn.Parameter], make: Callable[[_Layer, nn.Parameter], nn.Module]
+) -> nn.Module:
+    """The shell's network with ordinary modules and these weights in the place of its masked ones, all trainable."""
+    for layer, weight in plain.items():
+        if not isinstance(layer, (MaskedParameter, PackedParameter)):
+            shell.exchange(layer, make(layer, weight))
+    by_id = {id(layer): weight for layer, weight in plain.items()}
+    for host in [module for module in shell.module.modules() if isinstance(module, Host)]:
+        shell.exchange(host, bare(host, by_id))
+    return shell.module.requires_grad_(True)
+
+
+def _unpacked_layer(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
+    was = vars(layer).get("_plain_class", nn.Linear if isinstance(layer, PackedLinear) else nn.Conv2d)
+    plain: nn.Module = recast(layer, was)
+    for tensor in ("backbone_weight", "values", "row_starts", "bits"):
+        plain._parameters.pop(tensor, None)
+        plain._buffers.pop(tensor, None)
+    for attribute in ("_kept", "_plain_class"):
+        vars(plain).pop(attribute, None)
+    plain.weight = weight
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().clone())
+    return plain
+
+
+def _plain_layer(layer: MaskedLayer, weight: nn.Parameter) -> nn.Module:
+    """The layer that `layer` was, with its hooks and settings, over `weight`."""
+    plain = recast(layer, layer._plain_class)
     drop_mask(plain)
-    plain.weight = nn.Parameter(weight)
+    vars(plain).pop("_plain_class", None)
+    plain.weight = weight
     return plain

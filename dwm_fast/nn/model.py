@@ -1,8 +1,8 @@
-"""mask_model: any network with masked layers, whose masks are drawn together by one operation."""
+"""MaskedModel: a network with masked layers, whose masks are drawn together by one operation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,19 +12,13 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn import recompute
-from dwm_fast.nn.kinds import MaskKind, checked_kind
-from dwm_fast.nn.layers import (
-    MaskedConv2d,
-    MaskedLayer,
-    MaskedLinear,
-    draw,
-    new_rng_state,
-    new_tau,
-    stage,
-)
+from dwm_fast.nn.coverage import Coverage, left_out
+from dwm_fast.nn.hosts import MaskedParameter
+from dwm_fast.nn.kinds import MaskKind
+from dwm_fast.nn.layers import MaskedLayer, draw, new_rng_state, new_tau, stage
 from dwm_fast.nn.recast import keep_dtype
-from dwm_fast.nn.select import literal, maskable_layers, refuse_shared
-from dwm_fast.nn.shell import Shell, unwrapped
+from dwm_fast.nn.select import literal
+from dwm_fast.nn.shell import unwrapped
 from dwm_fast.ops.shards import refuse_shards
 
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -68,7 +62,7 @@ class MaskedModel(nn.Module):
         self.model = model
         self.mask_samples = mask_samples
         self.batch_norm = batch_norm
-        self._layers = {n: m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
+        self._layers = {mask_name(n, m): m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
         if not self._layers:
             raise InputError("the model has no masked layer; make one with dwm_fast.mask_model(model, kind)")
         kinds = {layer.kind for layer in self._layers.values()}
@@ -100,6 +94,20 @@ class MaskedModel(nn.Module):
         """Deterministic keep mask of every layer: name -> bool tensor of the learned tensor's shape, True = keep."""
         refuse_shards(self.mask_parameters(), "keep_masks")
         return {name: layer.keep_mask() for name, layer in self.mask_layers().items()}
+
+    def coverage(self) -> Coverage:
+        """How many weights have a mask, and what is left as it is; printed, it is a few lines."""
+        layers = self.mask_layers()
+        masked = {id(t) for layer in layers.values() for t in (layer.frozen_weight, layer.mask_logits)}
+        return Coverage(
+            {name: layer.frozen_weight.numel() for name, layer in layers.items()},
+            left_out(self.model, masked=masked),
+            left_out(self.model, masked=masked, tables=True),
+        )
+
+    def print_coverage(self) -> None:
+        """Print `coverage()`: which share of the weights the masks cover, and what is left as it is."""
+        print(self.coverage())
 
     def fraction_kept(self) -> float:
         """Fraction of all masked weights that the deterministic mask keeps."""
@@ -252,6 +260,11 @@ def _places(
     return found
 
 
+def mask_name(path: str, layer: MaskedLayer) -> str:
+    """What the mask of the module at `path` is called: by its layer, or by the parameter that it is on."""
+    return layer.full_name(path) if isinstance(layer, MaskedParameter) else path
+
+
 def as_masked_model(given: Any, what: str) -> MaskedModel:
     """The masked model that was given, out of its torch.compile and data-parallel wrappers; InputError for none."""
     masked = unwrapped(given)
@@ -259,84 +272,3 @@ def as_masked_model(given: Any, what: str) -> MaskedModel:
         raise InputError(f"{what} got {type(masked).__name__}; expected a MaskedModel, from dwm_fast.mask_model")
     refuse_shards(masked.mask_parameters(), what)
     return masked
-
-
-@torch.inference_mode(False)
-def mask_model(
-    model: nn.Module,
-    kind: MaskKind,
-    *,
-    include: str | Iterable[str] = ("*",),
-    exclude: str | Iterable[str] = (),
-    mask_samples: int = 1,
-    batch_norm: str = "frozen",
-    seed: int | None = None,
-    skip_unmaskable: bool = False,
-    memory: str = "plain",
-    logits: str = "fp32",
-) -> MaskedModel:
-    """Wrap a network so that its Linear and Conv2d weights are seen through learned masks.
-
-    The given model is left as it is. The masked weights share its storage (nothing the size of the weights is
-    copied); everything else (biases, norms, layers that are not masked) is copied. Only the mask parameters
-    are trainable; call requires_grad_() on what else should learn, a fresh head for instance.
-
-    Args:
-        model: any nn.Module.
-        kind: GumbelSigmoid(...), Threshold(...), Edit(...), KernelSoft(...) or SemiStructured(...).
-        include, exclude: shell patterns of layer names, e.g. include=["layer*"], exclude=["fc"]; commas part
-            several in one text.
-        mask_samples, batch_norm, seed: see `MaskedModel`.
-        skip_unmaskable: leave out the layers that cannot be masked (see Raises), not refuse them.
-        memory: "streamed" saves nothing of a weight's size for the backward pass and learns inside it, by
-            `dwm_fast.optim.StreamedAdam`; for networks whose masks would not fit otherwise (docs/streamed.md).
-        logits: of a streamed model, how its logits are stored: "fp32", "bf16" or "fixed16" (units of 2^-11).
-
-    Returns:
-        A MaskedModel; with memory="streamed" a StreamedModel, which is one.
-
-    Raises:
-        InputError: no layer fits the patterns, or one that fits cannot be masked: its weight is tied to
-            another tensor or computed, or its class has a forward of its own (the message names all of them,
-            what to do, and what to exclude); or a layer's weight has a shape that the kind has no mask for.
-
-    Warns:
-        UserWarning: more weights lie in modules of other classes (convolutions of other dimensions, recurrent
-            layers, attention with a weight of its own) than are masked, and `exclude` does not name them.
-
-    Example:
-        >>> import torch, dwm_fast as dwm
-        >>> plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> masked = dwm.mask_model(plain, dwm.GumbelSigmoid(init=2.0), exclude=["2"])
-        >>> [tuple(p.shape) for p in masked.mask_parameters()]
-        [(8, 4)]
-    """
-    from dwm_fast.nn import streamed, streamed_model  # a StreamedModel is a MaskedModel
-
-    kind = checked_kind(kind)
-    if memory not in ("plain", "streamed"):
-        raise InputError(f"memory={memory!r}; expected 'plain' or 'streamed'")
-    if memory == "streamed":
-        streamed_model.refuse_unstreamable(kind, mask_samples, logits)
-    elif logits != "fp32":
-        raise InputError(f"logits={logits!r} with memory='plain'; expected 'fp32', or memory='streamed'")
-    chosen = maskable_layers(model, include, exclude, skip_unmaskable=skip_unmaskable)
-    refuse_shared(model, chosen)
-    shell = Shell(model, [m.weight for m in chosen.values()])
-    weights = {id(m.weight) for m in chosen.values()}
-    for parameter in shell.module.parameters():
-        if id(parameter) not in weights:
-            parameter.requires_grad_(False)
-    for name in chosen:
-        plain: Any = shell.module.get_submodule(name)
-        if memory == "streamed":
-            shell.put(name, streamed.streamed_layer(plain, kind))
-            continue
-        make = MaskedLinear.from_linear if isinstance(plain, nn.Linear) else MaskedConv2d.from_conv
-        try:
-            shell.put(name, make(plain, kind, seed=0))
-        except InputError as error:
-            raise InputError(f"layer '{name}': {error}") from error
-    if memory == "streamed":
-        return streamed_model.StreamedModel(shell.module, batch_norm=batch_norm, seed=seed, logits=logits)
-    return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)

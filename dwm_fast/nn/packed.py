@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.errors import InputError
 from dwm_fast.nn.baked import Kept
+from dwm_fast.nn.hosts import Host, MaskedParameter, attach, repoint
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.model import MaskedModel, as_masked_model
 from dwm_fast.nn.recast import drop_mask, recast
@@ -132,6 +133,46 @@ class PackedConv2d(PackedLayer):
         return f"{inner * self.groups}, {out}, kernel_size={tuple(window)}, stride={self.stride}, groups={self.groups}"
 
 
+class PackedParameter(PackedLayer):
+    """One bit per weight for a parameter of a module of any other class, whose code reads it masked; never called.
+
+    On a CPU the masked tensor is kept between reads, as a packed convolution's is.
+    """
+
+    _kept: Kept | None = None
+
+    def __init__(self, host: Host, attribute: str, bits: Tensor) -> None:
+        super().__init__()
+        self.__dict__["_host"] = host  # no child: the host is the parent
+        self.attribute = attribute
+        self.register_buffer("bits", bits)
+        self.bias = None
+
+    @property
+    def backbone_weight(self) -> Tensor:  # type: ignore[override]
+        """The backbone's weight, frozen, in the host's table."""
+        host: Host = self.__dict__["_host"]
+        weight = host._parameters[self.attribute]
+        assert weight is not None
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The masked weight."""
+        weight, kept = self.backbone_weight, None
+        if not torch.compiler.is_compiling():
+            if self._kept is None:
+                self.__dict__["_kept"] = Kept()
+            kept = self._kept.masked(weight, self.bits) if self._kept is not None else None
+        return ops.apply(self.bits, [weight])[0] if kept is None else kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def _shape_repr(self) -> str:
+        return f"{self.attribute}, {tuple(self.backbone_weight.shape)}"
+
+
 @torch.inference_mode(False)
 def pack(masked: MaskedModel, *, values: str = "auto") -> nn.Module:
     """A masked network for inference: every masked layer holds its weight and one bit per weight, and no logits.
@@ -143,7 +184,8 @@ def pack(masked: MaskedModel, *, values: str = "auto") -> nn.Module:
             more, fp32 or bf16, at most half of them kept), else all. Convolutions hold all.
 
     Returns:
-        A network in eval() with `PackedLinear` and `PackedConv2d` layers, nothing in it trainable. The masked
+        A network in eval() with `PackedLinear` and `PackedConv2d` layers (modules of other classes read their
+        parameters through bits), nothing in it trainable. The masked
         weights share storage with `masked` and with the network it was made from, so many packed networks
         stand on one backbone at 1/16 (16-bit weights) or 1/32 of its size each; all else is copied. Its output
         is that of `masked.eval()`: the same bits where the mask is applied first (`use_way("staged")`), and
@@ -162,29 +204,46 @@ def pack(masked: MaskedModel, *, values: str = "auto") -> nn.Module:
         >>> sorted(packed.state_dict())
         ['backbone_weight', 'bias', 'bits']
     """
-    from dwm_fast.nn.kept import lighter
-
     if values not in VALUES:
         raise InputError(f"pack got values={values!r}; expected one of {', '.join(VALUES)}")
     masked = as_masked_model(masked, "pack")
     layers = masked.mask_layers()
     shared = [t for layer in layers.values() for t in (layer.frozen_weight, layer.mask_logits)]
     shell = Shell(masked.model, shared)
-    for name in layers:
-        layer = shell.module.get_submodule(name)
-        assert isinstance(layer, MaskedLayer)
-        linear = isinstance(layer, MaskedLinear)
-        shell.put(name, lighter(_packed(layer, PackedLinear), values) if linear else _packed(layer, PackedConv2d))
+    for layer in [module for module in shell.module.modules() if isinstance(module, MaskedLayer)]:
+        _put_packed(shell, layer, values)
     return shell.module.requires_grad_(False).eval()
 
 
-def _packed(layer: MaskedLayer, cls: type[_Packed]) -> _Packed:
+def _put_packed(shell: Shell, layer: MaskedLayer, values: str) -> None:
+    """Bits in the place of one mask, for all who read it."""
+    from dwm_fast.nn.kept import lighter
+
+    packed: PackedLayer
+    if isinstance(layer, MaskedParameter):
+        packed = PackedParameter(layer._host, layer.attribute, _bits(layer))
+        attach(layer._host, layer.attribute, packed)
+    elif isinstance(layer, MaskedLinear):
+        packed = lighter(_packed(layer, PackedLinear), values)
+        shell.exchange(layer, packed)
+    else:
+        packed = _packed(layer, PackedConv2d)
+        shell.exchange(layer, packed)
+    repoint(shell.module, layer, packed)
+
+
+def _bits(layer: MaskedLayer) -> Tensor:
+    """The deterministic mask of a layer in packed form; InputError where it is more than that."""
     if layer.kind.form != "binary":
         raise InputError(
             f"a mask of kind {layer.kind!r} is more than one bit per weight and cannot be packed; bake it in with "
             "dwm_fast.merge(masked)"
         )
-    bits = ops.pack([layer.keep_mask()])
+    return ops.pack([layer.keep_mask()])
+
+
+def _packed(layer: MaskedLayer, cls: type[_Packed]) -> _Packed:
+    bits = _bits(layer)
     packed = recast(layer, cls)
     drop_mask(packed)
     del packed._parameters["weight"]

@@ -22,7 +22,7 @@ def drop_mask(layer: nn.Module) -> None:
     """Take from a recast masked layer what only a masked layer has."""
     for name in ("mask_logits", "rng_state", "tau", "kind", "layer_index", "unit", "_staged"):
         delattr(layer, name)
-    for name in ("_seed", "_awaits_weights", "_run"):
+    for name in ("_seed", "_awaits_weights", "_unfilled", "_run"):
         vars(layer).pop(name, None)
 
 

@@ -41,11 +41,17 @@ class Shell:
         else:
             self.module = layer
 
+    def exchange(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` in every place where the module `old` is."""
+        for path in [path for path, module in self.module.named_modules(remove_duplicate=False) if module is old]:
+            self.put(path, new)
+
     def set(self, name: str, tensor: Tensor | None) -> None:
         """Put `tensor` in the place of the one that the state dict calls `name`."""
         home, attribute = self._home(name)
         self._keep(home, attribute)
         home[attribute] = tensor
+        self._relist(self.module.get_submodule(name.rpartition(".")[0]))
 
     def hide(self, name: str) -> None:
         """Take a tensor away: code that reads it then gets an AttributeError, not a value that is not in force."""
@@ -53,6 +59,12 @@ class Shell:
         if attribute in home:
             self._keep(home, attribute)
             del home[attribute]
+
+    def _relist(self, module: nn.Module) -> None:
+        """RNN, LSTM and GRU multiply by a list of their weights, which is made anew."""
+        if isinstance(module, nn.RNNBase):
+            self._keep(vars(module), "_flat_weights")
+            vars(module)["_flat_weights"] = [module._parameters.get(name) for name in module._flat_weights_names]
 
     def strip(self) -> None:
         """Undo every exchange, the last one first."""

@@ -22,10 +22,10 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 
-def computed(module: nn.Module) -> str:
-    """Which tensor of a Linear or Conv2d layer is computed in each call, and how to undo that; "" for none."""
-    for tensor in ("weight", "bias"):
-        if tensor not in module._parameters:
+def computed(module: nn.Module, attribute: str = "weight") -> str:
+    """Which of a layer's masked tensor and bias is computed in each call, and how to undo that; "" for none."""
+    for tensor in (attribute, "bias"):
+        if tensor not in module._parameters and isinstance(getattr(module, tensor, None), Tensor):
             return f"has a computed {tensor}; {_undoing(module, tensor)}"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import MaskKind
 from dwm_fast.nn.model import MaskedModel, Sampler
+from dwm_fast.nn.select import literal
 from dwm_fast.nn.streamed import Pass, Stepper, StreamedLayer
 from dwm_fast.ops.coding import LOGITS
 from dwm_fast.ops.draw import GUMBEL_MODES
@@ -110,8 +112,22 @@ class _ReadPenalty(torch.autograd.Function):
         )
 
 
-def refuse_unstreamable(kind: MaskKind, mask_samples: int, logits: str) -> None:
-    """InputError for what a streamed model cannot do."""
+def refuse_unstreamable(
+    kind: MaskKind, mask_samples: int, logits: str, hosted: Collection[str], shared: Collection[str]
+) -> None:
+    """InputError for what a streamed model cannot do.
+
+    Args:
+        kind, mask_samples, logits: as for `mask_model`.
+        hosted: names of the weights whose masks are on parameters, not in masked layers.
+        shared: names of those that have several places.
+    """
+    for names, what in ((hosted, "neither a Linear nor a Conv2d layer's"), (shared, "of several places")):
+        if names:
+            raise InputError(
+                "memory='streamed' learns the weights of Linear and Conv2d layers, each of one place; "
+                f"{', '.join(names)}: {what}; leave out with exclude={list(map(literal, names))}, or use memory='plain'"
+            )
     if kind.draws_itself:
         raise InputError(
             f"{kind!r} cannot be learned with memory='streamed', which knows the rules of dwm_fast.ops.Mode alone; use "

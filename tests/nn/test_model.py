@@ -13,7 +13,7 @@ from torch import nn
 
 import dwm_fast as dwm
 from dwm_fast.errors import InputError
-from dwm_fast.nn import maskable_layers
+from dwm_fast.nn import maskable_weights
 
 pytestmark = pytest.mark.usefixtures("reference", "poison")
 
@@ -102,18 +102,18 @@ def test_masked_weights_are_shared_and_everything_else_is_a_copy():
 
 def test_include_and_exclude_are_shell_patterns_over_whole_names():
     net = _net()
-    assert list(maskable_layers(net)) == ["stem", "block.0", "head"]
-    assert list(maskable_layers(net, include=["block.*"])) == ["block.0"]
-    assert list(maskable_layers(net, include=["*"], exclude=["s*", "head"])) == ["block.0"]
-    assert list(maskable_layers(net, exclude="head")) == ["stem", "block.0"]
+    assert list(maskable_weights(net)) == ["stem", "block.0", "head"]
+    assert list(maskable_weights(net, include=["block.*"])) == ["block.0"]
+    assert list(maskable_weights(net, include=["*"], exclude=["s*", "head"])) == ["block.0"]
+    assert list(maskable_weights(net, exclude="head")) == ["stem", "block.0"]
     for text in (
         "stem, head",
         "stem', 'head",
         '"stem","head"',
         "s*,head",
     ):  # as lists are typed and as errors show them
-        assert list(maskable_layers(net, exclude=text)) == list(maskable_layers(net, exclude=[text])) == ["block.0"]
-    assert list(maskable_layers(net, include="stem")) == ["stem"]
+        assert list(maskable_weights(net, exclude=text)) == list(maskable_weights(net, exclude=[text])) == ["block.0"]
+    assert list(maskable_weights(net, include="stem")) == ["stem"]
     assert list(dwm.mask_model(net, dwm.Threshold(), include="b*").mask_layers()) == ["block.0"]
     with pytest.raises(InputError, match=r"include=\['conv'\].*the model has: stem, block.0, head"):
         dwm.mask_model(net, dwm.Threshold(), include=["conv"])

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import dwm_fast as dwm
 from dwm_fast.errors import InputError
-from dwm_fast.nn import maskable_layers
+from dwm_fast.nn import maskable_weights
 
 pytestmark = [
     pytest.mark.usefixtures("reference", "poison"),
@@ -195,10 +195,10 @@ def test_all_layers_that_cannot_be_masked_are_named_at_once():
     for name, what in (("int8", "torch.int8"), ("float8", "torch.float8_e4m3fn"), ("sparse", "torch.sparse_coo")):
         assert re.search(f"layer '{name}' has a weight of [^;]*{what}[^;]*;", message)
     excluded = eval(re.search(r"exclude=(\[.*?\]) or", message)[1])
-    assert list(maskable_layers(net, exclude=excluded)) == ["good"]
-    assert list(maskable_layers(net, skip_unmaskable=True)) == ["good"]
+    assert list(maskable_weights(net, exclude=excluded)) == ["good"]
+    assert list(maskable_weights(net, skip_unmaskable=True)) == ["good"]
     only_bad = nn.Sequential(OwnForward(2, 2))
-    assert "no Linear or Conv2d" in _refused(lambda: maskable_layers(only_bad, skip_unmaskable=True))
+    assert "no Linear or Conv2d" in _refused(lambda: maskable_weights(only_bad, skip_unmaskable=True))
 
 
 @pytest.mark.parametrize("what", ["include", "exclude"])
@@ -221,7 +221,7 @@ def test_a_pattern_that_fits_no_layer_is_refused(what, patterns, message):
     net.add_module("norm", nn.BatchNorm1d(2))
     net.add_module("fc", nn.Linear(2, 2))
     assert re.search(what + " ?" + message, _refused(lambda: dwm.mask_model(net, dwm.Edit(), **{what: patterns})))
-    assert len(maskable_layers(net, exclude=["norm", "body.*"])) == 2  # a module that is never masked may be named
+    assert len(maskable_weights(net, exclude=["norm", "body.*"])) == 2  # a module that is never masked may be named
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from dwm_fast.methods import (
     source_view,
     train,
 )
-from dwm_fast.nn import Edit, GumbelSigmoid, maskable_layers
+from dwm_fast.nn import Edit, GumbelSigmoid, maskable_weights
 from dwm_fast.pacs.backbones import build_backbone
 from dwm_fast.pacs.lab import Lab, Planned, stage_seed
 from dwm_fast.pacs.stages import Finished
@@ -85,8 +85,8 @@ class PairLab(Lab):
         return Mask(found, figures)
 
     def _shapes(self) -> list[tuple[str, int, torch.Size]]:
-        layers = maskable_layers(build_backbone(self.config.backbone, len(self.data.classes)))
-        return [(name, layer.weight.numel(), layer.weight.shape) for name, layer in layers.items()]
+        weights = maskable_weights(build_backbone(self.config.backbone, len(self.data.classes)))
+        return [(name, there.weight.numel(), there.weight.shape) for name, there in weights.items()]
 
     def _find_mask(self, name: str, settings: dict[str, Any], source: str, method: str, seed: int) -> Finished:
         end = self.source(source, seed).end

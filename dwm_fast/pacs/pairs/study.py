@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dwm_fast import ops
 from dwm_fast.bank import fingerprint, make_domain, write_mask_file
+from dwm_fast.bank.adopt import weight_names
 from dwm_fast.pacs.pairs import figures, report, table
 from dwm_fast.pacs.pairs.finding import finding
 from dwm_fast.pacs.pairs.lab import Mask, PairLab, Run
@@ -99,8 +100,8 @@ class PairStudy(Study):
         """A keep mask as a mask file, one bit per weight: masks/<method>-<source>-seed<k>.safetensors."""
         folder.mkdir(exist_ok=True)
         found = self.lab.mask(source, method, seed).found
-        keep = {f"{layer}.weight": bits for layer, bits in (found.keep or {}).items()}
         weights = self.lab.source(source, seed).end
+        keep = weight_names(found.keep or {}, weights)
         record = make_domain(
             source,
             keep,
