@@ -17,9 +17,9 @@ from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import GumbelSigmoid, MaskKind, checked_kind
 from dwm_fast.nn.recast import keep_dtype, recast
 from dwm_fast.nn.stored import computed
+from dwm_fast.nn.transforms import refuse_transforms
 from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.coding import decoded, encoded
-from dwm_fast.ops.shards import refuse_shards
 
 
 def new_rng_state(seed: int | None, device: torch.device | str | None = None) -> Tensor:
@@ -232,7 +232,7 @@ def draw(
         baked: whether masked weights keep their weights' dtype under autocast, which otherwise gives them its own.
     """
     learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
-    _refuse_transforms(learned)
+    refuse_transforms(learned)
     of_each: dict[str, Any] = {
         "layers": [layer.layer_index for layer in layers],
         "thresholds": [layer.unit for layer in layers],
@@ -250,28 +250,6 @@ def stage(layers: Sequence[MaskedLayer], weights: Sequence[Tensor | None]) -> No
             layer._staged = weight
         else:
             layer.__dict__["_staged"] = weight  # past nn.Module's __setattr__, which costs 4 us a layer
-
-
-def _refuse_transforms(learned: Sequence[Tensor]) -> None:
-    """InputError where the learned tensors are shards or seen through torch.func, or the network is written as ONNX."""
-    if torch.compiler.is_dynamo_compiling():
-        return
-    if any(type(tensor) is not nn.Parameter for tensor in learned):
-        refuse_shards(
-            learned,
-            "a draw of masks",
-            "masks are drawn before the layers inside gather their parameters: call fully_shard on the masked model "
-            "(or on what holds it) alone, not on its layers or blocks, and call that whole",
-        )
-    if (torch._C._is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
-        raise InputError("a masked network cannot be exported to ONNX; export the plain one, dwm_fast.merge(masked)")
-    if torch._C._functorch.maybe_current_level() is None:
-        return
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in learned):
-        raise InputError(
-            "torch.func cannot transform a network in its mask parameters; use loss.backward(), or transform the "
-            "plain network, dwm_fast.merge(masked), in its weights"
-        )
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from dwm_fast.errors import InputError
 from dwm_fast.nn.coverage import LEAST_SHARE, in_words, left_out
-from dwm_fast.nn.hosts import Host
+from dwm_fast.nn.hosts import Host, MaskedParameter
 from dwm_fast.nn.layers import MaskedLayer
 from dwm_fast.nn.stored import computed, unfit
 from dwm_fast.ops.shards import refuse_shards
@@ -70,6 +70,8 @@ transformers' Linear of GPT-2, and the weights of all experts of a mixture in on
 
 def _attributes(module: nn.Module) -> list[str]:
     """The parameters of a module that are masked unless something else is said, computed ones too."""
+    if isinstance(module, MaskedParameter):
+        return []
     if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, MaskedLayer, Host)):
         return ["weight"]
     if isinstance(module, nn.MultiheadAttention):
@@ -118,6 +120,7 @@ def maskable_weights(
         masked = any(isinstance(chosen[name].module, (MaskedLayer, Host)) for name in reasons)
         advice = "" if masked else f"; or leave out with exclude={list(map(literal, reasons))} or skip_unmaskable=True"
         raise InputError(_grouped(reasons) + advice)
+    skipped = [literal(chosen[name].path) for name in reasons]
     chosen = {name: weight for name, weight in chosen.items() if name not in reasons}
     if not chosen:
         raise InputError(
@@ -125,7 +128,7 @@ def maskable_weights(
             f"the model has: {_listed(found)}{_beside(model)}"
         )
     if wanted == ("*",):
-        _warn_of_the_rest(model, chosen, unwanted)
+        _warn_of_the_rest(model, chosen, [*unwanted, *skipped])
     return chosen
 
 

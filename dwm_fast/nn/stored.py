@@ -25,7 +25,8 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
 def computed(module: nn.Module, attribute: str = "weight") -> str:
     """Which of a layer's masked tensor and bias is computed in each call, and how to undo that; "" for none."""
     for tensor in (attribute, "bias"):
-        if tensor not in module._parameters and isinstance(getattr(module, tensor, None), Tensor):
+        expected = tensor == attribute or isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+        if tensor not in module._parameters and (expected or isinstance(getattr(module, tensor, None), Tensor)):
             return f"has a computed {tensor}; {_undoing(module, tensor)}"
     return ""
 

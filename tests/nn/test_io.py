@@ -139,7 +139,7 @@ BROKEN = {
     "no samples": (_header(mask_samples=0), "mask_samples=0"),
     "bad batch norm": (_header(batch_norm="magic"), "batch_norm='magic'"),
     "no layers": (_header(layers=[]), "another network"),
-    "other layers": (_header(layers=["0", "fc"]), "it masks 'fc', and the given model has no Linear or Conv2d"),
+    "other layers": (_header(layers=["0", "fc"]), "it masks 'fc', and the given model has no weight of that name"),
     "a pattern": (_header(layers=["*"]), r"it masks '\*'"),
     "missing tensor": (lambda t, h: t.pop("model.5.bias"), "'model.5.bias' is not in the file"),
     "extra tensor": (lambda t, h: t.update(extra=torch.ones(1)), "'extra' is in the file alone"),
