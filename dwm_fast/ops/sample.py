@@ -21,6 +21,7 @@ from dwm_fast.ops.philox import random_words, signed_uniform
 from dwm_fast.ops.registration import define
 
 TensorList = Sequence[Tensor]
+_KNOWN = (SCALED_SOFT, *map(int, Mode))
 
 
 def _noise(logits: Tensor, draw: Draw, i: int) -> Tensor:
@@ -332,7 +333,7 @@ def sample(
     """
     layers = range(len(weights)) if layers is None else layers
     thresholds = [0.0] * len(weights) if thresholds is None else thresholds
-    mode = SCALED_SOFT if mode == SCALED_SOFT else int(Mode(mode))
+    mode = int(mode) if mode in _KNOWN else int(Mode(mode))  # torch 2.11 does not compile the call of an enum
     flat = (rng_state, tau, list(layers), list(thresholds), mode, step_offset)
     _check_sample(logits, weights, *flat[:5])
     result: tuple[list[Tensor], Tensor, Tensor] = torch.ops.dwm_fast.sample(
