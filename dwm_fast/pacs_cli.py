@@ -95,7 +95,7 @@ def pairs(
 
     The run folder holds results.json and .csv, the table (S gain, T drop), figures, the masks and report.html.
     """
-    given = dict(context.params)
+    given = {**context.params, "out": out, "config": config, "settings": settings}  # older typers' params hold text
     if context.invoked_subcommand is not None:
         early = [name for name in given if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
         if early:
@@ -160,7 +160,7 @@ def sequence(
     The run folder holds results.json and .csv, the table (final accuracies, forgetting, storage), figures and
     report.html.
     """
-    given = {**context.params, "sequence": domains}
+    given = {**context.params, "sequence": domains, "out": out, "config": config}
     _run(_base(given), given, {})
 
 

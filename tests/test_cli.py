@@ -316,3 +316,19 @@ def test_the_installed_command_runs_in_a_process_of_its_own() -> None:
     )
     assert done.returncode == 2
     assert re.fullmatch(r"dwm-fast: [^\n]*clipart[^\n]*\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", ["pairs", "sequence"])
+def test_a_run_folder_is_a_path_whatever_the_installed_typer_makes_of_parameters(command, tmp_path, monkeypatch):
+    """The context of older ones holds the text that was typed; only a command's arguments are converted."""
+    from types import SimpleNamespace
+
+    from dwm_fast import pacs_cli
+
+    given = []
+    monkeypatch.setattr(pacs_cli, "_run", lambda base, given_, sections: given.append(given_))
+    monkeypatch.setattr(pacs_cli, "_base", lambda given_: SimpleNamespace(tune={}))
+    typed = SimpleNamespace(params={"out": str(tmp_path), "config": None, "settings": None}, invoked_subcommand=None)
+    arguments = {"domains": "a,b"} if command == "sequence" else {}
+    getattr(pacs_cli, command)(typed, out=tmp_path, **arguments)
+    assert given[0]["out"] == tmp_path

@@ -41,10 +41,14 @@ def record(given: argparse.Namespace) -> int:
     context = context_of(given.device, given.quick)
     entries = entries_of(context, given.only, given.without)
     source = find_source(TREE)
-    if source.dirty and not given.allow_dirty:
-        raise InputError(f"{source.dirty} is edited; commit it, or run with --allow-dirty to print without recording")
     folder = given.out or Path(os.environ.get("OUT") or TREE / RESULTS)
-    file = None if source.dirty else result_file(folder, context)
+    own = folder.resolve() == (TREE / RESULTS).resolve()
+    if source.dirty and own and not given.allow_dirty:
+        raise InputError(
+            f"{source.dirty} is edited; commit it, name another folder with --out (report takes its rows in once a "
+            f"commit has these files), or run with --allow-dirty to print without recording"
+        )
+    file = None if source.dirty and given.allow_dirty else result_file(folder, context)
     red = red_areas(given.gate, source.commit) if given.gate else {}
     return run_suite(Suite(context, source.commit, file, red), entries, given.seconds, given.torch_compile)
 

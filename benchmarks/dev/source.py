@@ -20,7 +20,12 @@ _IGNORED = ("__pycache__", ".so", ".pyc", ".egg-info")
 
 @dataclass(frozen=True)
 class Source:
-    """`commit`: short hash, or "tree:<fingerprint>" without git. `dirty`: first changed path or ""."""
+    """What is measured.
+
+    commit: short hash; "tree:<fingerprint>" without git, and where what is measured is not what is checked out: a
+        copy of another commit's files carries that commit's fingerprint.
+    dirty: first changed path or "".
+    """
 
     commit: str
     dirty: str = ""
@@ -41,7 +46,7 @@ def find_source(tree: Path) -> Source:
         commit = _git(tree, "rev-parse", "--short=12", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError):
         return Source(f"tree:{tree_fingerprint(tree)}")
-    return Source(commit, status[0][3:] if status else "")
+    return Source(f"tree:{tree_fingerprint(tree)}" if status else commit, status[0][3:] if status else "")
 
 
 def _fingerprint(blobs: dict[str, str]) -> str:

@@ -17,8 +17,9 @@ from dwm_fast._bench import run
 from dwm_fast._bench.cases import Entry
 from dwm_fast._bench.context import Context
 from dwm_fast._bench.dev import run as recording
+from dwm_fast._bench.dev.checkout import TREE
 from dwm_fast._bench.dev.gate import Verdict
-from dwm_fast._bench.dev.source import Source
+from dwm_fast._bench.dev.source import RESULTS, Source
 from dwm_fast._bench.machine import copy_way, device_name, slug
 from dwm_fast._bench.measure import Budget, Case, Run, Way, require
 from dwm_fast._bench.results import read
@@ -105,12 +106,22 @@ def test_what_is_red_in_the_gate_is_not_timed(bench: Bench, tmp_path: Path, caps
     assert "bits (kernels/test_bits.py: 1 failed: test_pack[3])" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_edited_tree_is_refused_before_anything_is_measured(
-    bench: Bench, small: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_edited_tree_records_nothing_among_its_own_results_and_is_told_before_anything_is_measured(
+    bench: Bench, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small.setattr(recording, "find_source", lambda tree: Source("abc", dirty="csrc/core.h"))
-    assert bench([BROKEN], tmp_path) == 2
-    assert "csrc/core.h is edited; commit it, or run with --allow-dirty" in capsys.readouterr().err
+    small.setattr(recording, "find_source", lambda tree: Source("tree:01", dirty="csrc/core.h"))
+    assert bench([BROKEN], TREE / RESULTS) == 2
+    told = capsys.readouterr().err
+    assert "csrc/core.h is edited; commit it, name another folder with --out" in told
+    assert "--allow-dirty" in told
+
+
+def test_elsewhere_the_rows_of_an_edited_tree_carry_its_fingerprint(
+    bench: Bench, small: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small.setattr(recording, "find_source", lambda tree: Source("tree:01", dirty="csrc/core.h"))
+    assert bench([GOOD], tmp_path) == 0
+    assert {row.commit for row in read(tmp_path / NAME)} == {"tree:01"}
 
 
 def test_an_edited_tree_may_be_printed_and_is_not_recorded(

@@ -49,6 +49,20 @@ def test_an_edit_or_a_new_file_among_what_is_measured_makes_it_dirty(tree: Path,
     assert find_source(tree).dirty == name
 
 
+def test_files_of_another_commit_than_the_one_checked_out_are_known_by_their_fingerprint(
+    tree: Path, tmp_path: Path
+) -> None:
+    """As where a machine gets today's files beside the git folder of yesterday."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tree, copy)
+    for where in (tree, copy):
+        (where / "dwm_fast/a.py").write_text("later")
+    _commit(tree)
+    source = find_source(copy)
+    assert source == Source(f"tree:{tree_fingerprint(tree)}", "dwm_fast/a.py")
+    assert resolve(tree, source.commit) == find_source(tree).commit
+
+
 @pytest.mark.parametrize("name", ["docs/e.md", "tests/new.py", "benchmarks/results/chip.csv"])
 def test_edits_elsewhere_and_results_do_not(tree: Path, name: str) -> None:
     (tree / name).parent.mkdir(parents=True, exist_ok=True)
