@@ -51,7 +51,6 @@ class Shell:
         home, attribute = self._home(name)
         self._keep(home, attribute)
         home[attribute] = tensor
-        self._relist(self.module.get_submodule(name.rpartition(".")[0]))
 
     def hide(self, name: str) -> None:
         """Take a tensor away: code that reads it then gets an AttributeError, not a value that is not in force."""
@@ -59,12 +58,6 @@ class Shell:
         if attribute in home:
             self._keep(home, attribute)
             del home[attribute]
-
-    def _relist(self, module: nn.Module) -> None:
-        """RNN, LSTM and GRU multiply by a list of their weights, which is made anew."""
-        if isinstance(module, nn.RNNBase):
-            self._keep(vars(module), "_flat_weights")
-            vars(module)["_flat_weights"] = [module._parameters.get(name) for name in module._flat_weights_names]
 
     def strip(self) -> None:
         """Undo every exchange, the last one first."""
