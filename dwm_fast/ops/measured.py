@@ -67,9 +67,12 @@ def read_table(path: Path) -> tuple[dict[str, Any], ...]:
 
 @functools.lru_cache(maxsize=4096)
 def nearest(problem: Problem) -> dict[str, Any] | None:
-    """The measured row nearest to `problem` in the logarithms of M, N and K, within a factor of two in each."""
+    """The measured row nearest to `problem` in the logarithms of M, N and K, within a factor of two in each.
+
+    Of two that are as near, the one with more rows: tiles that cover them cover these rows too.
+    """
     best: dict[str, Any] | None = None
-    least = math.inf
+    least = (math.inf, True)
     dtype = dtype_name(problem)
     for row in table(problem.name):
         if (row["op"], row["dtype"], row["taps"]) != (problem.op, dtype, problem.taps):
@@ -77,8 +80,9 @@ def nearest(problem: Problem) -> dict[str, Any] | None:
         steps = [
             abs(math.log2(max(own, 1) / row[f])) for f, own in (("m", problem.m), ("n", problem.n), ("k", problem.k))
         ]
-        if max(steps) <= 1 and sum(steps) < least:
-            best, least = row, sum(steps)
+        distance = (sum(steps), row["m"] < problem.m)
+        if max(steps) <= 1 and distance < least:
+            best, least = row, distance
     return best
 
 

@@ -119,3 +119,10 @@ def test_both_ways_of_the_cpu_agree_exactly_on_integers(rows):
         with use_way(way), dwm_fast.use_backend("cpp"):
             assert torch.equal(ops.linear_packed(x, weight, bits), expected)
             assert torch.equal(ops.linear_packed(x, weight, bits, activation="relu"), expected.relu())
+
+
+def test_of_two_rows_as_near_the_one_whose_tiles_cover_the_problem_decides(record):
+    record([row(1.0, 9.0, m=16), row(1.0, 5.0, m=64)])
+    assert "staged 5.0 us" in choose(problem(m=32)).why
+    record([row(1.0, 5.0, m=64), row(1.0, 9.0, m=16)])
+    assert "staged 5.0 us" in choose(problem(m=32)).why
