@@ -75,7 +75,7 @@ def test_the_nearest_measured_shape_decides_within_a_factor_of_two(record):
 
 
 def test_equal_times_are_one_pass_and_ties_of_distance_go_to_the_first_row(record):
-    record([row(5.0, 5.0, m=8), row(6.0, 5.0, m=32)])
+    record([row(5.0, 5.0, n=2048), row(6.0, 5.0, n=8192)])
     assert choose(problem(m=16)).way == ONE_PASS
 
 
