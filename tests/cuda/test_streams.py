@@ -169,6 +169,17 @@ def test_lists_on_two_devices_are_one_clear_error(gpu, which):
         ops.sample(logits, weights, torch.tensor([5, 2]), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("which", ["logits", "weights"])
+def test_lists_on_two_devices_are_found_in_a_capture_too(gpu, which):
+    """There a table of addresses is written by the graph, and known ones are used without another look."""
+    logits, weights = network()
+    state, tau = noise()
+    ops.sample(logits, weights, state, tau)
+    {"logits": logits, "weights": weights}[which][1] = torch.zeros(5, 7)
+    with pytest.raises(InputError, match="cuda:0 and cpu; expected one device"):
+        capture(lambda: ops.sample(logits, weights, state, tau))
+
+
 def test_a_product_s_operands_on_two_devices_are_one_clear_error(gpu):
     state, tau = noise()
     x, weight = torch.randn(2, 8, device="cuda:0"), torch.randn(4, 8)
