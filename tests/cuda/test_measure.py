@@ -22,7 +22,7 @@ class Call:
 
 def test_what_a_captured_call_reads_and_writes_lives_as_long_as_its_clock(gpu):
     call = Call()
-    alive = weakref.ref(call.owned)
+    alive = weakref.ref(call)
     clock = _GpuClock(Way("ours", Call, graph=True), call, 2, lambda: None)
     del call
     gc.collect()
