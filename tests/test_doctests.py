@@ -33,7 +33,7 @@ def test_examples_in_docstrings_run(name, tmp_path, monkeypatch):
 
 
 def test_the_public_operations_and_layers_have_examples():
-    assert {"dwm_fast.nn.model", "dwm_fast.nn.merge", "dwm_fast.ops.sample"} <= set(MODULES)
+    assert {"dwm_fast.nn.masking", "dwm_fast.nn.merge", "dwm_fast.ops.sample"} <= set(MODULES)
 
 
 @pytest.mark.usefixtures("reference")

@@ -221,6 +221,14 @@ class MaskedLayer(nn.Module):
         return f"mask=({fields})"
 
 
+def _unusual(learned: Sequence[Tensor]) -> bool:
+    """Whether a draw may be one that is refused: of other tensors than parameters, or under a transform."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    under = torch._C._functorch.maybe_current_level() is not None or torch._C._is_tracing()
+    return under or torch.compiler.is_exporting() or any(type(tensor) is not nn.Parameter for tensor in learned)
+
+
 def draw(
     layers: Sequence[MaskedLayer], state: Tensor, tau: Tensor, *, baked: bool = False, **how: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -232,7 +240,8 @@ def draw(
         baked: whether masked weights keep their weights' dtype under autocast, which otherwise gives them its own.
     """
     learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
-    refuse_transforms(learned)
+    if _unusual(learned):
+        refuse_transforms(learned)
     of_each: dict[str, Any] = {
         "layers": [layer.layer_index for layer in layers],
         "thresholds": [layer.unit for layer in layers],

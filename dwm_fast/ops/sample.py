@@ -22,6 +22,7 @@ from dwm_fast.ops.registration import define
 
 TensorList = Sequence[Tensor]
 _KNOWN = (SCALED_SOFT, *map(int, Mode))
+_PLAIN = (torch.float32, torch.float64)
 
 
 def _noise(logits: Tensor, draw: Draw, i: int) -> Tensor:
@@ -99,7 +100,7 @@ def penalty(logits: TensorList, mode: int, device: torch.device | None = None, t
         0-dim tensor in [0, 1]: a mean over every element, so a coefficient means the same for any size.
     """
     device = logits[0].device if logits else device or torch.device("cpu")
-    logits = [decoded(x) for x in logits]
+    logits = [x if x.dtype in _PLAIN else decoded(x) for x in logits]
     total = sum(x.numel() for x in logits)
     if mode == SCALED_SOFT:
         if tau is None:
@@ -123,7 +124,7 @@ def sample_reference(
     logits: TensorList, weights: TensorList, draw: Draw, dtype: torch.dtype | None, pack: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     masked, keeps, sums = [], [], []
-    logits = [decoded(x) for x in logits]
+    logits = [x if x.dtype in _PLAIN else decoded(x) for x in logits]
     for i, (scores, weight) in enumerate(zip(logits, weights, strict=True)):
         value, keep = mask_value(scores, draw, i)
         if draw.mode == Mode.EDIT:
@@ -173,7 +174,7 @@ def sample_backward_reference(
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """With `total` the penalty is a sum over so many elements, of which `logits` are a part."""
     total = total or max(1, sum(x.numel() for x in logits))
-    logits = [decoded(x) for x in logits]
+    logits = [x if x.dtype in _PLAIN else decoded(x) for x in logits]
     dlogits, dweights = [], []
     for i, (grad, scores, weight) in enumerate(zip(grads, logits, weights, strict=True)):
         g = grad.to(scores.dtype)
