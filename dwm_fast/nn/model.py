@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Container, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.nn import recompute
+from dwm_fast.nn import front, recompute
 from dwm_fast.nn.coverage import Coverage, left_out
 from dwm_fast.nn.hosts import MaskedParameter
 from dwm_fast.nn.kinds import MaskKind
@@ -39,6 +40,10 @@ class MaskedModel(nn.Module):
     In train() each call draws new masks, all layers by one operation, and advances the step of `rng_state`;
     in eval() the deterministic mask is used.
 
+    To code that inspects it, it is its network: `forward` has the network's signature, and public attributes that it
+    lacks (`config`, `device`, methods) are read from the network and set there. `generate` runs under one mask sample:
+    in eval() the deterministic mask, in train() the one that the next training call draws; the noise does not move on.
+
     Args:
         model: network in which some layers are MaskedLinear or MaskedConv2d.
         mask_samples: independent masks per batch in train(): the batch is split in as many parts (Csordas:
@@ -59,7 +64,6 @@ class MaskedModel(nn.Module):
             raise InputError(f"mask_samples={mask_samples!r}; expected a whole number of at least 1")
         if batch_norm not in ("frozen", "train"):
             raise InputError(f"batch_norm='{batch_norm}'; expected 'frozen' or 'train'")
-        self.model = model
         self.mask_samples = mask_samples
         self.batch_norm = batch_norm
         self._layers = {mask_name(n, m): m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
@@ -79,6 +83,9 @@ class MaskedModel(nn.Module):
         self._drawn: tuple[Tensor, list[int]] | None = None  # the penalty, and the versions of logits it is of
         self._recorder: Sampler | None = None
         self._observer: Callable[[list[Tensor]], None] | None = None
+        self._held: list[Tensor] | None = None
+        self.model = model  # from here on, names that are new here and not to the network are the network's
+        front.dress(self)
         self.train(model.training)
 
     def mask_layers(self) -> dict[str, MaskedLayer]:
@@ -184,8 +191,24 @@ class MaskedModel(nn.Module):
         try:
             return self.model(*args, **kwargs)
         finally:
-            stage(layers, [None] * len(layers))
+            stage(layers, self._held or [None] * len(layers))
 
+    @contextlib.contextmanager
+    def _masks_held(self) -> Iterator[None]:
+        """While this lasts the network itself may be called: under the mask of the next call, which is drawn now."""
+        self._require_layers()
+        layers, before = list(self._layers.values()), self._held
+        options: dict[str, Any] = {"samples": self.mask_samples} if self.training else {}
+        masked, _, _ = draw(layers, self.rng_state.clone(), self.tau, training=self.training, **options)
+        self._held = masked
+        stage(layers, masked)
+        try:
+            yield
+        finally:
+            self._held = before
+            stage(layers, before or [None] * len(layers))
+
+    @front.passes_on
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._require_layers()
@@ -233,11 +256,39 @@ class MaskedModel(nn.Module):
             self.tau = new_tau(self.kind, self.tau.device)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            return front.of_network(self, name, error)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if front.is_of_network(self, name):
+            setattr(self.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __prepare_scriptable__(self) -> Any:
         raise InputError("a masked model cannot be scripted; script the plain network, dwm_fast.merge(masked)")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_drawn": None, "_recorder": None, "_observer": None, "_places": []}
+        return {**self.__dict__, "_drawn": None, "_recorder": None, "_observer": None, "_held": None, "_places": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_held": None, **state})  # type: ignore[no-untyped-call]
+        front.dress(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not front.is_dressed(type(self)):
+            return super().__reduce_ex__(protocol)
+        return front.bare, (type(self)._bare_class,), self.__getstate__()  # type: ignore[attr-defined]
+
+    def _get_name(self) -> str:
+        """What trainers tell networks apart by: the network's class."""
+        return getattr(front.network_class(self), "__name__", type(self).__name__)
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     def extra_repr(self) -> str:
         total = sum(layer.frozen_weight.numel() for layer in self._layers.values())

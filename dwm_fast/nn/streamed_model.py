@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
-from dwm_fast.nn import recompute
+from dwm_fast.nn import front, recompute
 from dwm_fast.nn.kinds import MaskKind
 from dwm_fast.nn.model import MaskedModel, Sampler
 from dwm_fast.nn.select import literal
@@ -48,6 +49,7 @@ class StreamedModel(MaskedModel):
         """The masked layers, in the order of their numbers."""
         return [layer for layer in self._layers.values() if isinstance(layer, StreamedLayer)]
 
+    @front.passes_on
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise InputError(
@@ -55,16 +57,30 @@ class StreamedModel(MaskedModel):
                 "of the network that hold no masked layer, or use mask_model(..., memory='plain')"
             )
         self._require_layers()
-        run = recompute.pinned(self, self._begin) if self.training else self._deterministic()
+        with self._entered(recompute.pinned(self, self._begin) if self.training else self._deterministic()):
+            return self.model(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _entered(self, run: Pass) -> Iterator[None]:
+        """While this lasts all layers belong to a pass."""
         layers = self.streamed_layers()
         before = [layer._run for layer in layers]
         for layer in layers:
             layer.enter(run)
         try:
-            return self.model(*args, **kwargs)
+            yield
         finally:
             for layer, outer in zip(layers, before, strict=True):
                 layer.enter(outer)
+
+    @contextlib.contextmanager
+    def _masks_held(self) -> Iterator[None]:
+        """As a MaskedModel's; nothing is learned from what is computed meanwhile."""
+        self._require_layers()
+        state = self.rng_state.clone()
+        drawn = Pass(state, self.kind.current_tau(self.tau, state), self.kind.training_mode)
+        with self._entered(drawn if self.training else self._deterministic()):
+            yield
 
     def _begin(self) -> Pass:
         """A training pass, under a new draw."""
