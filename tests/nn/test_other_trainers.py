@@ -57,13 +57,14 @@ def test_arguments_and_outputs_by_name_pass_through_and_the_masks_learn() -> Non
     assert not any(map(torch.equal, before, masked.mask_parameters()))
 
 
-def test_attributes_are_those_of_the_network_inside_and_a_merged_one_generates() -> None:
+def test_a_masked_model_has_the_attributes_of_its_network_and_generates_what_a_merged_one_does() -> None:
     net, batch = Classifier(), _batch()
-    masked = dwm.mask_model(net, dwm.Threshold(), seed=0).eval()
+    masked: Any = dwm.mask_model(net, dwm.Threshold(), seed=0).eval()
     with torch.no_grad():
         masked.mask_layers()["head"].mask_logits[0] = -1.0
-    assert masked.model.config.num_labels == 2
+    assert masked.config is masked.model.config
     merged: Any = dwm.merge(masked)
+    assert torch.equal(merged.generate(batch["input_ids"]), masked.generate(batch["input_ids"]))
     assert torch.equal(merged.generate(batch["input_ids"]), masked(batch["input_ids"]).logits.argmax(-1))
 
 
