@@ -84,8 +84,8 @@ def of_network(masked: Any, name: str, error: AttributeError) -> Any:
 
 
 def is_of_network(masked: Any, name: str) -> bool:
-    """Whether setting `name` is meant for the network: a public name that it has and the masked model has not."""
-    if name.startswith("_") or name in vars(masked) or hasattr(type(masked), name):
+    """Whether setting the public `name` is meant for the network: it has it, and the masked model has not."""
+    if name in vars(masked) or hasattr(type(masked), name):
         return False
     tables = [vars(masked).get(table, {}) for table in ("_parameters", "_buffers", "_modules")]
     return not any(name in table for table in tables) and hasattr(tables[2].get("model"), name)

@@ -177,19 +177,19 @@ class MaskedModel(nn.Module):
         self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], step_offset: int = 0, repeated: bool = False
     ) -> Any:
         """The network under one mask sample, drawn now; a first pass in train() leaves the penalty behind."""
-        layers = list(self._layers.values())
+        layers, network = list(self._layers.values()), self.model
         versions = [layer._parameters["mask_logits"]._version for layer in layers]  # type: ignore[union-attr]
         options: dict[str, Any] = {"samples": self.mask_samples} if self.training else {}
         if self.training and self._recorder is not None:
             options["sample"] = self._recorder.sample
         masked, _, drawn = draw(layers, state, self.tau, training=self.training, step_offset=step_offset, **options)
         if self.training and not repeated:
-            self._drawn = drawn, versions
+            object.__setattr__(self, "_drawn", (drawn, versions))  # past nn.Module's, which takes microseconds
             if self._observer is not None:
                 self._observer(masked)
         stage(layers, masked)
         try:
-            return self.model(*args, **kwargs)
+            return network(*args, **kwargs)
         finally:
             stage(layers, self._held or [None] * len(layers))
 
@@ -214,10 +214,12 @@ class MaskedModel(nn.Module):
             self._require_layers()
         if not self.training:
             return self._run(self.rng_state.clone(), args, kwargs)
+        advance = partial(ops.advance, self.rng_state, self.mask_samples)
         repeated = recompute.in_backward()
+        state = recompute.pinned(self, advance)
         if not repeated:
-            self._drawn = None  # with it goes the last pass's graph, whose stream need not be that of this one
-        state = recompute.pinned(self, partial(ops.advance, self.rng_state, self.mask_samples))
+            # with it goes the last pass's graph, whose stream need not be that of this one
+            object.__setattr__(self, "_drawn", None)
         if self.mask_samples == 1:
             return self._run(state, args, kwargs, repeated=repeated)
         return self._run_split(state, args, kwargs, repeated)
@@ -263,7 +265,7 @@ class MaskedModel(nn.Module):
             return front.of_network(self, name, error)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if front.is_of_network(self, name):
+        if not name.startswith("_") and front.is_of_network(self, name):
             setattr(self.model, name, value)
         else:
             super().__setattr__(name, value)
