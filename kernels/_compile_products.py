@@ -44,8 +44,8 @@ def product_configurations() -> Iterator[Configuration]:
         {"HAS_BIAS": True, "ACTIVATION": 2, "BLOCK": linear.PARTS_BLOCK, "y_r": 1},
         4,
     )
-    yield _gradient(_HARD, 64)
-    yield _gradient(_BITS, 64)
+    for mode, k in itertools.product((_HARD, _BITS), (4096, 4090)):
+        yield _gradient(mode, 64, k)
     for dtype, k in itertools.product((_BF16, _FP32), (4096, 4090)):
         for rows in (4, 256):
             yield _bank(dtype, rows, k)
@@ -86,9 +86,9 @@ def _product(
     )  # fmt: skip
 
 
-def _gradient(mode: int, m: int) -> Configuration:
+def _gradient(mode: int, m: int, k: int) -> Configuration:
     bits = mode == _BITS
-    problem = _problem("linear_packed_weight_grad" if bits else "linear_mask_grad", _BF16, m, 4096)
+    problem = _problem("linear_packed_weight_grad" if bits else "linear_mask_grad", _BF16, m, k)
     tiles = gradient_tiles(problem)
     units = ("g_n", "x_k", "w_k", "s_k", "ds_k", "dw_k")
     constants = linear_grad.gradient_constants(problem, tiles, mode, not bits, True, tl.int32) | dict.fromkeys(units, 1)
@@ -96,8 +96,9 @@ def _gradient(mode: int, m: int) -> Configuration:
     types = ("*bf16", "*bf16", weight, _source(mode), "*fp32", weight, "*i64", "*fp32", *("i32",) * 10, "i32", "fp32",
              "i32")  # fmt: skip
     return Configuration(
-        _name(f"linear gradient M={m}", mode, _BF16), linear_grad.mask_gradient_kernel, types, constants,
-        tiles.num_warps, ("N", "K", "g_m", "x_m", "w_n", "s_n", "ds_n", "dw_n"), matrix=True, pipelined=True,
+        _name(f"linear gradient M={m} K={k}", mode, _BF16), linear_grad.mask_gradient_kernel, types, constants,
+        tiles.num_warps, ("N", "K", "g_m", "x_m", "w_n", "s_n", "ds_n", "dw_n") if k % 16 == 0 else ("N", "g_m"),
+        matrix=True, pipelined=True,
     )  # fmt: skip
 
 

@@ -44,8 +44,9 @@ def _product_by_size(problem: Problem, back: bool) -> Tiles:
         return Tiles(32, 32, 16, stages=2)
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
     if not problem.packed:
-        # Forward with 64 columns spills on sm_100 with Triton 3.6; 32 take fewer registers than 64 on every target.
-        return Tiles(64, 64 if whole and back else 32, block_m, stages=2)
+        # Forward with 64 columns spills on sm_100 with Triton 3.6; 32 take fewer registers than 64 on every target. A
+        # call of Philox for each weight, where rows end inside one, fills the registers of four warps.
+        return Tiles(64, 64 if whole and back else 32, block_m, num_warps=4 if whole else 8, stages=2)
     if problem.dtype == torch.float32 or back:
         return Tiles(64, 64, block_m)
     if rows > PACKED_ROWS:
@@ -61,7 +62,8 @@ def gradient_tiles(problem: Problem) -> Tiles:
     if problem.dtype == torch.float32 and not problem.tf32:
         return Tiles(32, 32, 16, stages=2)
     block_m = min(max(16, triton.next_power_of_2(problem.m)), 64)
-    return Tiles(64, 64, block_m)
+    # Drawn, four warps would fill their registers, and spill them where rows end inside a call of Philox.
+    return Tiles(64, 64, block_m, num_warps=4 if problem.packed else 8)
 
 
 def convolution_tiles(problem: Problem, back: bool = False) -> Tiles:
