@@ -93,9 +93,10 @@ def _in_turn(calls: Sequence[Run]) -> Run:
 def kept(context: Context, rows: int, share: float, dtype: torch.dtype) -> Case:
     """y = x (W * m)^T from the kept weights alone, beside torch's dense product of the same dtype; weights in turn."""
     n = k = 2048 if context.quick else 4096
-    x = torch.randn(rows, k).to(dtype)
-    weights = [torch.randn(n, k).to(dtype) for _ in range(_ROTATED)]
-    masks = [torch.rand(n, k) < share for _ in weights]
+    device = context.device
+    x = torch.randn(rows, k, device=device).to(dtype)
+    weights = [torch.randn(n, k, device=device).to(dtype) for _ in range(_ROTATED)]
+    masks = [torch.rand(n, k, device=device) < share for _ in weights]
     bits = [ops.pack([mask]) for mask in masks]
     stored = [ops.keep_values(w, b) for w, b in zip(weights, bits, strict=True)]
     element, flops = weights[0].element_size(), 2 * rows * n * k
@@ -112,7 +113,7 @@ def kept(context: Context, rows: int, share: float, dtype: torch.dtype) -> Case:
         Way("dense product", lambda: _in_turn([partial(F.linear, x, w) for w in weights]), dense, flops),
         Way("all weights and bits", lambda: _in_turn(from_bits), dense + n * k // 8, flops),
         Way("ours", lambda: _in_turn(by_kept), dense - element * n * k + held, flops,
-            backend=backends.chosen("linear_kept", "cpu")),
+            backend=backends.chosen("linear_kept", device.type)),
     ]  # fmt: skip
     parameters = {"M": rows, "N": n, "K": k, "kept": share, "dtype": str(dtype)[6:], "weights": _ROTATED}
     return Case("linear from kept weights", parameters, ways, gate)

@@ -96,7 +96,8 @@ def _kept() -> tuple[Entry, ...]:
             for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
                 build = partial(bench_linear.kept, rows=rows, share=share, dtype=dtype)
                 quick = share == 0.3 and rows in (1, 4)
-                entries.append(Entry(f"kept-{rows}-{share}-{name}", ("bits", "kept"), build, ("cpu",), quick))
+                devices = ("cpu", "cuda") if dtype == torch.bfloat16 else ("cpu",)
+                entries.append(Entry(f"kept-{rows}-{share}-{name}", ("bits", "kept"), build, devices, quick))
     tokens = partial(bench_linear.tokens, share=0.3)
     return (*entries, Entry("kept-tokens", ("bits", "kept"), tokens, ("cpu",)))
 

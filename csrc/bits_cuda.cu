@@ -1,11 +1,7 @@
 // Packed bits on NVIDIA GPUs, many tensors a launch: pack (ballot), unpack, apply, count, overlap and combine.
 // Tensors travel to the device by value, as a kernel parameter: nothing is copied, and a CUDA graph can replay it.
-#include <cuda_runtime.h>
+#include "bind_cuda.h"
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/headeronly/util/shim_utils.h>
-
-#include "bind.h"
 #include "bits_batch.h"
 
 namespace {
@@ -193,32 +189,6 @@ __global__ void combine_kernel(int op, const uint8_t* a, const uint8_t* b, uint8
       for (int j = 0; j < 16 && i + j < nbytes; ++j) out[i + j] = static_cast<uint8_t>(combined(op, a[i + j], b[i + j]));
     }
   }
-}
-
-// The tensor's device and torch's current stream on it.
-class Place {
- public:
-  explicit Place(const Tensor& t) : guard_(t.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
-
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "dwm_fast: a CUDA kernel was not launched: ", cudaGetErrorString(error));
-}
-
-void check_device(const Tensor& t, const Tensor& home) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == home.get_device_index(),
-                  "dwm_fast: tensors of one call must be on one GPU");
 }
 
 // launch(batch, blocks) for as many items as one launch takes.

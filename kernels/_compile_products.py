@@ -26,9 +26,11 @@ def product_configurations() -> Iterator[Configuration]:
     """Few rows and many, both directions, bits and drawn masks, rows inside words, TF32 and IEEE, convolutions."""
     for m in (1, 16, 64, 8192):
         yield _product(_BITS, _BF16, m)
-    yield _product(_BITS, _BF16, 16, k=4090)
-    yield _product(_BITS, _BF16, 1, back=True)
-    yield _product(_BITS, _BF16, 16, back=True)
+    for m in (16, 8192):
+        yield _product(_BITS, _BF16, m, k=4090)
+    yield _product(_BITS, _BF16, 64, k=4090, back=True)
+    for m in (1, 16, 64):
+        yield _product(_BITS, _BF16, m, back=True)
     yield _product(_BITS, _FP32, 64, tf32=True)
     yield _product(_BITS, _FP32, 16, k=4090)
     for m in (1, 16, 64, 8192):

@@ -39,7 +39,7 @@ def product_tiles(problem: Problem, back: bool) -> Tiles:
 def _product_by_size(problem: Problem, back: bool) -> Tiles:
     rows, whole = problem.m, problem.k % (32 if problem.packed else 4) == 0
     if rows == 1:
-        return Tiles(16, 128, 1, stages=4 if problem.packed and whole else 3)
+        return Tiles(16, 128 if whole or not problem.packed else 64, 1, stages=4 if problem.packed and whole else 3)
     if problem.dtype == torch.float32 and not problem.tf32:
         return Tiles(32, 32, 16, stages=2)
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
@@ -47,11 +47,11 @@ def _product_by_size(problem: Problem, back: bool) -> Tiles:
         # Forward with 64 columns spills on sm_100 with Triton 3.6; 32 take fewer registers than 64 on every target. A
         # call of Philox for each weight, where rows end inside one, fills the registers of four warps.
         return Tiles(64, 64 if whole and back else 32, block_m, num_warps=4 if whole else 8, stages=2)
+    if not whole:  # two words for 32 columns, and no wide loads: four warps spill, on one target or another
+        return Tiles(64, 64 if back else 32, block_m, num_warps=8)
     if problem.dtype == torch.float32 or back:
-        return Tiles(64, 64, block_m)
-    if rows > PACKED_ROWS:
-        return Tiles(128, 64, 128, num_warps=8)
-    return Tiles(64, 128 if whole else 64, block_m)
+        return Tiles(64, 64, block_m, num_warps=8 if back and block_m == 64 else 4)
+    return Tiles(128, 64, 128, num_warps=8) if rows > PACKED_ROWS else Tiles(64, 128, block_m)
 
 
 def gradient_tiles(problem: Problem) -> Tiles:

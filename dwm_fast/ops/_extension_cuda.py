@@ -1,4 +1,4 @@
-"""The CUDA backend of packed bits: every function has the signature of the operation it computes.
+"""The CUDA backend of packed bits and kept weights: every function has the signature of the operation it computes.
 
 Importing this module builds the CUDA library at first need and loads it; where that is not possible the import raises
 BackendUnavailable with one line that says what to do.
@@ -18,6 +18,7 @@ _build.load("cuda")
 
 from dwm_fast.ops.layout import PACKABLE, known, restored  # noqa: E402 - only where the library loads
 from dwm_fast.ops.packing import COMBINATIONS, packed_nbytes  # noqa: E402
+from dwm_fast.ops.problem import Problem, rows_of  # noqa: E402
 
 TensorList = Sequence[Tensor]
 
@@ -64,7 +65,16 @@ def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:
     return sizes
 
 
-def aligned(bits: Tensor) -> Tensor:
-    """`bits` contiguous and on a 16-byte boundary, as the kernels' loads need: a view may start anywhere."""
-    bits = bits.contiguous()
-    return bits if bits.data_ptr() % 16 == 0 else bits.clone()
+def linear_kept(
+    problem: Problem, x: Tensor, values: Tensor, row_starts: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    y = x.new_empty((problem.m, problem.n))
+    shift = None if bias is None else bias.float().contiguous()
+    _OPS.linear_kept.default(aligned(rows_of(x)), aligned(values), row_starts.contiguous(), aligned(bits), shift, y)
+    return y.view(*x.shape[:-1], problem.n)
+
+
+def aligned(given: Tensor) -> Tensor:
+    """`given` contiguous and on a 16-byte boundary, as the kernels' loads need: a view may start anywhere."""
+    given = given.contiguous()
+    return given if given.data_ptr() % 16 == 0 else given.clone()

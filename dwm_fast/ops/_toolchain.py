@@ -215,13 +215,18 @@ def gencode(archs: str) -> list[str]:
 
 
 def cuda_steps(nvcc: str, target: str) -> list[Step]:
-    source = sources_folder() / "bits_cuda.cu"
+    folder = sources_folder()
     include, libraries = _torch_folders()
-    object_file = "bits_cuda.obj" if sys.platform == "win32" else "bits_cuda.o"
+    ending = "obj" if sys.platform == "win32" else "o"
     host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    compile_command = [
-        nvcc, "-std=c++20", "-O3", *host, "-DUSE_CUDA", *(f"-D{d}" for d in _defines()), "-isystem", str(include),
-        *gencode(cuda_archs()), "-c", str(source), "-o", object_file,
-    ]  # fmt: skip
-    link = [nvcc, "-shared", "-o", target, object_file, f"-L{libraries}", "-ltorch_cpu", "-ltorch_cuda"]
-    return [Step(object_file, str(source), tuple(compile_command)), Step(target, "", tuple(link))]
+    steps = []
+    for name in ("bits_cuda", "kept_cuda"):
+        source, object_file = str(folder / f"{name}.cu"), f"{name}.{ending}"
+        command = [
+            nvcc, "-std=c++20", "-O3", *host, "-DUSE_CUDA", *(f"-D{d}" for d in _defines()), "-isystem", str(include),
+            *gencode(cuda_archs()), "-c", source, "-o", object_file,
+        ]  # fmt: skip
+        steps.append(Step(object_file, source, tuple(command)))
+    objects = [step.target for step in steps]
+    link = [nvcc, "-shared", "-o", target, *objects, f"-L{libraries}", "-ltorch_cpu", "-ltorch_cuda"]
+    return [*steps, Step(target, "", tuple(link))]

@@ -101,7 +101,7 @@ def _triton() -> dict[str, Implementation]:
 
 
 def _cuda() -> dict[str, Implementation]:
-    """The CUDA extension, on NVIDIA GPUs: operations on bits; compiled at first need."""
+    """The CUDA extension, on NVIDIA GPUs: operations on bits and kept weights; compiled at first need."""
     from dwm_fast.ops import _extension_cuda
 
     return {
@@ -111,6 +111,7 @@ def _cuda() -> dict[str, Implementation]:
         "count": _extension_cuda.count,
         "combine": _extension_cuda.combine,
         "overlap": _extension_cuda.overlap,
+        "linear_kept": _extension_cuda.linear_kept,
     }
 
 

@@ -87,7 +87,7 @@ def problem_of(
 
     Args:
         op: name of the operation.
-        backend: "cpp" or "triton".
+        backend: "cpp", "triton" or "cuda".
         x: input or incoming gradient; its shape, dtype and memory format count.
         weight: its device counts too.
         logits: where the mask is drawn. geometry: of a convolution, whose x is the input in every direction.
@@ -99,6 +99,8 @@ def problem_of(
     obstacle = ""
     if logits is not None and logits.dtype != torch.float32:
         obstacle = f"one-pass kernels take logits of float32, not {logits.dtype}"
+    if op == "linear_kept" and x.dtype != weight.dtype:
+        obstacle = f"the kernel of kept weights takes values of the input's dtype, {x.dtype}, not {weight.dtype}"
     if geometry is None:
         m, (n, k) = math.prod(x.shape[:-1]), weight.shape
         return Problem(op, where, dtype, m, n, k, matmul_tf32(), name=name, obstacle=obstacle)

@@ -127,6 +127,8 @@ def _obstacle(problem: Problem) -> str:
         if problem.op != "linear_packed":
             return "on a CPU only linear_packed and linear_kept have one-pass kernels"
         return "" if problem.dtype == torch.float32 else f"the CPU's one-pass kernel takes float32, not {problem.dtype}"
+    if problem.op == "linear_kept":
+        return _obstacle_of_kept(problem)
     if problem.dtype not in FLOATS:
         return f"one-pass kernels take float32, bfloat16 and float16, not {problem.dtype}"
     if problem.groups > 1 and problem.k == problem.taps:
@@ -134,11 +136,22 @@ def _obstacle(problem: Problem) -> str:
     return ""
 
 
+def _obstacle_of_kept(problem: Problem) -> str:
+    """Why a GPU's kernel of kept weights cannot compute this, or ""."""
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"a GPU's kernel of kept weights takes bfloat16 and float16, not {problem.dtype}"
+    if problem.k % 32:
+        return f"a GPU's kernel of kept weights takes rows of whole words of bits, 32 weights each, not {problem.k}"
+    if problem.m > PACKED_ROWS:
+        return f"a GPU's kernel of kept weights takes {PACKED_ROWS} rows of x at most, not {problem.m}"
+    return ""
+
+
 def _by_theory(problem: Problem) -> Choice:
     if not problem.linear:
         return Choice(STAGED, "convolutions run in one pass only where a table of this device says that it is faster")
     if problem.op == "linear_kept":
-        limit = KEPT_ROWS
+        limit = KEPT_ROWS if problem.device == "cpu" else PACKED_ROWS
     elif problem.device == "cpu":
         limit = CPU_ROWS_LARGE if problem.n * problem.k >= LARGE_WEIGHT else CPU_ROWS
     elif problem.dtype == torch.float32 and not problem.tf32:

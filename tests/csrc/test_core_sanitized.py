@@ -34,3 +34,12 @@ def test_core_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -
     program = tmp_path / "test_core"
     run(compiler, "-fsanitize=address,undefined", *(job[-1] for job in jobs), "-o", program)
     assert run(program) == "ok\n"
+
+
+def test_a_warp_of_the_gpu_finds_every_kept_weight(tmp_path: Path) -> None:
+    compiler = _toolchain.find_compiler()
+    assert compiler is not None, "the tests need a C++ compiler: apt install g++"
+    program = tmp_path / "test_kept_tile"
+    source = HERE / "test_kept_tile.cpp"
+    run(compiler, "-std=c++20", *SANITIZE, "-I", _toolchain.sources_folder(), source, "-o", program)
+    assert run(program) == "ok\n"

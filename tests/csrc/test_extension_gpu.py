@@ -106,6 +106,28 @@ def test_kernels_run_on_the_current_stream_and_under_a_graph() -> None:
     assert torch.equal(masked, torch.where(mask, weight, 0.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 33, 1024), (8, 16, 32), (16, 48, 544), (32, 40, 672), (64, 70, 1056)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_kept_weights_multiply_as_fp64_does(m: int, n: int, k: int, share: float, dtype: torch.dtype) -> None:
+    from dwm_fast import ops
+
+    weight, mask = torch.randn(n, k, device="cuda").to(dtype), torch.rand(n, k, device="cuda") < share
+    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    bits = ops.pack([mask])
+    values, starts = ops.keep_values(weight.masked_fill(~mask, torch.nan), bits)
+    with ops.use_way("one-pass"), ops.use_backend("cuda"):
+        y = ops.linear_kept(x, values, starts, bits, bias)
+        assert torch.equal(y, ops.linear_kept(x, values, starts, bits, bias))
+    masked = torch.where(mask, weight, 0.0).double()
+    exact = x.double() @ masked.T + bias.double()
+    # Products of two-byte numbers are exact in fp32; a sum of k of them and a bias rounds k times at most, by half an
+    # ulp of a partial sum (the tensor core may cut instead: a whole one), and the result once, to dtype.
+    terms = x.double().abs() @ masked.abs().T + bias.double().abs()
+    budget = k * 2.0**-23 * terms + torch.finfo(dtype).eps / 2 * exact.abs() * (1 + 2.0**-10)
+    assert bool(((y.double() - exact).abs() <= budget).all())
+
+
 def test_tensors_on_another_gpu_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two NVIDIA GPUs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -126,3 +127,14 @@ def test_of_two_rows_as_near_the_one_whose_tiles_cover_the_problem_decides(recor
     assert "staged 5.0 us" in choose(problem(m=32)).why
     record([row(1.0, 5.0, m=64), row(1.0, 9.0, m=16)])
     assert "staged 5.0 us" in choose(problem(m=32)).why
+
+
+def test_a_gpu_reads_kept_weights_of_two_bytes_whose_rows_are_whole_words(record):
+    def way(**fields: object) -> str:
+        return choose(dataclasses.replace(problem("linear_kept"), **fields)).way
+
+    assert way() == way(dtype=torch.float16) == way(m=PACKED_ROWS) == ONE_PASS
+    for other in ({"dtype": torch.float32}, {"k": 4090}, {"m": PACKED_ROWS + 1}):
+        assert way(**other) == STAGED
+        with use_way(ONE_PASS), pytest.raises(BackendUnavailable, match="kernel of kept weights"):
+            way(**other)
