@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from operator import is_, itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -55,6 +56,7 @@ class Backbone:
     Attributes:
         tensors, parameters: the state dict's tensors, and the parameters, by name.
         run: calls the network under a domain's tensors.
+        write: the same for `generate`, in the middle of which `run` may be wanted.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,7 +73,7 @@ class Backbone:
         state = self.model.state_dict(keep_vars=True)
         self.tensors: dict[str, Tensor] = {n: t for n, t in state.items() if isinstance(t, Tensor)}
         self.parameters = dict(self.model.named_parameters())
-        self.run = Runner(self.model)
+        self.run, self.write = Runner(self.model), Runner(self.model)
         self._inventory = Inventory(self.model)
         self._digests: dict[str, bytes] = {}
         self._take_marks()
@@ -119,15 +121,29 @@ class Backbone:
             self._digests[name] = tensor_digest(name, self.parameters[name])
         return self._digests[name]
 
-    def to(self, *args: Any, **kwargs: Any) -> None:
-        """Move the network as `torch.nn.Module.to` does, in place; fingerprints stay those of before."""
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """While this lasts the network may be moved and cast, by `torch.nn.Module.to`; fingerprints stay as before."""
         with self._lock:
             self.fingerprint(self.parameters)
             digests = self._digests
-            self.model.to(*args, **kwargs)
-            self._look()
+            try:
+                yield
+            finally:
+                self._look()
+                self._stamp += 1
             self._digests = digests
-            self._stamp += 1
+
+    def digests(self) -> dict[str, bytes]:
+        """What fingerprints are made of, for a copy of the network that was moved or cast: see `take_digests`."""
+        with self._lock:
+            self.stamp()
+            return dict(self._digests)
+
+    def take_digests(self, digests: Mapping[str, bytes]) -> None:
+        """Use these until the network changes; the caller knows it to be the one that they are of."""
+        with self._lock:
+            self._digests = dict(digests)
 
     def check_names(self, names: Iterable[str]) -> None:
         """InputError unless every name is a parameter's."""

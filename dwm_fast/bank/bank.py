@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 
 from dwm_fast.bank import hub, sets
 from dwm_fast.bank.adopt import adopted
-from dwm_fast.bank.backbone import Backbone
-from dwm_fast.bank.cache import ByteLru
 from dwm_fast.bank.file import MaskFile
 from dwm_fast.bank.folder import load_domain, open_domain, place_of, read_rows
 from dwm_fast.bank.mixed import mixed_twin
+from dwm_fast.bank.module import BankModule, Known
 from dwm_fast.bank.record import DomainMasks, MaskInfo, check_domain_name, make_domain
 from dwm_fast.bank.runner import Patch, domain_patch
 from dwm_fast.bank.save import Origin, save_entries
@@ -30,21 +28,12 @@ _MODULE_NBYTES = 1 << 16
 """What a network without its tensors is counted as, in the memory budget."""
 
 
-@dataclass(eq=False)
-class _Entry:
-    """One domain: in memory, or known by the place it was loaded from."""
-
-    record: DomainMasks | None
-    origin: Origin | None = None
-    any_backbone: bool = False
-    info: MaskInfo | None = None
-
-
-class MaskBank:
+class MaskBank(BankModule):
     """Serves many domains from one copy of a network's weights.
 
     The backbone is shared, not copied, always runs in eval mode here, and has to stay as it is while domains
-    are used. Calls may come from several threads at once.
+    are used. Calls may come from several threads at once. It is a `torch.nn.Module`: `to`, `state_dict`, copies and
+    pickles have the network and all domains in them.
 
     Args:
         backbone: any network whose masked weights are parameters.
@@ -64,15 +53,7 @@ class MaskBank:
     """
 
     def __init__(self, backbone: nn.Module, *, memory_budget: int = 1 << 30) -> None:
-        self.backbone = backbone = unwrapped(backbone)
-        self._entries: dict[str, _Entry] = {}
-        self._removed: set[tuple[Path, str]] = set()
-        self._active: str | None = None
-        self._lock = threading.RLock()
-        self._cache: ByteLru[Any] = ByteLru(memory_budget)
-        self._net = Backbone(backbone)
-        self._stamp = self._net.stamp()
-        self._splits: set[Any] = set()
+        super().__init__(backbone, memory_budget)
 
     @property
     def domains(self) -> list[str]:
@@ -150,7 +131,7 @@ class MaskBank:
         self._check_fit(record, "domain", allow_other_backbone)
         with self._lock:
             self._check_free(record.info.domain)
-            self._entries[record.info.domain] = _Entry(record, None, allow_other_backbone, record.info)
+            self._entries[record.info.domain] = Known(record, None, allow_other_backbone, record.info)
 
     def add_file(self, path: str | os.PathLike[str], *, allow_other_backbone: bool = False) -> str:
         """Add the domain of one mask file and return its name.
@@ -175,7 +156,7 @@ class MaskBank:
             self._check_free(check_domain_name(new))
             entry = self._entries[old]
             info = replace(record.info, domain=new)
-            renamed = _Entry(replace(record, info=info), None, entry.any_backbone, info)
+            renamed = Known(replace(record, info=info), None, entry.any_backbone, info)
             self._entries = {new if n == old else n: renamed if n == old else e for n, e in self._entries.items()}
             self._active = new if self._active == old else self._active
             active = self._active
@@ -211,7 +192,7 @@ class MaskBank:
             self._patch(domain)
         self._active = domain
 
-    def __call__(self, *args: Any, domains: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, domains: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The network's output, under the active domain, or with `domains` each sample under its own.
 
         Args:
@@ -230,6 +211,19 @@ class MaskBank:
         device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         ids = torch.tensor([number[name] for name in domains], dtype=torch.int64, device=device)
         return self.serve(names).run(ids, args, kwargs)
+
+    def generate(self, *args: Any, domains: None = None, **kwargs: Any) -> Any:
+        """The network's own `generate`, all of it under the active domain; its arguments, its result.
+
+        Raises:
+            InputError: the network has none, or `domains` were given: a text is written under one domain.
+        """
+        if domains is not None:
+            raise InputError("generate runs under one domain, the active one; call it for the samples of each in turn")
+        network = self._net.write.wearing(self._patch(self._active))
+        if not callable(getattr(network, "generate", None)):
+            raise InputError(f"{type(network).__name__}, the bank's network, has no generate")
+        return network.generate(*args, **kwargs)  # type: ignore[operator]
 
     def serve(self, names: Sequence[str]) -> Served:
         """Prepare domains for mixed batches that name them by number; see `Served`."""
@@ -306,7 +300,7 @@ class MaskBank:
         bank = cls(backbone, memory_budget=memory_budget)
         path = place_of(folder)
         for domain, row in read_rows(path).items():
-            bank._entries[domain] = _Entry(None, Origin(path, domain, row), allow_other_backbone)
+            bank._entries[domain] = Known(None, Origin(path, domain, row), allow_other_backbone)
         return bank
 
     @classmethod
@@ -322,11 +316,6 @@ class MaskBank:
     ) -> str:
         """Upload all domains to a Hugging Face Hub repository, made if it is missing; returns the commit's URL."""
         return hub.upload(self, repo_id, private=private, coding=coding, message=message)
-
-    def to(self, *args: Any, **kwargs: Any) -> MaskBank:
-        """Move the backbone as `torch.nn.Module.to` does, in place; fingerprints stay those of before."""
-        self._net.to(*args, **kwargs)
-        return self
 
     def _current(self) -> int:
         """The backbone's stamp; what was made for an earlier one is forgotten."""
@@ -355,7 +344,7 @@ class MaskBank:
         self._check_fit(record, f"domain '{domain}'", self._entry(domain).any_backbone)
         return record
 
-    def _read(self, entry: _Entry) -> tuple[DomainMasks, int]:
+    def _read(self, entry: Known) -> tuple[DomainMasks, int]:
         assert entry.origin is not None
         record = load_domain(entry.origin.folder, entry.origin.domain)
         self._check_fit(record, str(entry.origin.folder / record.info.domain), entry.any_backbone)
@@ -368,7 +357,7 @@ class MaskBank:
         if not any_backbone:
             self._net.check_fingerprint(record, source)
 
-    def _entry(self, domain: str) -> _Entry:
+    def _entry(self, domain: str) -> Known:
         entry = self._entries.get(domain)
         if entry is None:
             known = ", ".join(self.domains[:20]) or "none"
@@ -379,7 +368,7 @@ class MaskBank:
         if domain in self._entries:
             raise InputError(f"domain '{domain}' is in the bank already; remove or rename it first")
 
-    def _forget(self, domain: str, entry: _Entry) -> None:
+    def _forget(self, domain: str, entry: Known) -> None:
         if entry.origin is not None:
             self._removed.add((entry.origin.folder, entry.origin.domain))
         self._active = None if self._active == domain else self._active

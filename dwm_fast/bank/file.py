@@ -29,6 +29,7 @@ class MaskFile:
 
     Args:
         path: the file. Raises MaskFileError, naming file and field, for whatever is wrong with it.
+        data: the file's bytes, uint8 (size,), where they are in memory already; `path` then names them in errors.
 
     Attributes:
         path, info: where it is and what its header says.
@@ -37,9 +38,9 @@ class MaskFile:
         seal: checksum of the header, which seals the checksums of all tensors: equal seals, equal content.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], data: Tensor | None = None) -> None:
         self.path = Path(path)
-        self._map = map_file(self.path)
+        self._map = map_file(self.path) if data is None else data
         header = parse_header(self.path, tensor_bytes(self._map).data)
         self.seal = header.seal
         self._entries = header.entries

@@ -91,6 +91,10 @@ class Runner:
 
     def __call__(self, patch: Patch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The network's output under `patch`; tensors not in it are the backbone's."""
+        return self.wearing(patch)(*args, **kwargs)
+
+    def wearing(self, patch: Patch) -> nn.Module:
+        """The network in eval mode with the tensors of `patch`, until this thread's next call."""
         local = vars(self._local)
         if "shell" not in local:
             local["shell"], local["worn"] = Shell(self._model), _NOTHING
@@ -101,7 +105,7 @@ class Runner:
             shell.strip()
             self._put_on(shell, patch)
             local["worn"] = patch
-        return shell.module(*args, **kwargs)
+        return shell.module
 
     def _put_on(self, shell: Shell, patch: Patch) -> None:
         for name, tensor in patch.tensors.items():
