@@ -94,21 +94,27 @@ def store_free(pointers, value, old, mask, free):
 
 
 @triton.jit
-def adam_lanes(
-    weights, w, grad, exp_avg, exp_avg_sq, mask, free, scalars, DECAY: tl.constexpr, DECOUPLED: tl.constexpr
-):
-    """Adam(W) on the lanes of `mask`, w their values; lanes outside it are not written, and see `store_free`.
+def adam_values(w, grad, m, v, scalars, near, DECAY: tl.constexpr, DECOUPLED: tl.constexpr):
+    """Weight and moments after a step of Adam(W); `near`: 1 - b1 < 1/2.
 
     m = m + (1 - b1) (g - m);  v = b2 v + (1 - b2) g g;  w = w - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps).
     """
     step_size, root, shrink, rate, beta2, rate2, eps, decay = scalars
+    w, g = decayed(w, grad, shrink, decay, DECAY, DECOUPLED)
+    # torch.lerp's two formulas, each exact at its end
+    m = tl.where(near, m + rate * (g - m), g - (g - m) * (1.0 - rate))
+    v = v * beta2 + rate2 * g * g
+    return w + divide(step_size * m, divide(square_root(v), root) + eps), m, v
+
+
+@triton.jit
+def adam_lanes(
+    weights, w, grad, exp_avg, exp_avg_sq, mask, free, scalars, DECAY: tl.constexpr, DECOUPLED: tl.constexpr
+):
+    """Adam(W) on the lanes of `mask`, w their values; lanes outside it are not written, and see `store_free`."""
     m0 = tl.load(exp_avg, mask=mask, other=0.0)
     v0 = tl.load(exp_avg_sq, mask=mask, other=0.0)
-    w1, g = decayed(w, grad, shrink, decay, DECAY, DECOUPLED)
-    # torch.lerp's two formulas, each exact at its end
-    m = tl.where(rate < 0.5, m0 + rate * (g - m0), g - (g - m0) * (1.0 - rate))
-    v = v0 * beta2 + rate2 * g * g
-    w1 = w1 + divide(step_size * m, divide(square_root(v), root) + eps)
+    w1, m, v = adam_values(w, grad, m0, v0, scalars, scalars[3] < 0.5, DECAY, DECOUPLED)
     store_free(weights, narrow(w1, weights.dtype.element_ty), narrow(w, weights.dtype.element_ty), mask, free)
     store_free(exp_avg, m, m0, mask, free)
     store_free(exp_avg_sq, v, v0, mask, free)

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from dwm_fast.kernels import _pointers, bits, kernel_soft, sample, soft_mask, update
+from dwm_fast.kernels import _pointers, bits, coded_adam, kernel_soft, sample, soft_mask, update
 from dwm_fast.kernels._configuration import Configuration
 from dwm_fast.kernels._launch import Launch, launch_parameters
 from dwm_fast.kernels._tables import TL_DTYPES
+from dwm_fast.ops import coding
 from dwm_fast.ops.draw import SCALED_SOFT, Mode
 from dwm_fast.ops.packing import COMBINATIONS
 
@@ -176,6 +177,25 @@ def _mask_adam() -> Iterator[Configuration]:
         )  # fmt: skip
 
 
+def _coded_adam() -> Iterator[Configuration]:
+    """Each format of logits and of moments once with ragged ends, and the smallest alone as whole fours."""
+    launch = launch_parameters("update")
+    rows = launch.block // 4 // (32 * launch.num_warps)
+    cases = [("fp32", "fp32", True), ("fp32", "8bit", True), ("bf16", "bf16", True), ("fixed16", "8bit", True)]
+    for logits, moments, ragged in (*cases, ("fixed16", "8bit", False)):
+        logit, (first, second) = coding.LOGITS[logits], coding.MOMENTS[moments]
+        wide = 1 + (logits == "fp32") + 2 * (moments == "fp32")
+        yield Configuration(
+            f"coded_adam {logits} {moments} flat{'+ragged' if ragged else ''}", coded_adam.coded_adam_kernel,
+            ("*i64", "*i64", "*i32", "*i64", "*fp32", "*fp64", ("fp32",) * 12),
+            {"LOGIT": TL_DTYPES[logit], "FIRST": TL_DTYPES[first], "SECOND": TL_DTYPES[second],
+             "ROLES": 6 if moments == "8bit" else 4, "DECAY": True, "DECOUPLED": True, "BLOCK": launch.block,
+             "STRIDED_BLOCK": launch.strided, "STRIDED": ragged}, launch.num_warps,
+            loads=(128, wide * rows), stores=(128, (wide - 1) * rows),
+            barriers=0 if moments == "fp32" else None if ragged else 1,
+        )  # fmt: skip
+
+
 def _kernel_soft() -> Iterator[Configuration]:
     launch = launch_parameters("kernel_soft")
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -240,5 +260,15 @@ def _tables_writer() -> Iterator[Configuration]:
 
 def walk_configurations() -> Iterator[Configuration]:
     """Every kernel that reads the tables of a plan, and the one that fills them."""
-    for cases in (_tables_writer, _sample, _sample_backward, _bits, _frozen, _mask_adam, _kernel_soft, _soft_mask):
+    for cases in (
+        _tables_writer,
+        _sample,
+        _sample_backward,
+        _bits,
+        _frozen,
+        _mask_adam,
+        _coded_adam,
+        _kernel_soft,
+        _soft_mask,
+    ):
         yield from cases()

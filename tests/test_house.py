@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPS, KERNELS = sorted((ROOT / "dwm_fast/ops").glob("*.py")), sorted((ROOT / "kernels").glob("*.py"))
-VALUES = {"_toolchain", "devices", "draw", "geometry", "measured", "packing", "problem"}
-"""Files of ops that hold values, tables and checks, no operation: what a kernel may know of the floor above."""
+VALUES = {"_toolchain", "coding", "devices", "draw", "geometry", "measured", "packing", "problem"}
+"""Files of ops with values, formats, tables and checks, no operation: what a kernel may know of the floor above."""
 MOST_PARAMETERS = 8
 
 ABOVE = {

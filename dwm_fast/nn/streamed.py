@@ -28,10 +28,6 @@ from dwm_fast.ops.coding import decoded, encoded
 class Stepper(Protocol):
     """The optimiser of a streamed network, as its layers see it."""
 
-    def begin(self) -> None:
-        """A training pass begins; InputError where its steps could not be taken."""
-        ...
-
     def take(self, layer: StreamedLayer, grad: Tensor, run: Pass) -> None:
         """The gradient of the layer's masked weight, from one use of the layer in the forward pass `run`."""
         ...

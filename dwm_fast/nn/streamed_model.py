@@ -90,7 +90,6 @@ class StreamedModel(MaskedModel):
                 "a streamed model in train() learns inside backward() and has no optimiser yet; make "
                 "dwm_fast.optim.StreamedAdam(masked, ...) first, or call eval()"
             )
-        self._stepper.begin()
         trained = [name for name, layer in self._layers.items() if layer.frozen_weight.requires_grad]
         if trained:
             raise InputError(

@@ -65,7 +65,18 @@ def _cpp() -> dict[str, Implementation]:
 
 def _triton() -> dict[str, Implementation]:
     """Triton kernels, on NVIDIA GPUs; under TRITON_INTERPRET=1 on CPU tensors too."""
-    from dwm_fast.kernels import bank, bits, conv2d, kernel_soft, linear, linear_grad, sample, soft_mask, update
+    from dwm_fast.kernels import (
+        bank,
+        bits,
+        coded_adam,
+        conv2d,
+        kernel_soft,
+        linear,
+        linear_grad,
+        sample,
+        soft_mask,
+        update,
+    )
 
     return {
         "sample": sample.sample,
@@ -77,6 +88,7 @@ def _triton() -> dict[str, Implementation]:
         "combine": bits.combine,
         "overlap": bits.overlap,
         "mask_adam": update.mask_adam,
+        "coded_adam": coded_adam.coded_adam,
         "frozen_adamw": update.frozen_adamw,
         "frozen_sgd": update.frozen_sgd,
         "kernel_soft": kernel_soft.kernel_soft,

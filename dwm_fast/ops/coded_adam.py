@@ -32,8 +32,8 @@ from dwm_fast.ops.coding import (
     scales_of,
     square_root,
 )
-from dwm_fast.ops.draw import check_layers
-from dwm_fast.ops.philox import LOGIT_ROUNDING, MOMENT_ROUNDING, random_words
+from dwm_fast.ops.draw import LOGIT_ROUNDING, MOMENT_ROUNDING, check_layers
+from dwm_fast.ops.philox import random_words
 from dwm_fast.ops.registration import call, define
 
 TensorList = Sequence[Tensor]

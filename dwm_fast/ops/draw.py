@@ -38,6 +38,9 @@ tau holds two numbers, tau and kappa. Products know it not. Rules up to GUMBEL_S
 PACKED = 6
 """In the place of a mode: the mask is read from packed bits, nothing is drawn."""
 
+MASKS, LOGIT_ROUNDING, MOMENT_ROUNDING = range(3)
+"""Streams of words: of masks, and of the rounding of stored logits and moments (`dwm_fast.ops.coding`)."""
+
 
 def check_layers(layers: Iterable[int]) -> None:
     """A layer's number is one word of the counter: InputError for any other."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dwm_fast.ops.draw import check_layers
+from dwm_fast.ops.draw import MASKS, check_layers
 from dwm_fast.ops.registration import call, define
 
 _MULTIPLIER_0 = 0xD2511F53
@@ -20,9 +20,6 @@ _ROUNDS = 10
 
 # Blocks a chunk: on a CPU the dozen int64 temporaries stay in cache, elsewhere they stay under 1 GiB.
 _CHUNK_CPU, _CHUNK = 1 << 15, 1 << 22
-
-MASKS, LOGIT_ROUNDING, MOMENT_ROUNDING = range(3)
-"""Streams of words: of masks, and of the rounding of stored logits and moments (`dwm_fast.ops.coding`)."""
 
 TAIL = 2.0**-16
 """Below u = TAIL and above u = 1 - TAIL the contract counts in steps of 2^-32, else of 2^-24."""

@@ -99,16 +99,6 @@ class StreamedAdam(DeviceOptimizer):
         for layer in self._layers:
             layer.mask_logits.grad = None
 
-    def begin(self) -> None:
-        """As of `dwm_fast.nn.streamed.Stepper`: called before each forward pass that learns."""
-        logits = next(iter(self._layers)).mask_logits
-        if self._coded and logits.device.type != "cpu":
-            raise InputError(
-                f"logits of {logits.dtype} and moments='{self.moments}' on {logits.device}; numbers in fewer bits are "
-                "learned on a CPU alone so far: give mask_model(..., logits='fp32') and StreamedAdam(..., "
-                "moments='fp32') on a GPU"
-            )
-
     @torch.no_grad()
     def take(self, layer: StreamedLayer, grad: Tensor, run: Pass) -> None:
         """As of `dwm_fast.nn.streamed.Stepper`: called in the backward pass of each layer."""

@@ -79,6 +79,15 @@ def mask_adam(d: Draws) -> list[Tensor]:
     return [*state[0], *state[3], *state[4]]
 
 
+def coded_adam(d: Draws) -> list[Tensor]:
+    codes = [(1000 * x).to(torch.int16) for x in d.each()]
+    moments = [[x.to(dtype) for x in d.zeros()] for dtype in (torch.int8, torch.uint8)]
+    scales = [[d.put(torch.zeros(-(-x.numel() // 128))) for x in codes] for _ in moments]
+    one = d.put(torch.ones(3))
+    ops.coded_adam(codes, d.each(), *moments, *scales, d.noise()[0], one, one[0].double() / 10, layers=[0, 1, 2])
+    return [*codes, *moments[0], *moments[1], *scales[0], *scales[1]]
+
+
 def frozen(d: Draws, compact: bool, step: Callable[..., None], states: int) -> list[Tensor]:
     weights, grads, bits = d.each(), d.each(), d.bits()
     steps, lr = d.put(torch.ones(3)), d.put(torch.tensor(0.1, dtype=torch.float64))
@@ -166,6 +175,7 @@ CASES: dict[str, Case] = {
     "sample": sample,
     "kernel_soft": kernel_soft,
     "mask_adam": mask_adam,
+    "coded_adam": coded_adam,
     "frozen_adamw": lambda d: frozen(d, False, ops.frozen_adamw, 2),
     "frozen_sgd": frozen_sgd,
     "soft_masked_sgd": soft_masked_sgd,
