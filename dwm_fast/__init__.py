@@ -4,7 +4,7 @@ Importing touches no device and no Triton; backends load when an operation first
 """
 
 from dwm_fast import graphs, methods, optim
-from dwm_fast.bank import MaskBank
+from dwm_fast.bank import MaskAdapter, MaskBank
 from dwm_fast.errors import BackendUnavailable, DataError, DwmError, InputError, MaskFileError
 from dwm_fast.nn import (
     Edit,
@@ -40,6 +40,7 @@ __all__ = [
     "InputError",
     "KernelSoft",
     "LinearSchedule",
+    "MaskAdapter",
     "MaskBank",
     "MaskFileError",
     "MaskKind",

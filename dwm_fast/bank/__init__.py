@@ -1,5 +1,6 @@
 """The mask bank: packed masks of many domains over one backbone, in memory and in files."""
 
+from dwm_fast.bank.adapter import MaskAdapter
 from dwm_fast.bank.bank import MaskBank
 from dwm_fast.bank.encode import CODINGS, encode_domain, write_mask_file
 from dwm_fast.bank.file import MaskFile
@@ -24,6 +25,7 @@ __all__ = [
     "FORMS",
     "DomainMasks",
     "Layout",
+    "MaskAdapter",
     "MaskBank",
     "MaskFile",
     "MaskInfo",

@@ -315,7 +315,7 @@ class MaskBank(BankModule):
         self, repo_id: str, *, private: bool | None = None, coding: str = "raw", message: str = "Update domains"
     ) -> str:
         """Upload all domains to a Hugging Face Hub repository, made if it is missing; returns the commit's URL."""
-        return hub.upload(self, repo_id, private=private, coding=coding, message=message)
+        return hub.upload(lambda to: self.save(to, coding=coding), repo_id, private=private, message=message)
 
     def _current(self) -> int:
         """The backbone's stamp; what was made for an earlier one is forgotten."""

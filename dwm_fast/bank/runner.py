@@ -46,6 +46,19 @@ class Patch:
 
 def domain_patch(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> tuple[Patch, int]:
     """The tensors of the backbone under a domain, on its device and in its dtypes, and their size in bytes."""
+    patch = domain_tensors(domain, tensors)
+    weights = {name: tensors[name].detach() for name in domain.info.layout.names}
+    straight = {
+        name: _straight(domain, name, weight if domain.info.form == "binary" else patch[name])
+        for name, weight in weights.items()
+        if domain.info.form in ("binary", "kept") and is_large(weight)
+    }
+    held = [*patch.values(), *(t for large in straight.values() for t in large.tensors())]
+    return Patch(patch, straight), sum(t.numel() * t.element_size() for t in held)
+
+
+def domain_tensors(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a domain puts in the place of the backbone's `tensors`, by state dict name, on its device, in its dtypes."""
     layout = domain.info.layout
     weights = [tensors[name].detach() for name in layout.names]
     device = weights[0].device if weights else torch.device("cpu")
@@ -59,16 +72,10 @@ def domain_patch(domain: DomainMasks, tensors: Mapping[str, Tensor]) -> tuple[Pa
         named = zip(layout.names, masks, weights, strict=True)
         patched = [effective_weight(domain, name, mask, weight) for name, mask, weight in named]
     patch = dict(zip(layout.names, patched, strict=True))
-    straight = {
-        name: _straight(domain, name, weight if domain.info.form == "binary" else patch[name])
-        for name, weight in zip(layout.names, weights, strict=True)
-        if domain.info.form in ("binary", "kept") and is_large(weight)
-    }
     for name, own in domain.state.items():
         like = tensors[name]
         patch[name] = own.to(like.device, like.dtype if own.is_floating_point() else own.dtype)
-    held = [*patch.values(), *(t for large in straight.values() for t in large.tensors())]
-    return Patch(patch, straight), sum(t.numel() * t.element_size() for t in held)
+    return patch
 
 
 def _straight(domain: DomainMasks, name: str, weight: Tensor) -> Straight:

@@ -73,8 +73,9 @@ def of_network(masked: Any, name: str, error: AttributeError) -> Any:
         )
     if name in _UNMASKED:
         raise AttributeError(
-            f"a masked model has no '{name}': its network would write weights without masks; use "
-            f"dwm_fast.merge(masked).{name}(...), or dwm_fast.save_masked"
+            f"a masked model has no '{name}': its network would write weights without masks; for a plain checkpoint "
+            f"use dwm_fast.merge(masked).{name}(...), for the mask alone dwm_fast.MaskAdapter.from_masked(masked, "
+            f"network).{name}(...)"
         )
     try:
         found = getattr(network, name)
