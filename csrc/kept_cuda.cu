@@ -56,6 +56,13 @@ __device__ __forceinline__ void wait_for_all_but_newest() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
 }
 
+// As __byte_perm, for a selector whose bits above the lowest 16 are anything.
+__device__ __forceinline__ uint32_t chosen_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+
 template <typename T>
 __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -155,7 +162,7 @@ __global__ void __launch_bounds__(32 * kWarps) linear_kept_kernel(const Job job)
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
           const uint32_t at = values[i] + 2 * __popc(bits & kept::below(t, pair));
-          left[i][pair] = __byte_perm(value_at(at), value_at(at + 2), kept::selector_of(bits, t, pair));
+          left[i][pair] = chosen_bytes(value_at(at), value_at(at + 2), kept::selector_of(bits, t, pair));
         }
         values[i] += 2 * __popc(bits);
         rows[i].base += __popc(bits);

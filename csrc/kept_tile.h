@@ -41,7 +41,7 @@ DWM_BOTH Span span_of(int64_t start, int kept) {
 DWM_BOTH uint32_t below(int t, int pair) { return (uint32_t{1} << (8 * t + 2 * pair)) - 1; }
 
 // How two values that lie one after the other become the pair under its two bits: a selector of bytes for prmt, with
-// bytes 0, 1 the first value, 4, 5 the second, and byte 2, which is 0.
+// bytes 0, 1 the first value, 4, 5 the second, and byte 2, which is 0. Its lowest 16 bits count.
 DWM_BOTH uint32_t selector_of(uint32_t word, int t, int pair) {
   const uint32_t byte = word >> (8 * t);
   const uint32_t sixteenfold = (pair < 2 ? byte << (4 - 2 * pair) : byte >> (2 * pair - 4)) & 48;
