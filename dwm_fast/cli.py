@@ -86,13 +86,21 @@ def language(
     ),
     steps: Annotated[int | None, typer.Option(help="Training steps of the network.")] = None,
     mask_steps: Annotated[int | None, typer.Option(help="Training steps of a learned mask.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything; with --formats the first of three.")] = 0,
+    formats: Annotated[
+        bool, typer.Option("--formats", help="Compare formats of logits and moments instead, over three seeds.")
+    ] = False,
 ) -> None:
     """Prune a small language model to 50 % and 2:4: magnitude, Wanda, LEAP, MaskLLM, perplexity side by side."""
+    from dwm_fast.language.formats import FormatStudy, compare
     from dwm_fast.language.study import LanguageStudy, run
 
     sizes = {name: value for name, value in (("steps", steps), ("mask_steps", mask_steps)) if value is not None}
-    run(LanguageStudy(**sizes, seed=seed), out, typer.echo)
+    study = LanguageStudy(**sizes, seed=seed)
+    if formats:
+        compare(FormatStudy(study), out, typer.echo)
+    else:
+        run(study, out, typer.echo)
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def run(study: LanguageStudy, folder: Path, say: Callable[[str], None] = print) 
                "seconds": round(time.perf_counter() - since, 1)}  # fmt: skip
         rows.append(row)
         say(f"{sparsity} {name}: perplexity {perplexity:.3f}, density {found.fraction_kept:.4f}")
-    results = {"text": SOURCE, "study": asdict(study), "machine": _machine(), "dense": dense, "rows": rows,
+    results = {"text": SOURCE, "study": asdict(study), "machine": machine(), "dense": dense, "rows": rows,
                "seconds": round(time.perf_counter() - begun, 1)}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
@@ -140,7 +140,8 @@ def run(study: LanguageStudy, folder: Path, say: Callable[[str], None] = print) 
     return results
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What the figures were measured with."""
     import dwm_fast
 
     return {

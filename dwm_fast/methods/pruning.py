@@ -17,6 +17,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.methods.base import Batch, FoundMask, SourceTask
 from dwm_fast.methods.one_shot import Magnitude, Wanda, parsed
 from dwm_fast.nn import GumbelSigmoid, LinearSchedule, MaskedModel, MaskKind, SemiStructured, mask_model
+from dwm_fast.ops.coding import decoded, encoded
 from dwm_fast.optim import MaskAdam
 
 TOLERANCE = 0.005
@@ -182,7 +183,8 @@ def start_from(masked: MaskedModel, keep: Mapping[str, Tensor], strength: float 
     """
     for name, layer in masked.mask_layers().items():
         if name in keep:
-            layer.mask_logits.copy_(masked.kind.lean(layer.mask_logits, keep[name], strength))
+            leaning = masked.kind.lean(decoded(layer.mask_logits), keep[name], strength)
+            layer.mask_logits.copy_(encoded(leaning, layer.mask_logits.dtype))
 
 
 def _batches(task: SourceTask, steps: int) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """Streamed learning with moments and logits in few bits: exact to resume, small in memory, and as good."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,30 @@ def test_formats_that_cannot_be_are_refused(options, words):
         dwm.mask_model(network(), kind, **options)
     with pytest.raises(InputError, match="'8bit'"):
         StreamedAdam(streamed("fp32", "fp32")[0], moments="4bit")
+
+
+def test_masks_of_bf16_logits_are_as_good_as_fp32_s_when_rounded_at_random_and_stay_where_they_are_to_nearest(
+    monkeypatch,
+):
+    """A layer whose outputs are those of a half-kept one; steps of 3.5e-3 are below half a unit of bf16 near 2."""
+
+    def loss_after(logits, steps=950):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 16, bias=False)
+        wanted = layer.weight.detach() * (torch.rand(16, 16) < 0.5)
+        x = torch.randn(64, 16)
+        model = dwm.mask_model(layer, dwm.GumbelSigmoid(init=2.0), memory="streamed", logits=logits, seed=1).train()
+        optimizer = StreamedAdam(model, lr=3.5e-3)
+        for _ in range(steps):
+            nn.functional.mse_loss(model(x), x @ wanted.T).backward()
+            optimizer.step()
+        return nn.functional.mse_loss(model.eval()(x), x @ wanted.T).item()
+
+    start, exact, at_random = loss_after("bf16", 0), loss_after("fp32"), loss_after("bf16")
+    with dwm.use_backend("reference"):
+        step = sys.modules["dwm_fast.ops.coded_adam"]
+        monkeypatch.setattr(step, "encoded", lambda values, dtype, words: coding.encoded(values, dtype))
+        nearest = loss_after("bf16")
+    assert exact < start / 2
+    assert at_random < start / 2
+    assert nearest == start
