@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from dwm_fast.kernels import _pointers, bits, coded_adam, kernel_soft, sample, soft_mask, update
 from dwm_fast.kernels._configuration import Configuration
@@ -49,6 +50,10 @@ _BARRIERS = 6
 """At most so many in the STRIDED path of a kernel that draws noise."""
 
 
+_CODED = (("bf16", _LAYOUTS[0]), ("fixed16", _LAYOUTS[1]), ("fixed16", _LAYOUTS[2]))
+"""Formats of logits beside fp32, and the layouts that they are compiled with."""
+
+
 def _sample() -> Iterator[Configuration]:
     launch = launch_parameters("sample")
     for mode, weight, out, which in _sample_cases():
@@ -59,10 +64,19 @@ def _sample() -> Iterator[Configuration]:
             f"sample {_MODES[mode]} {_short(weight)}->{_short(out)} {layout}",
             sample.sample_fwd_kernel,
             (*_TABLES, _POINTER[out], "*i32", "*fp32", "*i64", "*fp32", "i32"),
-            {"WEIGHT": TL_DTYPES[weight], "MODE": mode, "PACK": True, **_walk(launch, taps, rank)},
+            {"LOGIT": tl.float32, "WEIGHT": TL_DTYPES[weight], "MODE": mode, "PACK": True, **_walk(launch, taps, rank)},
             launch.num_warps,
             **meant,
         )
+    for name, which in _CODED:
+        layout, taps, rank = which
+        yield Configuration(
+            f"sample hard {name} logits, fp32->fp32 {layout}", sample.sample_fwd_kernel,
+            (*_TABLES, "*fp32", "*i32", "*fp32", "*i64", "*fp32", "i32"),
+            {"LOGIT": TL_DTYPES[coding.LOGITS[name]], "WEIGHT": tl.float32, "MODE": 0, "PACK": True,
+             **_walk(launch, taps, rank)},
+            launch.num_warps, **(_meant(launch, which, 1, 1) | {"barriers": None}),
+        )  # fmt: skip
     yield Configuration("penalty", sample.penalty_fwd_kernel, ("*fp32", "*fp32", "i32", "i32"), {"BLOCK": 1024}, 4)
 
 
@@ -95,9 +109,19 @@ def _sample_backward() -> Iterator[Configuration]:
                 sample.sample_bwd_kernel,
                 (*_TABLES, "*fp32", _POINTER[weight] if need_weights else "*i64", "*fp32", "*i64", "*fp32", "i32",
                  "i32"),
-                {"WEIGHT": TL_DTYPES[weight], "GRAD": TL_DTYPES[grad], "MODE": mode, "NEED_LOGITS": True,
-                 "NEED_WEIGHTS": need_weights, **_walk(launch, taps, rank)}, launch.num_warps, **meant,
+                {"LOGIT": tl.float32, "WEIGHT": TL_DTYPES[weight], "GRAD": TL_DTYPES[grad], "MODE": mode,
+                 "NEED_LOGITS": True, "NEED_WEIGHTS": need_weights, **_walk(launch, taps, rank)}, launch.num_warps,
+                **meant,
             )  # fmt: skip
+    for logits, layout in _CODED:
+        name, taps, rank = layout
+        yield Configuration(
+            f"sample_backward hard {logits} logits, fp32,fp32 {name}", sample.sample_bwd_kernel,
+            (*_TABLES, "*fp32", "*i64", "*fp32", "*i64", "*fp32", "i32", "i32"),
+            {"LOGIT": TL_DTYPES[coding.LOGITS[logits]], "WEIGHT": tl.float32, "GRAD": tl.float32, "MODE": 0,
+             "NEED_LOGITS": True, "NEED_WEIGHTS": False, **_walk(launch, taps, rank)}, launch.num_warps,
+            **_meant(launch, layout, 2, 1, strided_barriers=_BARRIERS),
+        )  # fmt: skip
 
 
 def _bits() -> Iterator[Configuration]:

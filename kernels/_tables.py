@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError, Unsupported
 from dwm_fast.kernels._launch import Launch
+from dwm_fast.ops.coding import LOGITS
 from dwm_fast.ops.packing import packed_offsets
 
 FLAT: tl.constexpr = tl.constexpr(0)
@@ -134,10 +135,15 @@ def pick(values: Sequence[object], indices: list[int]) -> list[Any]:
 
 
 def require_fp32(logits: Sequence[Tensor]) -> None:
+    require_logits(logits)
+    if any(logit.dtype != torch.float32 for logit in logits):
+        raise Unsupported  # formats of dwm_fast.ops.coding, which the reference decodes
+
+
+def require_logits(logits: Sequence[Tensor]) -> None:
+    """InputError unless they are in formats of dwm_fast.ops.coding."""
     for logit in logits:
-        if logit.dtype in (torch.bfloat16, torch.int16):
-            raise Unsupported  # formats of dwm_fast.ops.coding, which the reference decodes
-        if logit.dtype != torch.float32:
+        if logit.dtype not in LOGITS.values():
             raise InputError(
                 f"the triton backend got logits of {logit.dtype}; expected torch.float32: convert them, or use the "
                 f"backend 'reference'"

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dwm_fast.kernels import _tables
+from dwm_fast.kernels._coding import decoded
 from dwm_fast.kernels._launch import OPTIONS, launch_parameters
 from dwm_fast.kernels._masks import (
     EDIT,
@@ -22,7 +23,7 @@ from dwm_fast.kernels._masks import (
 )
 from dwm_fast.kernels._math import bound, narrow
 from dwm_fast.kernels._pointers import pointers
-from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick, require_fp32
+from dwm_fast.kernels._tables import FLAT, TAPS, TL_DTYPES, groups_of, pick, require_logits
 from dwm_fast.kernels._tiles import (
     address,
     aligned,
@@ -44,8 +45,8 @@ from dwm_fast.ops.draw import Draw
 @triton.jit(do_not_specialize=["step_offset"])
 def sample_fwd_kernel(
     ptrs, rows, geometry, blocks, out, bits, partials, rng_state, tau_ptr, step_offset,
-    WEIGHT: tl.constexpr, MODE: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr, STRIDED_BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr, HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
+    LOGIT: tl.constexpr, WEIGHT: tl.constexpr, MODE: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDED_BLOCK: tl.constexpr, GROUPS: tl.constexpr, HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     tensor, kind, chunk = block_entry(blocks)
     numel, layer, threshold, word = row_of(rows, tensor)
@@ -59,7 +60,7 @@ def sample_fwd_kernel(
 
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        x = tl.load(aligned(logits, tl.float32) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+        x = decoded(tl.load(aligned(logits, LOGIT) + start + offsets, mask=mask, other=0))  # [BLOCK / 4, 4]
         w = tl.load(aligned(weights, WEIGHT) + start + offsets, mask=mask, other=0.0).to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
         keep, value, term = masked_value(x, w, u, threshold, inverse_tau, MODE, PENALTY)
@@ -75,7 +76,7 @@ def sample_fwd_kernel(
         taps = tl.zeros([GROUPS, 4], tl.int32)
         total = tl.zeros([GROUPS], tl.float32)
         for tap in tl.static_range(9):
-            x = tl.load(aligned(logits, tl.float32) + tap * stride + offsets, mask=mask, other=0.0)
+            x = decoded(tl.load(aligned(logits, LOGIT) + tap * stride + offsets, mask=mask, other=0))
             w = tl.load(aligned(weights, WEIGHT) + tap * stride + offsets, mask=mask, other=0.0)
             u = tap_uniform(words, tap, GROUPS, MODE)
             keep, value, term = masked_value(x, w.to(tl.float32), u, threshold, inverse_tau, MODE, PENALTY)
@@ -90,9 +91,8 @@ def sample_fwd_kernel(
 
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 3)
-        x = tl.load(
-            loose(logits, tl.float32) + strided_offsets(geometry, tensor, places, 0, RANK, 3), mask=mask, other=0.0
-        )
+        source = loose(logits, LOGIT) + strided_offsets(geometry, tensor, places, 0, RANK, 3)
+        x = decoded(tl.load(source, mask=mask, other=0))
         w = tl.load(
             loose(weights, WEIGHT) + strided_offsets(geometry, tensor, places, 1, RANK, 3), mask=mask, other=0.0
         )
@@ -119,7 +119,7 @@ def penalty_fwd_kernel(partials, penalty, count, total, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["step_offset", "total"])
 def sample_bwd_kernel(
     ptrs, rows, geometry, blocks, dlogits, dweights, grad_penalty, rng_state, tau_ptr, step_offset, total,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MODE: tl.constexpr, NEED_LOGITS: tl.constexpr,
+    LOGIT: tl.constexpr, WEIGHT: tl.constexpr, GRAD: tl.constexpr, MODE: tl.constexpr, NEED_LOGITS: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, STRIDED_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
     HAS_TAPS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def sample_bwd_kernel(
 
     if kind == FLAT:
         start, offsets, mask = flat_offsets(numel, chunk, BLOCK)
-        x = tl.load(aligned(logits, tl.float32) + start + offsets, mask=mask, other=0.0)  # [BLOCK / 4, 4]
+        x = decoded(tl.load(aligned(logits, LOGIT) + start + offsets, mask=mask, other=0))  # [BLOCK / 4, 4]
         g = tl.load(aligned(grads, GRAD) + start + offsets, mask=mask, other=0.0).to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, BLOCK, MODE)
         if NEED_LOGITS:
@@ -152,7 +152,7 @@ def sample_bwd_kernel(
         group, offsets, mask, stride = taps_offsets(rows, tensor, numel, chunk, GROUPS)
         words = taps_words(seed, step, layer, group, MODE)
         for tap in tl.static_range(9):
-            x = tl.load(aligned(logits, tl.float32) + tap * stride + offsets, mask=mask, other=0.0)
+            x = decoded(tl.load(aligned(logits, LOGIT) + tap * stride + offsets, mask=mask, other=0))
             g = tl.load(aligned(grads, GRAD) + tap * stride + offsets, mask=mask, other=0.0)
             g = g.to(tl.float32)
             u = tap_uniform(words, tap, GROUPS, MODE)
@@ -166,9 +166,8 @@ def sample_bwd_kernel(
 
     if RANK > 0 and kind > TAPS:
         places, mask = strided_coordinates(geometry, tensor, numel, chunk, STRIDED_BLOCK, RANK, 5)
-        x = tl.load(
-            loose(logits, tl.float32) + strided_offsets(geometry, tensor, places, 0, RANK, 5), mask=mask, other=0.0
-        )
+        source = loose(logits, LOGIT) + strided_offsets(geometry, tensor, places, 0, RANK, 5)
+        x = decoded(tl.load(source, mask=mask, other=0))
         g = tl.load(loose(grads, GRAD) + strided_offsets(geometry, tensor, places, 2, RANK, 5), mask=mask, other=0.0)
         g = g.to(tl.float32)
         u = flat_uniform(seed, step, layer, chunk, STRIDED_BLOCK, MODE)
@@ -191,14 +190,14 @@ def sample(
     logits: Sequence[Tensor], weights: Sequence[Tensor], draw: Draw, dtype: torch.dtype | None, pack: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Masked weights, packed bits (empty unless `pack`) and penalty; arguments: dwm_fast.ops.sample."""
-    require_fp32(logits)
+    require_logits(logits)
     device, launch = draw.rng_state.device, launch_parameters("sample")
     words = _tables.first_words([w.numel() for w in weights]) if pack else [0] * (len(weights) + 1)
     bits = _tables.empty(4 * words[-1] if pack else 0, dtype=torch.uint8, device=device)
     masked: list[Tensor] = [draw.rng_state] * len(weights)
     with _tables.device_guard(device):
         calls = []
-        for indices in groups_of(weights):
+        for indices in groups_of(weights, logits):
             roles = [pick(logits, indices), pick(weights, indices)]
             plan = _tables.plan(
                 roles,
@@ -220,8 +219,8 @@ def sample(
                 sample_fwd_kernel[(plan.num_blocks,)](
                     pointers(roles), plan.rows, plan.geometry, plan.blocks, flat,
                     bits.view(torch.int32) if pack else plan.blocks, partials[first:] if first else partials,
-                    draw.rng_state, draw.tau, draw.step_offset, WEIGHT=TL_DTYPES[roles[1][0].dtype],
-                    MODE=draw.mode, PACK=pack, **plan.constants(launch), **OPTIONS,
+                    draw.rng_state, draw.tau, draw.step_offset, LOGIT=TL_DTYPES[roles[0][0].dtype],
+                    WEIGHT=TL_DTYPES[roles[1][0].dtype], MODE=draw.mode, PACK=pack, **plan.constants(launch), **OPTIONS,
                 )  # fmt: skip
             first += plan.num_blocks
         penalty = _mean(partials, sum(w.numel() for w in weights)) if has_penalty(draw.mode) else None
@@ -243,7 +242,7 @@ def sample_backward(
     need_logits: bool, need_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Gradients of logits (fp32) and of weights (their dtype), each with its tensor's strides; [] where not needed."""
-    require_fp32(logits)
+    require_logits(logits)
     launch, total = launch_parameters("sample_backward"), sum(x.numel() for x in logits)
     results: list[list[Tensor]] = [
         [draw.rng_state] * len(x) if need else [] for x, need in ((logits, need_logits), (weights, need_weights))
@@ -251,7 +250,7 @@ def sample_backward(
     if not (need_logits or need_weights):
         return results[0], results[1]
     with _tables.device_guard(draw.rng_state.device):
-        for indices in groups_of(weights, grads):
+        for indices in groups_of(weights, grads, logits):
             roles = [pick(logits, indices), pick(weights, indices), pick(grads, indices)]
             plan = _tables.plan(
                 roles,
@@ -262,15 +261,16 @@ def sample_backward(
             )
             flats = []
             for which, needed in enumerate((need_logits, need_weights)):
-                flat, views = plan.outputs(which, roles[which][0].dtype) if needed else (draw.rng_state, [])
+                dtype = roles[1][0].dtype if which else torch.float32
+                flat, views = plan.outputs(which, dtype) if needed else (draw.rng_state, [])
                 flats.append(flat)
                 for i, view in zip(indices, views, strict=False):
                     results[which][i] = view
             if plan.num_blocks:
                 sample_bwd_kernel[(plan.num_blocks,)](
                     pointers(roles), plan.rows, plan.geometry, plan.blocks, *flats, grad_penalty, draw.rng_state,
-                    draw.tau, draw.step_offset, total, WEIGHT=TL_DTYPES[roles[1][0].dtype],
-                    GRAD=TL_DTYPES[roles[2][0].dtype], MODE=draw.mode, NEED_LOGITS=need_logits,
-                    NEED_WEIGHTS=need_weights, **plan.constants(launch), **OPTIONS,
+                    draw.tau, draw.step_offset, total, LOGIT=TL_DTYPES[roles[0][0].dtype],
+                    WEIGHT=TL_DTYPES[roles[1][0].dtype], GRAD=TL_DTYPES[roles[2][0].dtype], MODE=draw.mode,
+                    NEED_LOGITS=need_logits, NEED_WEIGHTS=need_weights, **plan.constants(launch), **OPTIONS,
                 )  # fmt: skip
     return results[0], results[1]

@@ -119,7 +119,8 @@ def test_numbers_in_few_bits_are_read_and_learned_on_a_gpu(gpu, logits, moments)
         # gradients differ by their rounding, so a logit may have gone up in one and down in the other: a unit a step
         torch.testing.assert_close(b, a, rtol=0, atol=2 * 2.0**-11)
         assert not torch.equal(a, torch.full_like(a, float(a.flatten()[0])))
-    assert [launch.kernel for launch in gpu.launches].count("coded_adam_kernel") == 4  # two layers, two steps
+    kernels = [launch.kernel for launch in gpu.launches]
+    assert kernels.count("coded_adam_kernel") == kernels.count("sample_bwd_kernel") == 4  # two layers, two steps
 
 
 def test_packed_networks_run_from_their_bits(gpu):

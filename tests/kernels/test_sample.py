@@ -11,6 +11,7 @@ import dwm_fast
 from dwm_fast.kernels import _pointers, _tables
 from dwm_fast.kernels._launch import Launch, override_launch
 from dwm_fast.kernels.sample import sample, sample_backward
+from dwm_fast.ops.coding import FIXED_NAN, decoded, encoded
 from dwm_fast.ops.draw import Draw
 
 HARD, SOFT, KEEP, THRESHOLD, TERNARY, EDIT = range(6)
@@ -342,3 +343,22 @@ def test_steps_layers_and_seeds_give_other_masks(device):
     for i, a in enumerate(draws):
         for b in draws[:i]:
             assert abs((a == b).double().mean().item() - 0.5) < 5 * 0.5 / math.sqrt(512)
+
+
+@pytest.mark.parametrize("name", ["odd sizes", "3x3 channels_last"])
+def test_logits_in_few_bits_are_read_as_what_they_stand_for(device, name):
+    """Formats side by side in one network give what their decoded values give, to the last bit; NaN is never kept."""
+    net = Network(FAMILIES[name], device)
+    formats = itertools.cycle((torch.int16, torch.bfloat16, torch.float32))
+    stored = [torch.empty_like(x, dtype=f).copy_(encoded(x, f)) for x, f in zip(net.logits, formats, strict=False)]
+    first = (0,) * stored[0].dim()
+    stored[0][first] = FIXED_NAN
+    found = []
+    with override_launch(**SMALL):
+        for net.logits in (stored, [torch.empty_like(x, dtype=torch.float32).copy_(decoded(x)) for x in stored]):
+            masked, bits, penalty = net.sample(HARD)
+            found.append([*masked, bits, penalty.nan_to_num(7.0), *itertools.chain(*net.backward(HARD))])
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(*found, strict=True))
+    assert all(a.stride() == x.stride() for a, x in zip(net.backward(HARD)[0], stored, strict=True))
+    assert found[0][0][first] == 0
+    assert not torch.equal(found[0][1], net.weights[1])
