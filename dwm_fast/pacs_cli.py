@@ -60,7 +60,7 @@ def pairs(
     validation: Validation = None,
     sources: Annotated[str | None, typer.Option(help="Source domains, comma-separated.")] = None,
     targets: Annotated[str | None, typer.Option(help="Target domains, comma-separated.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; by default all.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated, yours as file.py:Class.")] = None,
     inits: Annotated[str | None, typer.Option(help="Some of S_start,S_end,random.")] = None,
     sequence: Annotated[
         str | None, typer.Option(help="The same as the command sequence; with its --task-epochs.")
@@ -104,7 +104,7 @@ def pairs(
         return
     learned = {"epochs": mask_epochs, "lr": mask_lr, "source_budget": source_budget, "coefficient": coefficient}
     base = _base(given)
-    tunes = _tunes(base.tune, tune_epochs, _per_method("--batch-norm", batch_norm), _per_method("--tune-lr", tune_lr))
+    tunes = _tunes(base, tune_epochs, _per_method("--batch-norm", batch_norm), _per_method("--tune-lr", tune_lr))
     _run(base, given, {"tune": tunes, "binary": learned, "edit": learned})
 
 
@@ -140,7 +140,10 @@ def sequence(
     out: Out = Path("runs/pacs"),
     config: Config = None,
     methods: Annotated[
-        str | None, typer.Option(help="Some of none,piggyback,ksm,spg,packnet,binary; or a preset such as ksm-paper")
+        str | None,
+        typer.Option(
+            help="Some of none,piggyback,ksm,spg,packnet,binary; a preset such as ksm-paper; yours: file.py:Class"
+        ),
     ] = None,
     seeds: Seeds = None,
     backbone: Backbone = None,
@@ -216,15 +219,12 @@ def _per_method(option: str, entries: list[str] | None) -> dict[str, list[str]]:
 
 
 def _tunes(
-    base: Any, epochs: int | None, policies: dict[str, list[str]], rates: dict[str, list[str]]
+    base: StudyConfig, epochs: int | None, policies: dict[str, list[str]], rates: dict[str, list[str]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Entries of the configuration's `tune` section that the flags ask for."""
-    unknown = (policies.keys() | rates.keys()) - base.keys()
-    if unknown:
-        raise InputError(f"unknown method '{sorted(unknown)[0]}'; expected some of {', '.join(base)}")
     tunes: dict[str, list[dict[str, Any]]] = {}
-    for method, ways in base.items():
-        plain = [dataclasses.asdict(way) for way in ways]
+    for method in dict.fromkeys((*base.tune, *policies, *rates)):
+        plain = [dataclasses.asdict(way) for way in base.ways(method)]
         if method in policies or method in rates:
             plain = [
                 {**plain[0], "batch_norm": policy, "lr": rate}

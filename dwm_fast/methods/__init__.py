@@ -8,13 +8,14 @@ from dwm_fast.methods.edit import EditMask
 from dwm_fast.methods.fine_tuning import FineTuning
 from dwm_fast.methods.ksm import KSM
 from dwm_fast.methods.learned import LearnedMask
+from dwm_fast.methods.learner import SequenceLearner, norm_names, seeded, train_task
 from dwm_fast.methods.naive import Naive
 from dwm_fast.methods.none import NoMask
 from dwm_fast.methods.one_shot import Magnitude, Wanda
 from dwm_fast.methods.packnet import PackNet
 from dwm_fast.methods.piggyback import Piggyback
 from dwm_fast.methods.pruning import LEAP, MaskLLM, MaskTraining, meet_density, pruning_methods, start_from
-from dwm_fast.methods.registry import presets, sequential_methods
+from dwm_fast.methods.registry import load_method, pair_methods, presets, register_method, sequential_methods
 from dwm_fast.methods.sequence import Learner, SequentialMethod, Task
 from dwm_fast.methods.spg import SPG
 from dwm_fast.methods.transfer import (
@@ -48,19 +49,26 @@ __all__ = [
     "NoMask",
     "PackNet",
     "Piggyback",
+    "SequenceLearner",
     "SequentialMethod",
     "SourceBudget",
     "SourceTask",
     "Task",
     "TrainOptions",
     "Wanda",
+    "load_method",
     "masked_view",
     "meet_density",
+    "norm_names",
+    "pair_methods",
     "presets",
     "pruning_methods",
+    "register_method",
     "reinitialise",
+    "seeded",
     "sequential_methods",
     "source_view",
     "start_from",
     "train",
+    "train_task",
 ]

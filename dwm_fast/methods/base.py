@@ -29,6 +29,7 @@ class SourceTask:
         progress: called after every step with figures to show (0-dim tensors, on the device; read them before the next
             step).
         autocast: context-manager factory for the forward pass, or None.
+        target: the target's training images, for a method that has ``sees_target = True``; None for all others.
     """
 
     batches: Callable[[int], Iterator[Batch]]
@@ -37,6 +38,7 @@ class SourceTask:
     seed: int = 0
     progress: Callable[[Mapping[str, Tensor]], None] = lambda _: None
     autocast: Callable[[], Any] | None = None
+    target: SourceTask | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ class FoundMask:
 
 
 class Method(Protocol):
-    """A way to find the weights that are specialised to the source."""
+    """A way to find the weights that are specialised to the source.
+
+    One with a class attribute ``sees_target = True`` is asked once for every target, and finds that target's training
+    images in `SourceTask.target`; any other is asked once for a source.
+    """
 
     name: ClassVar[str]
 

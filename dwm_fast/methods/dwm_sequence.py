@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dwm_fast.methods._sequence import SequenceLearner, Tensors, as_source, norm_names, seeded
 from dwm_fast.methods.binary import Binary
+from dwm_fast.methods.learner import SequenceLearner, Tensors, as_source, norm_names, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions, train
+from dwm_fast.methods.transfer import TrainOptions
 from dwm_fast.nn.select import literal
 
 
@@ -57,25 +57,17 @@ class BinaryLearner(SequenceLearner):
 
     def begin(self, task: Task, network: nn.Module) -> dict[str, Any]:
         """Take the network as it is, and find what the task needs of it."""
-        self._start(task, network)
+        self.start(task, network)
         return self._find(task, network, epochs_before=0)
 
     def learn(self, task: Task) -> dict[str, Any]:
         """Fine-tune what no earlier task needs, then find what this task needs."""
         frozen = self._union()
         with seeded(task):
-            network = self._fresh(task)
-            train(
-                network,
-                task.batches,
-                task.steps_per_epoch,
-                self._options,
-                keep=frozen,
-                progress=task.progress,
-                autocast=task.autocast,
-            )
-        self._add_task(task, network)
-        self._set_shared(network)
+            network = self.fresh(task)
+            train_task(network, task, self._options, keep=frozen)
+        self.add_task(task, network)
+        self.set_shared(network)
         total = sum(mask.numel() for mask in frozen.values())
         before = sum(int(mask.sum()) for mask in frozen.values()) / total
         return {"fraction_frozen": before, **self._find(task, network, self._options.epochs)}
@@ -84,8 +76,8 @@ class BinaryLearner(SequenceLearner):
         with seeded(task):
             found = self._binary.find(network, as_source(task, epochs_before))
         masks = {layer: mask.detach().clone() for layer, mask in (found.keep or {}).items()}
-        self._masks[task.name] = {"keep": masks}
-        self._own[task.name] |= self._beside(network, masks)
+        self.task_masks[task.name] = {"keep": masks}
+        self.own[task.name] |= self._beside(network, masks)
         return {
             "fraction_kept": found.fraction_kept,
             "coefficient": found.coefficient,
@@ -96,32 +88,32 @@ class BinaryLearner(SequenceLearner):
         """What later training changes beside masked weights: the masked view needs the task's own."""
         norms = norm_names(network)
         frozen_norms = self._options.batch_norm == "frozen"
-        changing = {name for name, _ in network.named_parameters()} | {k for k in self._shared if norms(k)}
+        changing = {name for name, _ in network.named_parameters()} | {k for k in self.shared if norms(k)}
         masked = {f"{layer}.weight" for layer in masks}
         return {
             key: tensor.clone()
-            for key, tensor in self._shared.items()
+            for key, tensor in self.shared.items()
             if key in changing and key not in masked and not (frozen_norms and norms(key))
         }
 
     def _union(self) -> Tensors:
         """layer name -> what at least one task so far needs."""
         union: Tensors = {}
-        for masks in self._masks.values():
+        for masks in self.task_masks.values():
             for layer, mask in masks["keep"].items():
                 union[layer] = union[layer] | mask if layer in union else mask.clone()
         return union
 
-    def _network_tensors(self, name: str, view: str) -> Tensors:
-        own = self._own[name]
+    def network_tensors(self, name: str, view: str) -> Tensors:
+        own = self.own[name]
         if view == "shared":
-            norms = norm_names(self._empty(self._classes[name]))
+            norms = norm_names(self.empty(self.classes[name]))
             by_policy = self._options.batch_norm == "per-domain"
-            own = {key: tensor for key, tensor in own.items() if self._of_head(key) or (by_policy and norms(key))}
-            return {**self._shared, **own}
-        masks = self._masks[name]["keep"]
-        masked = {f"{layer}.weight": _kept(self._shared[f"{layer}.weight"], mask) for layer, mask in masks.items()}
-        return {**self._shared, **own, **masked}
+            own = {key: tensor for key, tensor in own.items() if self.of_head(key) or (by_policy and norms(key))}
+            return {**self.shared, **own}
+        masks = self.task_masks[name]["keep"]
+        masked = {f"{layer}.weight": _kept(self.shared[f"{layer}.weight"], mask) for layer, mask in masks.items()}
+        return {**self.shared, **own, **masked}
 
 
 def _kept(weight: Tensor, mask: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from dwm_fast.methods._sequence import SequenceLearner, norm_names, seeded
+from dwm_fast.methods.learner import SequenceLearner, norm_names, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions, train
+from dwm_fast.methods.transfer import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,17 @@ class FineTuner(SequenceLearner):
 
     def begin(self, task: Task, network: nn.Module) -> dict[str, Any]:
         """Take the network as it is."""
-        self._start(task, network)
+        self.start(task, network)
         if self._options.batch_norm == "per-domain":
-            self._own[task.name] |= {k: v for k, v in self._shared.items() if norm_names(network)(k)}
+            self.own[task.name] |= {k: v for k, v in self.shared.items() if norm_names(network)(k)}
         return {}
 
     def learn(self, task: Task) -> dict[str, Any]:
         """Fine-tune every weight."""
         with seeded(task):
-            network = self._fresh(task)
-            train(
-                network,
-                task.batches,
-                task.steps_per_epoch,
-                self._options,
-                progress=task.progress,
-                autocast=task.autocast,
-            )
+            network = self.fresh(task)
+            train_task(network, task, self._options)
         own = norm_names(network) if self._options.batch_norm == "per-domain" else lambda _: False
-        self._add_task(task, network, own)
-        self._set_shared(network)
+        self.add_task(task, network, own)
+        self.set_shared(network)
         return {}

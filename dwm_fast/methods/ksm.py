@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dwm_fast.methods._real_masks import RealMaskOptions, learn_real_masks
-from dwm_fast.methods._sequence import SequenceLearner, Tensors, norm_names, part, seeded
+from dwm_fast.methods.learner import SequenceLearner, Tensors, norm_names, part, seeded
 from dwm_fast.methods.sequence import Task
 from dwm_fast.nn import KernelSoft
 from dwm_fast.ops.kernel_soft import kernel_shape
@@ -54,18 +54,18 @@ class KSMLearner(SequenceLearner):
 
     def begin(self, task: Task, network: nn.Module) -> dict[str, Any]:
         """Take the network as the backbone."""
-        self._start(task, network)
+        self.start(task, network)
         return {}
 
     def learn(self, task: Task) -> dict[str, Any]:
         """Learn the kernels' masks, the head and, by policy, batch norm."""
         method = self._method
         with seeded(task):
-            masked = learn_real_masks(self._fresh(task), method.kind, self._head, method.options, task)
+            masked = learn_real_masks(self.fresh(task), method.kind, self.head, method.options, task)
         own = norm_names(masked.model) if method.options.batch_norm == "per-domain" else lambda _: False
-        self._add_task(task, masked.model, own)
+        self.add_task(task, masked.model, own)
         keep = masked.keep_masks()
-        self._masks[task.name] = {"keep": keep}
+        self.task_masks[task.name] = {"keep": keep}
         self._scales[task.name] = {
             layer: method.kind.stored(module.mask_logits.detach(), module.unit)
             for layer, module in masked.mask_layers().items()
@@ -74,7 +74,7 @@ class KSMLearner(SequenceLearner):
 
     def masks(self, name: str) -> Tensors:
         """layer name -> bool mask of shape (C_out, C_in, 1, 1), True = the kernel is kept; none for the first task."""
-        return self._keep_masks(name)
+        return self.keep_masks(name)
 
     def scales(self, name: str) -> Tensors:
         """layer name -> scale of each dropped kernel in order, float16, in [0, 1/2]; none for the first task."""
@@ -85,7 +85,7 @@ class KSMLearner(SequenceLearner):
         return super().bits(name) + sum(16 * scale.numel() for scale in self.scales(name).values())
 
     def state(self) -> Tensors:
-        numbers = {name: i for i, name in enumerate(self._classes)}
+        numbers = {name: i for i, name in enumerate(self.classes)}
         scales = {
             f"scale/{numbers[name]}/{layer}": scale.cpu().clone()
             for name, layers in self._scales.items()
@@ -95,24 +95,24 @@ class KSMLearner(SequenceLearner):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_state(state)
-        device = next(iter(self._shared.values())).device
-        found = {name: part(state, f"scale/{i}/", device) for i, name in enumerate(self._classes)}
+        device = next(iter(self.shared.values())).device
+        found = {name: part(state, f"scale/{i}/", device) for i, name in enumerate(self.classes)}
         self._scales = {name: layers for name, layers in found.items() if layers}
 
-    def _form(self, name: str) -> tuple[str, Tensors]:
+    def form(self, name: str) -> tuple[str, Tensors]:
         scales = self.scales(name)
         return ("soft", dict(scales)) if scales else ("binary", {})
 
-    def _mask_shape(self, weight: torch.Size) -> torch.Size:
+    def mask_shape(self, weight: torch.Size) -> torch.Size:
         return torch.Size(kernel_shape(weight))
 
-    def _network_tensors(self, name: str, view: str) -> Tensors:
+    def network_tensors(self, name: str, view: str) -> Tensors:
         scales = self.scales(name)
         weights = {
-            f"{layer}.weight": _under(self._shared[f"{layer}.weight"], keep, scales[layer])
+            f"{layer}.weight": _under(self.shared[f"{layer}.weight"], keep, scales[layer])
             for layer, keep in self.masks(name).items()
         }
-        return {**super()._network_tensors(name, view), **weights}
+        return {**super().network_tensors(name, view), **weights}
 
 
 def _under(weight: Tensor, keep: Tensor, scale: Tensor) -> Tensor:

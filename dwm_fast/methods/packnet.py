@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dwm_fast.errors import InputError
-from dwm_fast.methods._sequence import SequenceLearner, Tensors, part, seeded
+from dwm_fast.methods.learner import SequenceLearner, Tensors, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions, train
+from dwm_fast.methods.transfer import TrainOptions
 
 
 def prune_smallest(weight: Tensor, owner: Tensor, task: int, fraction: float) -> Tensor:
@@ -76,51 +76,56 @@ PACKNET_PAPER = PackNet(
 class PackNetLearner(SequenceLearner):
     """`PackNet` over a sequence. Task t sees the weights with 0 < owner <= t, and nothing ever writes those again."""
 
+    MEMORY = ("owner",)
+
     def __init__(self, network: Callable[[int], nn.Module], head: str, method: PackNet) -> None:
         super().__init__(network, head)
         self._method = method
-        self._owner: Tensors = {}
+
+    @property
+    def owner(self) -> Tensors:
+        """layer name -> uint8 owner of every weight, 0 = free."""
+        return self.memory["owner"]
 
     def begin(self, task: Task, network: nn.Module) -> dict[str, Any]:
         """The first task owns every weight; prune and retrain."""
-        self._start(task, network)
-        weights = {layer: there.weight for layer, there in self._maskable(network).items()}
-        self._owner = {layer: torch.ones_like(weight, dtype=torch.uint8) for layer, weight in weights.items()}
-        mine = self._empty(task.classes)
-        mine.load_state_dict({**self._shared, **self._own[task.name]})
+        self.start(task, network)
+        weights = {layer: there.weight for layer, there in self.maskable(network).items()}
+        self.memory["owner"] = {layer: torch.ones_like(weight, dtype=torch.uint8) for layer, weight in weights.items()}
+        mine = self.empty(task.classes)
+        mine.load_state_dict({**self.shared, **self.own[task.name]})
         return self._prune_and_retrain(task, mine, epochs_before=0)
 
     def learn(self, task: Task) -> dict[str, Any]:
         """Train the free weights, which start at 0; then prune and retrain."""
-        if len(self._classes) == 255:
+        if len(self.classes) == 255:
             raise InputError("PackNet holds 255 tasks, one byte a weight, and all are taken")
         with seeded(task):
-            network = self._fresh(task)
-            free = {layer: owner == 0 for layer, owner in self._owner.items()}
+            network = self.fresh(task)
+            free = {layer: owner == 0 for layer, owner in self.owner.items()}
             self._train(task, network, free, self._method.training, 0)
-        self._add_task(task, network)
-        number = len(self._classes)
-        self._owner = {
-            layer: torch.where(owner == 0, torch.full_like(owner, number), owner)
-            for layer, owner in self._owner.items()
+        self.add_task(task, network)
+        number = len(self.classes)
+        self.memory["owner"] = {
+            layer: torch.where(owner == 0, torch.full_like(owner, number), owner) for layer, owner in self.owner.items()
         }
         return self._prune_and_retrain(task, network, self._method.training.epochs)
 
     def _prune_and_retrain(self, task: Task, network: nn.Module, epochs_before: int) -> dict[str, Any]:
-        number = len(self._classes)
+        number = len(self.classes)
         fraction = self._method.prune[min(number, len(self._method.prune)) - 1]
         with torch.no_grad():
-            for layer, owner in self._owner.items():
+            for layer, owner in self.owner.items():
                 weight = network.get_submodule(layer).weight
                 assert isinstance(weight, Tensor)
-                self._owner[layer] = prune_smallest(weight, owner, number, fraction)
-                weight[self._owner[layer] == 0] = 0.0
+                self.owner[layer] = prune_smallest(weight, owner, number, fraction)
+                weight[self.owner[layer] == 0] = 0.0
         with seeded(task):
-            mine = {layer: owner == number for layer, owner in self._owner.items()}
+            mine = {layer: owner == number for layer, owner in self.owner.items()}
             self._train(task, network, mine, self._method.retraining, epochs_before)
-        self._set_shared(network)
-        self._own[task.name] = {
-            key: tensor.detach().clone() for key, tensor in network.state_dict().items() if self._of_head(key)
+        self.set_shared(network)
+        self.own[task.name] = {
+            key: tensor.detach().clone() for key, tensor in network.state_dict().items() if self.of_head(key)
         }
         return {"fraction_owned": self._fraction(number), "fraction_free": self._fraction(0)}
 
@@ -128,51 +133,35 @@ class PackNetLearner(SequenceLearner):
         self, task: Task, network: nn.Module, trained: Tensors, options: TrainOptions, epochs_before: int
     ) -> None:
         """Train only the weights of `trained`, the head, and for the first task biases and batch norm."""
-        first = len(self._owner) > 0 and list(self._classes) == [task.name]
+        first = len(self.owner) > 0 and list(self.classes) == [task.name]
         keep = {layer: ~mask for layer, mask in trained.items()}
         weights = {f"{layer}.weight" for layer in keep}
-        fixed = {n for n, _ in network.named_parameters() if n not in weights and not self._of_head(n)}
-        train(
-            network,
-            lambda epoch: task.batches(epoch + epochs_before),
-            task.steps_per_epoch,
-            _first_task(options) if first else options,
-            keep=keep,
-            fixed=() if first else fixed,
-            progress=task.progress,
-            autocast=task.autocast,
-        )
+        fixed = {n for n, _ in network.named_parameters() if n not in weights and not self.of_head(n)}
+        options = _first_task(options) if first else options
+        train_task(network, task, options, keep=keep, fixed=() if first else fixed, epochs_before=epochs_before)
 
     def _fraction(self, number: int) -> float:
-        owned = sum(int((owner == number).sum()) for owner in self._owner.values())
-        return owned / sum(owner.numel() for owner in self._owner.values())
+        owned = sum(int((owner == number).sum()) for owner in self.owner.values())
+        return owned / sum(owner.numel() for owner in self.owner.values())
 
     def masks(self, name: str) -> Tensors:
         """layer name -> bool mask of the weights that the task sees: 0 < owner <= its number."""
-        number = list(self._classes).index(name) + 1
-        return {layer: (owner > 0) & (owner <= number) for layer, owner in self._owner.items()}
+        number = list(self.classes).index(name) + 1
+        return {layer: (owner > 0) & (owner <= number) for layer, owner in self.owner.items()}
 
-    def _keep_masks(self, name: str) -> Tensors:
+    def keep_masks(self, name: str) -> Tensors:
         return self.masks(name)
 
     def bits(self, name: str) -> int:
         """One bit a weight, the task's inference mask; whose weights they are is in the shared ownership map."""
-        return super().bits(name) + sum(owner.numel() for owner in self._owner.values())
+        return super().bits(name) + sum(owner.numel() for owner in self.owner.values())
 
-    def state(self) -> Tensors:
-        return {**super().state(), **{f"owner/{layer}": owner.cpu().clone() for layer, owner in self._owner.items()}}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state(state)
-        device = next(iter(self._shared.values())).device
-        self._owner = part(state, "owner/", device)
-
-    def _network_tensors(self, name: str, view: str) -> Tensors:
+    def network_tensors(self, name: str, view: str) -> Tensors:
         seen = {
-            f"{layer}.weight": torch.where(mask, self._shared[f"{layer}.weight"], 0.0)
+            f"{layer}.weight": torch.where(mask, self.shared[f"{layer}.weight"], 0.0)
             for layer, mask in self.masks(name).items()
         }
-        return {**super()._network_tensors(name, view), **seen}
+        return {**super().network_tensors(name, view), **seen}
 
 
 def _first_task(options: TrainOptions) -> TrainOptions:

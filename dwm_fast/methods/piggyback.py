@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dwm_fast.bank import pack_signs
 from dwm_fast.errors import InputError
 from dwm_fast.methods._real_masks import RealMaskOptions, learn_real_masks
-from dwm_fast.methods._sequence import SequenceLearner, Tensors, norm_names, seeded
+from dwm_fast.methods.learner import SequenceLearner, Tensors, norm_names, seeded
 from dwm_fast.methods.sequence import Task
 from dwm_fast.nn import Threshold
 
@@ -74,39 +74,39 @@ class PiggybackLearner(SequenceLearner):
 
     def begin(self, task: Task, network: nn.Module) -> dict[str, Any]:
         """Take the network as the backbone."""
-        self._start(task, network)
+        self.start(task, network)
         return {}
 
     def learn(self, task: Task) -> dict[str, Any]:
         """Learn bits, head and, by policy, batch norm."""
         method = self._method
         with seeded(task):
-            network = self._fresh(task)
-            weights = {layer: there.weight.detach() for layer, there in self._maskable(network).items()}
+            network = self.fresh(task)
+            weights = {layer: there.weight.detach() for layer, there in self.maskable(network).items()}
             divisors = gradient_divisors(weights, method.gradient_scale)
-            masked = learn_real_masks(network, method.kind, self._head, method.options, task, divisors)
+            masked = learn_real_masks(network, method.kind, self.head, method.options, task, divisors)
         own = norm_names(masked.model) if method.options.batch_norm == "per-domain" else lambda _: False
-        self._add_task(task, masked.model, own)
-        self._masks[task.name] = {"keep": masked.keep_masks()}
+        self.add_task(task, masked.model, own)
+        self.task_masks[task.name] = {"keep": masked.keep_masks()}
         if method.kind.ternary:
             layers = masked.mask_layers().items()
-            self._masks[task.name]["minus"] = {layer: module.mask_logits.detach() < 0 for layer, module in layers}
+            self.task_masks[task.name]["minus"] = {layer: module.mask_logits.detach() < 0 for layer, module in layers}
         return {"fraction_kept": masked.fraction_kept()}
 
     def masks(self, name: str) -> dict[str, Tensors]:
         """The task's bool masks by layer name: "keep", and for ternary values "minus"; none for the first task."""
-        return self._masks.get(name, {})
+        return self.task_masks.get(name, {})
 
-    def _form(self, name: str) -> tuple[str, Tensors]:
+    def form(self, name: str) -> tuple[str, Tensors]:
         minus = self.masks(name).get("minus")
         return ("binary", {}) if minus is None else ("ternary", {k: pack_signs(mask) for k, mask in minus.items()})
 
-    def _network_tensors(self, name: str, view: str) -> Tensors:
+    def network_tensors(self, name: str, view: str) -> Tensors:
         masks = self.masks(name)
         weights = {f"{layer}.weight": self._under(layer, keep, masks) for layer, keep in masks.get("keep", {}).items()}
-        return {**super()._network_tensors(name, view), **weights}
+        return {**super().network_tensors(name, view), **weights}
 
     def _under(self, layer: str, keep: Tensor, masks: dict[str, Tensors]) -> Tensor:
-        weight = self._shared[f"{layer}.weight"]
+        weight = self.shared[f"{layer}.weight"]
         signed = torch.where(masks["minus"][layer], -weight, weight) if "minus" in masks else weight
         return torch.where(keep, signed, torch.zeros((), dtype=weight.dtype, device=weight.device))

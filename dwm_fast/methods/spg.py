@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dwm_fast._options import EPOCHS, RATE, Rule, above, at_least, check_options, whole
 from dwm_fast.methods._loop import FastStep
-from dwm_fast.methods._sequence import SequenceLearner, Tensors, norm_names, part, seeded
+from dwm_fast.methods.learner import SequenceLearner, Tensors, norm_names, seeded
 from dwm_fast.methods.sequence import Task
 from dwm_fast.methods.transfer import BatchNormPolicy, freeze_norms
 from dwm_fast.nn.model import NORM_LAYERS
@@ -64,28 +64,36 @@ SPG_PAPER = SPG(epochs=1000, lr=0.25, schedule="plateau", head_factor=1.0)
 class SPGLearner(SequenceLearner):
     """`SPG` over a sequence. Importance, fp32 and one number a parameter, stays on the device between tasks."""
 
+    MEMORY = ("gamma",)
+
     def __init__(self, network: Callable[[int], nn.Module], head: str, method: SPG) -> None:
         super().__init__(network, head)
         self._method = method
-        self._gamma: Tensors = {}
+
+    @property
+    def gamma(self) -> Tensors:
+        """parameter name -> importance so far, in [0, 1]."""
+        return self.memory["gamma"]
 
     def begin(self, task: Task, network: nn.Module) -> dict[str, Any]:
         """Take the network as it is (the first task has no masking), and measure what the task needs."""
-        self._start(task, network)
+        self.start(task, network)
         own = self._own_norms(network)
-        self._own[task.name] |= {k: v for k, v in self._shared.items() if own(k)}
-        mine = self._empty(task.classes)
-        mine.load_state_dict({**self._shared, **self._own[task.name]})
-        self._gamma = {key: torch.zeros_like(p, dtype=torch.float32) for key, p in self._extractor(mine).items()}
+        self.own[task.name] |= {k: v for k, v in self.shared.items() if own(k)}
+        mine = self.empty(task.classes)
+        mine.load_state_dict({**self.shared, **self.own[task.name]})
+        self.memory["gamma"] = {
+            key: torch.zeros_like(p, dtype=torch.float32) for key, p in self._extractor(mine).items()
+        }
         return self._measure(task, mine, 0)
 
     def learn(self, task: Task) -> dict[str, Any]:
         """Train with soft-masked gradients, then measure what the task needs."""
         with seeded(task):
-            network = self._fresh(task)
+            network = self.fresh(task)
             epochs = self._train(task, network)
-        self._add_task(task, network, self._own_norms(network))
-        self._set_shared(network)
+        self.add_task(task, network, self._own_norms(network))
+        self.set_shared(network)
         return {"epochs": epochs, **self._measure(task, network, epochs)}
 
     def _own_norms(self, network: nn.Module) -> Callable[[str], bool]:
@@ -93,7 +101,7 @@ class SPGLearner(SequenceLearner):
 
     def _extractor(self, network: nn.Module) -> dict[str, nn.Parameter]:
         """Every parameter but the head's."""
-        return {key: p for key, p in network.named_parameters() if not self._of_head(key)}
+        return {key: p for key, p in network.named_parameters() if not self.of_head(key)}
 
     def _train(self, task: Task, network: nn.Module) -> int:
         method = self._method
@@ -101,10 +109,10 @@ class SPGLearner(SequenceLearner):
         if method.batch_norm == "frozen":
             freeze_norms(network)
         extractor = {k: p for k, p in self._extractor(network).items() if p.requires_grad}
-        head = list(network.get_submodule(self._head).parameters())
+        head = list(network.get_submodule(self.head).parameters())
         device = head[0].device
         weights = [*extractor.values(), *head]
-        gammas = [*(self._gamma[key] for key in extractor), *[self.mean_importance()] * len(head)]
+        gammas = [*(self.gamma[key] for key in extractor), *[self.mean_importance()] * len(head)]
         lr = torch.tensor(method.lr, dtype=torch.float64, device=device)
 
         def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -144,8 +152,8 @@ class SPGLearner(SequenceLearner):
 
     def mean_importance(self) -> Tensor:
         """Mean of gamma over every parameter of the extractor, 0-dim fp32: it slows the heads down."""
-        total = sum(gamma.numel() for gamma in self._gamma.values())
-        sums = torch.stack([gamma.sum(dtype=torch.float64) for gamma in self._gamma.values()])
+        total = sum(gamma.numel() for gamma in self.gamma.values())
+        sums = torch.stack([gamma.sum(dtype=torch.float64) for gamma in self.gamma.values()])
         return (sums.sum() / max(1, total)).float()
 
     def _measure(self, task: Task, network: nn.Module, epoch: int) -> dict[str, Any]:
@@ -154,7 +162,7 @@ class SPGLearner(SequenceLearner):
         with seeded(task):
             sums = self._gradient_sums(task, network, list(extractor.values()), epoch)
         for gradients in sums:
-            raise_importance([self._gamma[key] for key in extractor], gradients)
+            raise_importance([self.gamma[key] for key in extractor], gradients)
         network.eval()
         return {"mean_importance": float(self.mean_importance())}
 
@@ -167,9 +175,9 @@ class SPGLearner(SequenceLearner):
             for module in network.modules():
                 if isinstance(module, NORM_LAYERS):
                     module.eval()
-        heads = {name: self._head_tensors(name) for name in self._classes}
+        heads = {name: self._head_tensors(name) for name in self.classes}
         sums = [[torch.zeros_like(p) for p in parameters] for _ in heads]
-        with _statistics_kept(network), _input_of(network.get_submodule(self._head)) as features:
+        with _statistics_kept(network), _input_of(network.get_submodule(self.head)) as features:
             for images, labels in task.batches(epoch):
                 with task.autocast() if task.autocast else contextlib.nullcontext():
                     network(images)
@@ -185,16 +193,9 @@ class SPGLearner(SequenceLearner):
 
     def _head_tensors(self, name: str) -> list[Tensor]:
         """Weight and bias of a task's head, the bias left out where there is none."""
-        own = self._own[name]
-        keys = (f"{self._head}.weight", f"{self._head}.bias")
+        own = self.own[name]
+        keys = (f"{self.head}.weight", f"{self.head}.bias")
         return [own[key] for key in keys if key in own]
-
-    def state(self) -> Tensors:
-        return {**super().state(), **{f"gamma/{key}": gamma.cpu().clone() for key, gamma in self._gamma.items()}}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state(state)
-        self._gamma = part(state, "gamma/", next(iter(self._shared.values())).device)
 
 
 class _Plateau:

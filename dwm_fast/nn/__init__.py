@@ -9,6 +9,7 @@ from dwm_fast.nn.masking import mask_model
 from dwm_fast.nn.merge import merge
 from dwm_fast.nn.model import MaskedModel
 from dwm_fast.nn.packed import PackedConv2d, PackedLinear, pack
+from dwm_fast.nn.register import register_kind
 from dwm_fast.nn.schedule import LinearSchedule, TauSchedule
 from dwm_fast.nn.select import maskable_weights
 from dwm_fast.nn.semi_structured import SemiStructured
@@ -43,5 +44,6 @@ __all__ = [
     "maskable_weights",
     "merge",
     "pack",
+    "register_kind",
     "save_masked",
 ]

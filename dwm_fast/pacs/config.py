@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 from dwm_fast._options import AREA, FRACTION, Rule, above, at_least, check_options, recorded, whole
 from dwm_fast.errors import InputError
-from dwm_fast.methods import INITS, EditMask, LearnedMask, SequentialMethod, TrainOptions
+from dwm_fast.methods import INITS, EditMask, LearnedMask, Method, SequentialMethod, TrainOptions, load_method
 from dwm_fast.pacs.config_values import read_file, replace, sequence, typed
 from dwm_fast.pacs.data import DOMAINS, canonical_domain
 from dwm_fast.pacs.pairs import config as of_pairs
@@ -45,7 +45,10 @@ class StudyConfig:
         deviations: threshold of `naive`; edit_threshold: threshold of `edit`; both in standard deviations.
         edit_spread: standard deviation of the edits' start values, in units of the threshold.
         logit_init, tau: start logit and temperature of `binary`.
-        tune: method -> the ways it is fine-tuned on the target; the first of "none" is the baseline.
+        tune: method -> the ways it is fine-tuned on the target, for a method that is not in it those of "binary"; the
+            first of "none" is the baseline.
+        pairwise: method of pairs -> options in place of its own defaults, for those that have no entry above.
+        own_methods: "file.py:Class" or "module:Class" of the methods from outside that `methods` may name.
         sequence: domains to learn one after the other with one backbone, instead of the grid of pairs; None for that.
         sequential: method -> options in place of its own defaults, for a sequence.
         batch_size: images a step.
@@ -81,6 +84,8 @@ class StudyConfig:
             method: (TrainOptions(epochs=5, lr=1e-2, batch_norm="per-domain"),) for method in METHODS
         }
     )
+    pairwise: of_pairs.Options | None = field(default=None, metadata={"later": True})
+    own_methods: tuple[str, ...] = field(default=(), metadata={"later": True})
     sequence: tuple[str, ...] | None = None
     sequential: of_sequences.Options = field(default_factory=dict)
     batch_size: Annotated[int, whole(1)] = 32
@@ -92,7 +97,7 @@ class StudyConfig:
             of_sequences.check_sequence(self.sequence)
             default = {f.name: f.default for f in dataclasses.fields(self)}
             _exclude(name for name in ("sources", "targets", "inits") if getattr(self, name) != default[name])
-        offered = METHODS if self.sequence is None else tuple(of_sequences.offered())
+        offered = of_pairs.offered() if self.sequence is None else tuple(of_sequences.offered())
         for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
             if not values or set(values) - set(allowed):
                 raise InputError(f"{name}: given {', '.join(values) or 'none'}; expected some of {', '.join(allowed)}")
@@ -110,12 +115,27 @@ class StudyConfig:
         """Ordered pairs of source and target."""
         return [(s, t) for s in self.sources for t in self.targets if s != t]
 
+    def ways(self, method: str) -> tuple[TrainOptions, ...]:
+        """The ways a method of pairs is fine-tuned on the target."""
+        return of_pairs.ways_of(self.tune, method)
+
+    def pair_method(self, name: str) -> Method:
+        """A method of pairs without an entry of its own, by name, with the configuration's options."""
+        self._load_own()
+        return of_pairs.with_options(name, self.pairwise)
+
+    def _load_own(self) -> None:
+        """Register the methods from outside: this process may be another one than where the configuration was read."""
+        for reference in self.own_methods:
+            load_method(reference)
+
     def domains(self) -> tuple[str, ...]:
         """Every domain that is trained on or evaluated, by name."""
         return self.sequence or tuple(sorted({*self.sources, *self.targets}))
 
     def sequential_method(self, name: str) -> SequentialMethod:
         """A method of sequences by name, with the configuration's options."""
+        self._load_own()
         return of_sequences.with_options(name, self.sequential, builtin=self.data is None)
 
     def with_task_epochs(self, epochs: int) -> StudyConfig:
@@ -165,6 +185,7 @@ def real_defaults() -> StudyConfig:
 
 def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
     """`base` with the entries of `data` in place of its own. Unknown entries and wrong values: InputError."""
+    data = _with_own_methods(data, base)
     changes: dict[str, Any] = {}
     hints = get_type_hints(StudyConfig)
     for key, value in data.items():
@@ -186,11 +207,24 @@ def load_config(path: str | Path, base: StudyConfig | None = None) -> StudyConfi
     return from_dict(entries, base)
 
 
+def _with_own_methods(data: Mapping[str, Any], base: StudyConfig) -> Mapping[str, Any]:
+    """`data` with methods from outside loaded: each goes by its name in `methods`, its place is in `own_methods`."""
+    given = [str(value) for value in sequence(data.get("methods", ()))]
+    listed = [str(value) for value in sequence(data.get("own_methods", ()))]
+    names = {place: load_method(place) for place in [*base.own_methods, *listed, *(g for g in given if ":" in g)]}
+    if not names:
+        return data
+    methods = {"methods": [names.get(value, value) for value in given]} if "methods" in data else {}
+    return {**data, "own_methods": tuple(names), **methods}
+
+
 def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
     if key == "sequence":
         return None if value is None else tuple(canonical_domain(str(v)) for v in sequence(value))
     if key == "sequential":
         return of_sequences.read_options(value, old)
+    if key == "pairwise":
+        return of_pairs.read_options(value, old)
     if key in ("sources", "targets"):
         return tuple(dict.fromkeys(canonical_domain(str(v)) for v in sequence(value)))
     if key in ("methods", "inits"):

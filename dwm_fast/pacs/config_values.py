@@ -74,6 +74,41 @@ def replace(key: str, value: Any, old: Any) -> Any:
         raise InputError(f"{key}: {error}") from None
 
 
+def method_options(
+    section: str, value: Any, old: Mapping[str, Mapping[str, Any]], known: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """`old` with a section for each method in `value`, typed, put over it; the methods are those of `known`."""
+    if not isinstance(value, Mapping):
+        example = next(iter(known), "method")
+        raise InputError(f"config: {section}: expected a section for each method, such as '{example}: {{epochs: 3}}'")
+    read = dict(old)
+    for name, given in value.items():
+        method = replace(f"{section}.{name}", given, named(section, name, known))
+        read[name] = merged(old.get(name, {}), _given(dataclasses.asdict(method), given))
+    return read
+
+
+def named(section: str, name: str, known: Mapping[str, Any]) -> Any:
+    """The method of that name; InputError for an unknown one."""
+    if name not in known:
+        raise InputError(f"config: {section}: unknown method '{name}'; expected some of {', '.join(known)}")
+    return known[name]
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options with those of `new` in place of the old."""
+    deeper = {k: merged(old[k], v) for k, v in new.items() if isinstance(v, Mapping) and k in old}
+    return {**old, **new, **deeper}
+
+
+def _given(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of nested `options` that `given` names."""
+    return {
+        name: _given(options[name], value) if isinstance(options[name], dict) else options[name]
+        for name, value in given.items()
+    }
+
+
 def typed(name: str, value: Any, hint: Any) -> Any:
     """`value` as the type an option has. Numbers may come as text: YAML reads 3e-4 as text."""
     kinds = set(get_args(hint)) or {hint}

@@ -35,7 +35,7 @@ def sequence():
 
 
 def masks(learner, name):
-    return learner._masks[name]["keep"]
+    return learner.task_masks[name]["keep"]
 
 
 def test_masks_cover_every_layer_but_the_head_and_drop_something(sequence):

@@ -129,7 +129,7 @@ def test_training_scales_the_bodys_gradients_by_1_minus_gamma_and_the_heads_by_1
 def test_a_weight_of_full_importance_never_moves_again():
     learner = SPG(epochs=3, lr=1.0).learner(make, "head")
     learner.begin(task("a"), net())
-    learner._gamma["body.weight"].fill_(1.0)
+    learner.gamma["body.weight"].fill_(1.0)
     learner.learn(task("bb"))
     assert torch.equal(learner.network("bb").body.weight, net().body.weight)
     assert not torch.equal(learner.network("bb").body.bias, net().body.bias)

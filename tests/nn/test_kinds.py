@@ -200,3 +200,61 @@ def test_impossible_settings_are_refused_in_one_line(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared(dwm.nn.MaskKind):
+    """m = min(l * l, 1): none of the rules of `Mode`."""
+
+    init: float = 0.5
+    name = "squared"
+
+    def draw(self, learned, weights, rng_state, tau, *, training, samples=1, sample=None, dtype=None, **options):
+        masks = [
+            (x * x).clamp(max=1) if training else (x * x >= 1).to(w.dtype)
+            for x, w in zip(learned, weights, strict=True)
+        ]
+        masked = [m * w for m, w in zip(masks, weights, strict=True)]
+        return masked, torch.empty(0, dtype=torch.uint8), torch.cat([m.flatten() for m in masks]).mean()
+
+    def keep(self, logits):
+        return logits * logits >= 1
+
+    @property
+    def start_value(self):
+        return self.init
+
+
+def test_a_kind_of_ones_own_is_learned_exported_and_read_back(monkeypatch, tmp_path):
+    monkeypatch.setitem(dwm.nn.kinds.KINDS, "squared", Squared)
+    del dwm.nn.kinds.KINDS["squared"]
+    assert dwm.nn.register_kind(Squared) is Squared
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(3, 2, bias=False), torch.randn(4, 3)
+    masked = dwm.mask_model(torch.nn.Sequential(net), Squared())
+    (logits,) = masked.mask_parameters()
+    masked.train()(x).sum().backward()
+    torch.testing.assert_close(logits.grad, 2 * 0.5 * net.weight.detach() * x.sum(0))  # d(l^2 w x)/dl
+    with torch.no_grad():
+        logits.copy_(torch.tensor([[1.0, -1.0, 0.9], [0.0, 2.0, -2.0]]))
+    assert masked.keep_masks()["0"].tolist() == [[True, True, False], [False, True, True]]
+    dwm.save_masked(masked, tmp_path / "m.safetensors")
+    again = dwm.load_masked(torch.nn.Sequential(net), tmp_path / "m.safetensors")
+    assert again.kind == Squared()
+    assert torch.equal(again.eval()(x), masked.eval()(x))
+    merged = dwm.merge(masked)
+    torch.testing.assert_close(merged(x), masked.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (dict, "is no mask kind"),
+        (Squared(), "is no mask kind"),
+        (type("Plain", (dwm.nn.MaskKind,), {}), "Plain.name is None"),
+        (dataclasses.dataclass(frozen=True)(type("Twin", (Squared,), {"name": "threshold"})), "choose another"),
+    ],
+)
+def test_what_is_no_kind_is_not_registered(kind, message):
+    with pytest.raises(InputError, match=message):
+        dwm.nn.register_kind(kind)

@@ -6,15 +6,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from dwm_fast.errors import InputError
-from dwm_fast.methods import TrainOptions
-from dwm_fast.pacs.config_values import replace
+from dwm_fast.methods import Method, TrainOptions, pair_methods
+from dwm_fast.pacs.config_values import method_options, named, replace
 
 METHODS = ("none", "naive", "edit", "binary")
-ENTRIES = ("sources", "targets", "inits", "edit", "binary", "tune", "tune_size", "tune_scale")
+"""What the study runs by default; registered methods are offered beside them."""
+ENTRIES = ("sources", "targets", "inits", "edit", "binary", "pairwise", "tune", "tune_size", "tune_scale")
 """Entries that only the study of pairs reads."""
 
 Tunes = Mapping[str, tuple[TrainOptions, ...]]
 """Method -> the ways in which it is fine-tuned on the target."""
+
+
+Options = Mapping[str, Mapping[str, Any]]
+"""Method -> options in place of its own defaults."""
+
+
+def offered() -> tuple[str, ...]:
+    """Every method of pairs by name."""
+    return (*METHODS, *pair_methods())
+
+
+def ways_of(tunes: Tunes, method: str) -> tuple[TrainOptions, ...]:
+    """The ways a method is fine-tuned; one without its own is fine-tuned as `binary`, which freezes weights too."""
+    return tunes.get(method, tunes["binary"])
+
+
+def with_options(name: str, options: Options | None) -> Method:
+    """A registered method by name, with its entry of `options`."""
+    method: Method = replace(f"pairwise.{name}", (options or {}).get(name, {}), named("pairwise", name, pair_methods()))
+    return method
+
+
+def read_options(value: Any, old: Options | None) -> Options | None:
+    """`old` with the sections of `value` put over it."""
+    return None if value is None else method_options("pairwise", value, old or {}, pair_methods())
 
 
 def check_ways(tunes: Tunes) -> None:
@@ -33,8 +59,8 @@ def read_tunes(value: Any, old: Tunes) -> Tunes:
         raise InputError("config: tune: expected a section for each method, such as 'binary: {lr: 0.0003}'")
     read = dict(old)
     for method, given in value.items():
-        if method not in METHODS:
-            raise InputError(f"config: tune: unknown method '{method}'; expected some of {', '.join(METHODS)}")
+        if method not in offered():
+            raise InputError(f"config: tune: unknown method '{method}'; expected some of {', '.join(offered())}")
         entries = given if isinstance(given, list) else [given]
-        read[method] = tuple(replace(f"tune.{method}", entry, old[method][0]) for entry in entries)
+        read[method] = tuple(replace(f"tune.{method}", entry, ways_of(old, method)[0]) for entry in entries)
     return read

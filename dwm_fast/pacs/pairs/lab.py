@@ -11,6 +11,7 @@ import torch
 
 from dwm_fast import ops
 from dwm_fast._options import recorded
+from dwm_fast.errors import InputError
 from dwm_fast.methods import (
     Binary,
     EditMask,
@@ -67,14 +68,18 @@ class PairLab(Lab):
             "edit": EditMask(Edit(config.edit_threshold, spread=config.edit_spread), config.edit),
             "binary": Binary(GumbelSigmoid(tau=config.tau, init=config.logit_init), config.binary),
         }
-        return methods[name]
+        return methods[name] if name in methods else config.pair_method(name)
 
-    def mask(self, source: str, method: str, seed: int) -> Mask:
-        """Find a method's mask on a source, or read it."""
-        name, settings = self.mask_stage(source, method, seed)
-        kept = self.stages.read(name, settings)
+    def seen(self, method: str, target: str) -> str | None:
+        """The target, where the method sees its images; None where one mask of a source serves all targets."""
+        return target if getattr(self.method(method), "sees_target", False) else None
+
+    def mask(self, source: str, method: str, seed: int, target: str | None = None) -> Mask:
+        """Find a method's mask on a source, or read it; `target` as `seen` gives it."""
+        planned = self.mask_stage(source, method, seed, target)
+        kept = self.stages.read(*planned)
         if kept is None:
-            kept = self._find_mask(name, settings, source, method, seed)
+            kept = self._find_mask(planned, source, method, seed, target)
         tensors, figures = kept
         keep = {
             layer: ops.unpack(tensors[layer], [numel])[0].view(shape)
@@ -88,15 +93,20 @@ class PairLab(Lab):
         weights = maskable_weights(build_backbone(self.config.backbone, len(self.data.classes)))
         return [(name, there.weight.numel(), there.weight.shape) for name, there in weights.items()]
 
-    def _find_mask(self, name: str, settings: dict[str, Any], source: str, method: str, seed: int) -> Finished:
+    def _find_mask(self, planned: Planned, source: str, method: str, seed: int, target: str | None) -> Finished:
+        name, settings = planned
         end = self.source(source, seed).end
         begun = time.perf_counter()
         key = stage_seed(name)
         torch.manual_seed(key)
         model = self.network(end)
-        found = self.method(method).find(model, SourceTask(**self.given(source, key), seed=key))
+        other = None if target is None else SourceTask(**self.given(target, key), seed=key)
+        found = self.method(method).find(model, SourceTask(**self.given(source, key), seed=key, target=other))
+        if method != "none" and not found.keep:
+            raise InputError(f"method '{method}' found no mask on {source}; expected a keep mask for a layer or more")
         figures: dict[str, Any] = {
             "source": source,
+            **({} if target is None else {"target": target}),
             "seed": seed,
             "method": method,
             "fraction_kept": found.fraction_kept,
@@ -115,15 +125,17 @@ class PairLab(Lab):
             packed = {layer: ops.pack([mask]).cpu() for layer, mask in found.keep.items()}
         return self.stages.write(name, packed, figures, settings, begun)
 
-    def mask_stage(self, source: str, method: str, seed: int) -> Planned:
+    def mask_stage(self, source: str, method: str, seed: int, target: str | None = None) -> Planned:
         """As `source_stage`."""
         own = {method: recorded(self.method(method))}
-        return f"mask-{method}-{source}-seed{seed}", {**self.source_stage(source, seed)[1], **own}
+        seen = {} if target is None else {"mask_target_data": self._fingerprints[target]}
+        domains = source if target is None else f"{source}-{target}"
+        return f"mask-{method}-{domains}-seed{seed}", {**self.source_stage(source, seed)[1], **own, **seen}
 
     def rows(self, run: Run) -> list[dict[str, Any]]:
         """Fine-tune on the target in each of the method's ways; one row a way and view (`shared`, `masked`)."""
         rows = []
-        for options, (name, settings) in zip(self.config.tune[run.method], self.tune_stages(run), strict=True):
+        for options, (name, settings) in zip(self.config.ways(run.method), self.tune_stages(run), strict=True):
             kept = self.stages.read(name, settings)
             if kept is None:
                 kept = self._fine_tune(name, settings, run, options)
@@ -133,7 +145,7 @@ class PairLab(Lab):
     def tune_stages(self, run: Run) -> list[Planned]:
         """As `source_stage`, for each of the method's ways."""
         shared = {
-            **self.mask_stage(run.source, run.method, run.seed)[1],
+            **self.mask_stage(run.source, run.method, run.seed, self.seen(run.method, run.target))[1],
             "target_data": self._fingerprints[run.target],
             "tune_size": self.tune_size,
             "tune_scale": self.config.tune_scale,
@@ -143,12 +155,13 @@ class PairLab(Lab):
                 f"{run.name}-{options.batch_norm}-lr{options.lr:g}-seed{run.seed}",
                 {**shared, "fine-tuning": recorded(options)},
             )
-            for options in self.config.tune[run.method]
+            for options in self.config.ways(run.method)
         ]
 
     def _fine_tune(self, name: str, settings: dict[str, Any], run: Run, options: TrainOptions) -> Finished:
         trained = self.source(run.source, run.seed)
-        found = self.mask(run.source, run.method, run.seed).found if run.method != "none" else None
+        seen = self.seen(run.method, run.target)
+        found = self.mask(run.source, run.method, run.seed, seen).found if run.method != "none" else None
         begun = time.perf_counter()
         torch.manual_seed(stage_seed(name))
         original, model = self.network(trained.end), self.network(trained.end)

@@ -156,7 +156,7 @@ def _mask_line(masks: Sequence[Mapping[str, Any]], whole: Stat, chance: float) -
         accuracy,
         _budget(masks, accuracy, whole, chance),
         ", ".join(coefficients) or MISSING,
-        str(len(masks)),
+        str(len({mask["seed"] for mask in masks})),
     ]
 
 

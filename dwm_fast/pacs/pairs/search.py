@@ -184,7 +184,11 @@ class Search:
         return [Run(s, t, trial.method, trial.init, seed) for (s, t), seed in cells]
 
     def _planned(self, lab: PairLab, run: Run) -> list[tuple[str, dict[str, Any]]]:
-        mask = [] if run.method == "none" else [lab.mask_stage(run.source, run.method, run.seed)]
+        mask = (
+            []
+            if run.method == "none"
+            else [lab.mask_stage(run.source, run.method, run.seed, lab.seen(run.method, run.target))]
+        )
         return [lab.source_stage(run.source, run.seed), *mask, *lab.tune_stages(run)]
 
     def run(self, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwm_fast import ops
@@ -33,19 +32,26 @@ class PairStudy(Study):
     def stages(self) -> Iterator[Stage]:
         for seed, source in itertools.product(self.config.seeds, self.sources()):
             yield self.source_stage(source, seed, f"source {source}")
-            for method in self._masking():
-                yield self._mask_stage(source, method, seed)
+            for cell in self._masks(source, seed):
+                yield self._mask_stage(*cell)
             for run in self._runs(seed):
                 if run.source == source:
                     yield self._tune_stage(run)
 
-    def _mask_stage(self, source: str, method: str, seed: int) -> Stage:
+    def _masks(self, source: str, seed: int) -> Iterator[tuple[str, str, int, str | None]]:
+        """(source, method, seed, target that the method sees or None) of every mask on a source."""
+        targets = [t for s, t in self.config.pairs() if s == source]
+        for method in self._masking():
+            for seen in dict.fromkeys(self.lab.seen(method, target) for target in targets):
+                yield source, method, seed, seen
+
+    def _mask_stage(self, source: str, method: str, seed: int, target: str | None) -> Stage:
         def run() -> str:
-            given = self.lab.mask(source, method, seed).figures
+            given = self.lab.mask(source, method, seed, target).figures
             return f"keeps {given['fraction_kept']:.1%}, masked accuracy {given['masked_accuracy']:.3f}"
 
-        planned = self.lab.mask_stage(source, method, seed)
-        return Stage(planned[0], f"mask {source}, {method}", run, [planned])
+        planned = self.lab.mask_stage(source, method, seed, target)
+        return Stage(planned[0], f"mask {source}, {method}" + (f" for {target}" if target else ""), run, [planned])
 
     def _tune_stage(self, run: Run) -> Stage:
         def tune() -> str:
@@ -64,8 +70,10 @@ class PairStudy(Study):
         return [method for method in self.config.methods if method != "none"]
 
     def results(self) -> dict[str, Any]:
-        seeds, sources, methods = self.config.seeds, self.sources(), self._masking()
-        masks = {(k, s, m): self.lab.mask(s, m, k) for k, s, m in itertools.product(seeds, sources, methods)}
+        seeds, sources = self.config.seeds, self.sources()
+        cells = [cell for seed, source in itertools.product(seeds, sources) for cell in self._masks(source, seed)]
+        masks = {cell: self.lab.mask(*cell) for cell in cells}
+        methods = list(dict.fromkeys(method for _, method, _, target in cells if target is None))
         rows = [row for seed in seeds for run in self._runs(seed) for row in self.lab.rows(run)]
         return {
             "format": 1,
@@ -74,7 +82,13 @@ class PairStudy(Study):
                 masks=[mask.figures for mask in masks.values()],
                 rows=[_with_gains(row, rows) for row in rows],
                 overlap=[
-                    {"method": m, "seed": k, "a": a, "b": b, "jaccard": _jaccard(masks[k, a, m], masks[k, b, m])}
+                    {
+                        "method": m,
+                        "seed": k,
+                        "a": a,
+                        "b": b,
+                        "jaccard": _jaccard(masks[a, m, k, None], masks[b, m, k, None]),
+                    }
                     for k, m in itertools.product(seeds, methods)
                     for a, b in itertools.combinations(sources, 2)
                 ],
@@ -92,14 +106,16 @@ class PairStudy(Study):
 
     def write(self, results: dict[str, Any]) -> None:
         """As `Study.write`, and the masks before."""
-        for seed, source, method in itertools.product(self.config.seeds, self.sources(), self._masking()):
-            self._write_mask(source, method, seed, self.folder / "masks")
+        for seed, source in itertools.product(self.config.seeds, self.sources()):
+            for cell in self._masks(source, seed):
+                self._write_mask(*cell)
         super().write(results)
 
-    def _write_mask(self, source: str, method: str, seed: int, folder: Path) -> None:
-        """A keep mask as a mask file, one bit per weight: masks/<method>-<source>-seed<k>.safetensors."""
+    def _write_mask(self, source: str, method: str, seed: int, target: str | None) -> None:
+        """A keep mask as a mask file, one bit per weight: masks/<method>-<source>[-<target>]-seed<k>.safetensors."""
+        folder = self.folder / "masks"
         folder.mkdir(exist_ok=True)
-        found = self.lab.mask(source, method, seed).found
+        found = self.lab.mask(source, method, seed, target).found
         weights = self.lab.source(source, seed).end
         keep = weight_names(found.keep or {}, weights)
         record = make_domain(
@@ -110,7 +126,8 @@ class PairStudy(Study):
             options={"data": self.data.name, "seed": seed, "backbone": self.config.backbone},
             fingerprint=fingerprint({name: weights[name] for name in keep}),
         )
-        write_mask_file(folder / f"{method}-{source}-seed{seed}.safetensors", record)
+        domains = source if target is None else f"{source}-{target}"
+        write_mask_file(folder / f"{method}-{domains}-seed{seed}.safetensors", record)
 
     def summary(self, results: dict[str, Any]) -> tuple[Table, list[str]]:
         return table.to_rich(table.paper_table(results)), finding(results)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dwm_fast import methods as all_methods
 from dwm_fast.errors import InputError
 from dwm_fast.methods import SequentialMethod
-from dwm_fast.pacs.config_values import replace
+from dwm_fast.pacs.config_values import merged, method_options, named, replace
 
 Options = Mapping[str, Mapping[str, Any]]
 """Method -> options in place of its own defaults."""
@@ -50,50 +49,25 @@ def offered() -> dict[str, SequentialMethod]:
 def with_options(name: str, options: Options, builtin: bool = False) -> SequentialMethod:
     """A method by name, with its entry of `options`, which for built-in images stands over that of `BUILTIN`."""
     own = BUILTIN.get(name, {}) if builtin else {}
-    method: SequentialMethod = replace(f"sequential.{name}", _merged(own, options.get(name, {})), _named(name))
+    method: SequentialMethod = replace(
+        f"sequential.{name}", merged(own, options.get(name, {})), named("sequential", name, offered())
+    )
     return method
 
 
 def read_options(value: Any, old: Options) -> dict[str, Mapping[str, Any]]:
     """`old` with the sections of `value`, typed, put over it. Unknown methods, entries and wrong values: InputError."""
-    if not isinstance(value, Mapping):
-        raise InputError("config: sequential: expected a section for each method, such as 'piggyback: {epochs: 3}'")
-    read = dict(old)
-    for name, given in value.items():
-        method = replace(f"sequential.{name}", given, _named(name))
-        read[name] = _merged(old.get(name, {}), _given(dataclasses.asdict(method), given))
-    return read
+    return method_options("sequential", value, old, offered())
 
 
 def epochs_of(names: Iterable[str], epochs: int) -> dict[str, Any]:
     """Options of so many epochs a task: a method's `epochs`, or those of its section `options` or `training`."""
     found: dict[str, Any] = {}
     for name in names:
-        method = _named(name)
+        method = named("sequential", name, offered())
         section = next((s for s in ("options", "training") if hasattr(getattr(method, s, None), "epochs")), None)
         if hasattr(method, "epochs"):
             found[name] = {"epochs": epochs}
         elif section is not None:
             found[name] = {section: {"epochs": epochs}}
     return found
-
-
-def _named(name: str) -> Any:
-    known = offered()
-    if name not in known:
-        raise InputError(f"config: sequential: unknown method '{name}'; expected some of {', '.join(known)}")
-    return known[name]
-
-
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options with those of `new` in place of the old."""
-    deeper = {k: _merged(old[k], v) for k, v in new.items() if isinstance(v, Mapping) and k in old}
-    return {**old, **new, **deeper}
-
-
-def _given(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of nested `options` that `given` names."""
-    return {
-        name: _given(options[name], value) if isinstance(options[name], dict) else options[name]
-        for name, value in given.items()
-    }

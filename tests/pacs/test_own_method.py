@@ -1,0 +1,95 @@
+"""FGGM from a file outside the package, unedited: on the command line, in tables, in the report, for both studies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dwm_fast.cli import main
+from dwm_fast.methods import load_method, registry
+from dwm_fast.pacs.config import builtin_defaults, from_dict
+from dwm_fast.pacs.pairs.study import PairStudy
+
+from .sequence_for_tests import BASE
+from .study_for_tests import CONFIG, stages, tiny, tiny_data
+
+FGGM = f"{Path(__file__).parents[2] / 'examples' / 'fggm.py'}:FGGM"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+    load_method.cache_clear()
+    for draw in ("pairs.figures", "sequence.figures"):
+        monkeypatch.setattr(f"dwm_fast.pacs.{draw}.draw_all", lambda results: {})
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["dwm-fast", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code in (0, None)
+
+
+def test_a_sequence_runs_it_to_table_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwm_fast.pacs.config.builtin_defaults", lambda: BASE)
+    ask(
+        monkeypatch, "pacs", "sequence", "photo,sketch", "--methods", f"none,{FGGM}", "--task-epochs", "1", "--out", "a"
+    )
+    results = json.loads(Path("a/results.json").read_text())
+    assert results["config"]["methods"] == ["none", "fggm-own"]
+    assert results["config"]["own_methods"] == [FGGM]
+    assert results["methods"]["fggm-own"]["options"]["epochs"] == 1
+    frozen = [task["figures"]["fraction_frozen"] for task in results["tasks"] if task["figures"].get("fraction_frozen")]
+    assert frozen == [pytest.approx(0.7, abs=0.06)]  # whole rows of layers as narrow as 8
+    assert "| fggm-own | shared |" in Path("a/table.md").read_text()
+    assert "fggm-own" in Path("a/report.html").read_text()
+    registry._registered.clear()  # as in another process
+    load_method.cache_clear()
+    ask(monkeypatch, "pacs", "--config", "a/config.json", "--out", "a")
+    assert json.loads(Path("a/results.json").read_text())["rows"] == results["rows"]
+
+
+def test_pairs_run_it_once_for_every_target_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwm_fast.pacs.config.builtin_defaults", lambda: CONFIG)
+    asked = ("--sources", "photo", "--targets", "sketch,art", "--methods", f"none,naive,{FGGM}", "--out", "b")
+    ask(monkeypatch, "pacs", *asked, "--tune-lr", "fggm-own=0.01")
+    results = json.loads(Path("b/results.json").read_text())
+    own = [mask for mask in results["masks"] if mask["method"] == "fggm-own"]
+    assert [(mask["source"], mask["target"]) for mask in own] == [("photo", "sketch"), ("photo", "art")]
+    assert [mask["method"] for mask in results["masks"] if "target" not in mask] == ["naive"]
+    assert {f"mask-fggm-own-photo-{target}-seed0" for target in ("sketch", "art")} <= set(stages(Path("b")))
+    assert {Path(f"b/masks/fggm-own-photo-{target}-seed0.safetensors").exists() for target in ("sketch", "art")} == {
+        True
+    }
+    rows = [row for row in results["rows"] if row["method"] == "fggm-own"]
+    assert {(row["target"], row["view"], row["lr"]) for row in rows} == {
+        (target, view, 0.01) for target in ("sketch", "art") for view in ("shared", "masked")
+    }
+    assert "fggm-own" in Path("b/table.md").read_text()
+    assert "fggm-own" in Path("b/report.html").read_text()
+
+
+def test_a_pair_s_mask_depends_on_the_target_it_sees(tmp_path: Path) -> None:
+    config = from_dict({"methods": ["none", FGGM], "pairwise": {"fggm-own": {"quantile": 0.5}}}, CONFIG)
+    assert config.pair_method("fggm-own").quantile == 0.5  # type: ignore[attr-defined]
+    lab = PairStudy(config, tmp_path / "c", tiny_data()).lab
+    masks = [lab.mask("photo", "fggm-own", 0, target).found.keep for target in ("sketch", "art", "sketch")]
+    first, other, again = (torch.cat([mask.flatten() for mask in (keep or {}).values()]) for keep in masks)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_options_of_a_method_are_read_as_those_of_the_library(tmp_path: Path) -> None:
+    base = builtin_defaults()
+    config = from_dict({"methods": f"none,{FGGM}", "pairwise": {"fggm-own": {"quantile": "0.5"}}}, base)
+    assert from_dict(json.loads(json.dumps(config.to_dict())), base) == config
+    assert config.ways("fggm-own") == config.tune["binary"]
+    with pytest.raises(ValueError, match="pairwise: unknown method 'ksm'; expected some of fggm-own"):
+        from_dict({"pairwise": {"ksm": {}}}, base)
