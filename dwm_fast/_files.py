@@ -101,6 +101,39 @@ def drop_part(part: Path) -> None:
             part.unlink()
 
 
+def hold_lock(path: Path, stack: contextlib.ExitStack, *, shared: bool = False, wait: bool = True) -> bool:
+    """Lock the file at `path`, an ordinary one, until `stack` is left, or the process ends in whatever way.
+
+    A shared lock makes no file and returns False where it cannot be had. Otherwise OSError: BlockingIOError where
+    another holds the lock and `wait` is off.
+    """
+    assert fcntl is not None
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT)
+    try:
+        handle = os.open(path, flags, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(f"{path.name} is no ordinary file")
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BaseException:
+            os.close(handle)
+            raise
+    except OSError:
+        if not shared:
+            raise
+        return False
+    stack.callback(_release, handle)
+    return True
+
+
+def _release(handle: int) -> None:
+    """Give the lock up before closing: a process forked meanwhile has the handle too and would keep it."""
+    assert fcntl is not None
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut, where the system can do that for folders."""
     if not hasattr(os, "O_DIRECTORY"):

@@ -25,7 +25,12 @@ Data = Annotated[
 ]
 Splits = Annotated[str | None, typer.Option(help="Folder of the official train and crossval lists.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch flwrlabs/pacs into the folder --data names first.")]
-Out = Annotated[Path, typer.Option(help="Run folder; a stopped study goes on where it was.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Run folder, by default runs/pacs (runs/sequence for a sequence); a stopped study goes on there."
+    ),
+]
 Config = Annotated[Path | None, typer.Option(help="TOML, YAML or JSON file of settings; flags win over it.")]
 Seeds = Annotated[str | None, typer.Option(help="Seeds, comma-separated.")]
 Backbone = Annotated[str | None, typer.Option(help="'small' or any torchvision classifier.")]
@@ -43,6 +48,24 @@ Device = Annotated[str | None, typer.Option(help="Where it runs: auto, cpu, cuda
 Validation = Annotated[
     float | None, typer.Option(help="Fraction of the training images to evaluate on; test images stay unread.")
 ]
+Threads = Annotated[int | None, typer.Option(help="Threads on the CPU; by default torch's choice.")]
+_BY_STAGE = "Stage by stage"
+ListStages = Annotated[
+    bool,
+    typer.Option(
+        "--list-stages",
+        help="Print each stage, a line: done, running, ready or waiting; its name; the stages it needs.",
+        rich_help_panel=_BY_STAGE,
+    ),
+]
+OneStage = Annotated[
+    str | None,
+    typer.Option("--stage", help="Do this stage, and what it needs, and nothing else.", rich_help_panel=_BY_STAGE),
+]
+Collect = Annotated[
+    bool,
+    typer.Option("--collect", help="Write results and report from the finished stages.", rich_help_panel=_BY_STAGE),
+]
 TaskEpochs = Annotated[int | None, typer.Option(help="Epochs of every later domain, for every method.")]
 
 
@@ -52,7 +75,7 @@ def pairs(
     data: Data = None,
     splits: Splits = None,
     download: Download = False,
-    out: Out = Path("runs/pacs"),
+    out: Out = None,
     config: Config = None,
     settings: Annotated[
         Path | None, typer.Option(help="search.json of a search: its chosen settings; flags win over them.")
@@ -90,6 +113,10 @@ def pairs(
     coefficient: Annotated[float | None, typer.Option(help="Fixed coefficient of the regulariser instead.")] = None,
     amp: Amp = None,
     device: Device = None,
+    threads: Threads = None,
+    list_stages: ListStages = False,
+    stage: OneStage = None,
+    collect: Collect = False,
 ) -> None:
     """Run the PACS study: source training, masks, re-initialisation, fine-tuning, evaluation, report.
 
@@ -137,7 +164,7 @@ def sequence(
     data: Data = None,
     splits: Splits = None,
     download: Download = False,
-    out: Out = Path("runs/pacs"),
+    out: Out = None,
     config: Config = None,
     methods: Annotated[
         str | None,
@@ -157,6 +184,10 @@ def sequence(
     source_lr: SourceLr = None,
     amp: Amp = None,
     device: Device = None,
+    threads: Threads = None,
+    list_stages: ListStages = False,
+    stage: OneStage = None,
+    collect: Collect = False,
 ) -> None:
     """Let every method learn the domains one after the other, and measure what it keeps of the earlier ones.
 
@@ -168,7 +199,7 @@ def sequence(
 
 
 _LISTS = ("sequence", "sources", "targets", "methods", "inits", "seeds")
-_PLAIN = ("data", "splits", "validation", "backbone", "weights", "amp", "device")
+_PLAIN = ("data", "splits", "validation", "backbone", "weights", "amp", "device", "threads")
 _SIZES = ("image_size", "train_size", "crop_scale", "tune_size", "tune_scale", "batch_size")
 
 
@@ -190,7 +221,6 @@ def _base(given: dict[str, Any]) -> StudyConfig:
 
 def _run(base: StudyConfig, given: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:
     from dwm_fast.pacs.config import from_dict
-    from dwm_fast.pacs.terminal import run_with_progress
 
     sections = {"source": {"epochs": given["source_epochs"], "lr": given["source_lr"]}, **sections}
     entries: dict[str, Any] = {name: given.get(name) for name in (*_PLAIN, *_SIZES)}
@@ -199,7 +229,25 @@ def _run(base: StudyConfig, given: dict[str, Any], sections: dict[str, dict[str,
     study = from_dict({k: v for k, v in entries.items() if v is not None}, base)
     if given["task_epochs"] is not None:
         study = study.with_task_epochs(given["task_epochs"])
-    run_with_progress(study, given["out"])
+    out = given["out"] or Path("runs/pacs" if study.sequence is None else "runs/sequence")
+    _act(study, out, given["list_stages"], given["stage"], given["collect"])
+
+
+def _act(study: StudyConfig, out: Path, list_stages: bool, stage: str | None, collect: bool) -> None:
+    """Do what one of the flags asks for, or the whole study."""
+    from dwm_fast.pacs import terminal
+
+    asked = [flag for flag, on in (("--list-stages", list_stages), ("--stage", stage), ("--collect", collect)) if on]
+    if len(asked) > 1:
+        raise InputError(f"{asked[0]} and {asked[1]} exclude each other; give one of them")
+    if list_stages:
+        terminal.list_stages(study, out)
+    elif stage is not None:
+        terminal.run_stage(study, out, stage)
+    elif collect:
+        terminal.collect(study, out)
+    else:
+        terminal.run_with_progress(study, out)
 
 
 def _comma(text: str | None) -> list[str] | None:

@@ -175,12 +175,44 @@ def test_a_checkpoint_of_another_network_is_one_line_before_any_training(
     assert stages(tmp_path / "runs" / "pacs") == []
 
 
+def test_stages_are_listed_done_and_collected_one_by_one(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(monkeypatch)
+    monkeypatch.setattr("dwm_fast.pacs.pairs.figures.draw_all", lambda results: {})
+    monkeypatch.setattr("dwm_fast.pacs.config.builtin_defaults", lambda: CONFIG)
+    study = ("pacs", "--sources", "photo", "--targets", "sketch", "--methods", "none", "--out", "here")
+    source, tune = "source-photo-seed0", "tune-photo-sketch-none---seed0"
+    assert ask(*study, "--list-stages") == (0, f"ready\t{source}\t-\nwaiting\t{tune}\t{source}\n", "")
+    assert not (tmp_path / "here").exists()
+    one_line(ask(*study, "--collect"), "2 of 2 stages are not done", source)
+    one_line(ask(*study, "--collect", "--stage", tune), "--stage and --collect exclude each other")
+    one_line(ask(*study, "--stage", "tune"), "no stage 'tune'", tune)
+    assert not (tmp_path / "here").exists()
+    code, out, err = ask(*study, "--stage", tune)
+    assert (code, err) == (0, "")
+    assert f"{tune}: source 0." in out
+    assert ask(*study, "--list-stages")[1] == f"done\t{source}\t-\ndone\t{tune}\t{source}\n"
+    code, out, err = ask(*study, "--collect")
+    assert (code, err) == (0, "")
+    assert "report: here/report.html" in out
+    assert (tmp_path / "here" / "results.json").exists()
+
+
+def test_the_run_folder_is_named_after_the_kind_of_study(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    monkeypatch.setattr("dwm_fast.pacs.terminal.run_with_progress", lambda config, out: found.append(str(out)))
+    for words in (["pacs"], ["pacs", "sequence", "photo,art"], ["pacs", "--sequence", "photo,art"]):
+        assert ask(*words)[0] == 0
+    assert found == ["runs/pacs", "runs/sequence", "runs/sequence"]
+
+
 def test_a_run_folder_that_cannot_be_written_is_one_line(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny(monkeypatch)
     (tmp_path / "taken").write_text("")
-    one_line(ask("pacs", "--out", "taken"), "cannot write taken/config.json", "choose another folder")
+    one_line(ask("pacs", "--out", "taken"), "cannot write taken: ", "choose another folder")
 
 
 def test_a_full_disk_is_one_line(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import stat
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from dwm_fast._files import PART, drop_part, reason, sync_folder, write_part
+from dwm_fast._files import PART, drop_part, hold_lock, reason, sync_folder, write_part
 from dwm_fast.bank.header import open_regular
 from dwm_fast.errors import MaskFileError
 
@@ -44,38 +43,11 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[bool]:
         return
     with contextlib.ExitStack() as stack:
         with contextlib.ExitStack() as queue:
-            _lock(folder / _QUEUE, shared, queue)
-            sure = _lock(folder / _LOCK, shared, stack)
+            hold_lock(folder / _QUEUE, queue, shared=shared)
+            sure = hold_lock(folder / _LOCK, stack, shared=shared)
         held.add(place)
         stack.callback(held.discard, place)
         yield sure
-
-
-def _lock(path: Path, shared: bool, stack: contextlib.ExitStack) -> bool:
-    """Lock the file at `path` until the stack is left; False where a reader cannot."""
-    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT)
-    try:
-        handle = os.open(path, flags, 0o666)
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise OSError(f"{path.name} is no ordinary file")
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        except BaseException:
-            os.close(handle)
-            raise
-    except OSError:
-        if not shared:
-            raise
-        return False
-    stack.callback(_unlock, handle)
-    return True
-
-
-def _unlock(handle: int) -> None:
-    """Give the lock up before closing: a process forked meanwhile has the handle too and would keep it."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
 
 
 def read_stable(folder: Path, read: Callable[[], Result]) -> Result:

@@ -54,6 +54,8 @@ class StudyConfig:
         batch_size: images a step.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         amp: "auto" (bf16 on a GPU), "bf16" or "off".
+        threads: of the CPU that torch computes on, by which sums on a CPU differ in their last bits; None leaves their
+            number to torch (all cores, or OMP_NUM_THREADS).
     """
 
     data: str | None = None
@@ -91,6 +93,7 @@ class StudyConfig:
     batch_size: Annotated[int, whole(1)] = 32
     device: str = "auto"
     amp: Annotated[str, Rule("auto, bf16 or off", ("auto", "bf16", "off").__contains__)] = "auto"
+    threads: Annotated[int | None, whole(1)] = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.sequence is not None:

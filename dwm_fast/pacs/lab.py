@@ -63,7 +63,7 @@ class Lab:
     def __init__(self, config: StudyConfig, data: PacsData, folder: Path, device: torch.device) -> None:
         self.config = config
         self.data = data
-        self.stages = StageFolder(folder / "stages")
+        self.stages = StageFolder(folder / "stages", device)
         self.device = device
         self.report: Report = lambda _: None
         self._fingerprints = {name: fingerprint({name: domain}) for name, domain in data.domains.items()}
@@ -146,10 +146,7 @@ class Lab:
     def source(self, source: str, seed: int) -> Source:
         """Train the source network, or read it."""
         name, settings = self.source_stage(source, seed)
-        kept = self.stages.read(name, settings)
-        if kept is None:
-            kept = self._train_source(name, settings, source, seed)
-        tensors, figures = kept
+        tensors, figures = self.stages.once(name, settings, lambda: self._train_source(name, settings, source, seed))
         split = {
             part: {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{part}/")}
             for part in ("start", "end")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,28 @@ from torch import Tensor
 
 from dwm_fast._files import write_atomic
 from dwm_fast.errors import InputError
+from dwm_fast.pacs.claims import FOLDER, Claims, differences
 
 Finished = tuple[dict[str, Tensor], dict[str, Any]]
 """A stage's tensors and figures."""
 
 
 class StageFolder:
-    """Finished stages by name, one safetensors file each.
+    """Finished stages by name, one safetensors file each, and each done by one process at a time.
 
     Args:
-        folder: where the files lie; made when the first is written.
+        folder: where the files lie; made when the first is written. Locks lie in the folder .locks beside it.
+        device: where stages are computed, for their figures.
+
+    Attributes:
+        waits: called with the name of a stage before waiting for another process that is at it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
         self.folder = folder
+        self.device = torch.device("cpu") if device is None else device
+        self.claims = Claims(folder.parent / FOLDER)
+        self.waits: Callable[[str], object] = lambda _: None
 
     def path(self, name: str) -> Path:
         """The file of a stage."""
@@ -41,13 +50,17 @@ class StageFolder:
         header = self._header(name)
         if header is None:
             return False
-        different = _differences(header["settings"], json.loads(json.dumps(settings)))
+        different = differences(header["settings"], json.loads(json.dumps(settings)))
         if different:
             raise InputError(
                 f"{self.path(name)} was made with other settings ({', '.join(different)}); choose another --out, or "
                 "give the settings of that run to go on with it"
             )
         return True
+
+    def taken(self, name: str) -> bool:
+        """Whether a process is at a stage at this moment."""
+        return self.claims.taken(self.path(name).stem)
 
     def figures(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """The figures of a finished stage, as `read` gives them, without reading its tensors."""
@@ -79,6 +92,21 @@ class StageFolder:
             return None
         return None if header is None else (tensors, header["figures"])
 
+    def once(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        make: Callable[[], Finished],
+        enough: Callable[[Finished], bool] = lambda _: True,
+    ) -> Finished:
+        """A stage as `read` gives it, where that is `enough`; else as `make` does, claimed so that no other does it."""
+        kept = self.read(name, settings)
+        if kept is not None and enough(kept):
+            return kept
+        with self.claims.stage(self.path(name).stem, self.waits):
+            kept = self.read(name, settings)  # another may have done it meanwhile
+            return kept if kept is not None and enough(kept) else make()
+
     def _header(self, name: str) -> dict[str, Any] | None:
         """Settings and figures of a stage's file; None where there is none or it is broken."""
         if not self.path(name).exists():
@@ -95,14 +123,22 @@ class StageFolder:
     ) -> Finished:
         """Keep a stage that began at `begun` (time.perf_counter), and return it as `read` would.
 
+        Its figures get the seconds that it took, the device, and the number of threads on the CPU.
+
         Raises InputError, with nothing kept, where a figure or a tensor is not finite: nothing is found out from it.
         """
         check_finite(name, figures, tensors)
-        figures = {**figures, "seconds": time.perf_counter() - begun}
+        machine = {"device": device_name(self.device), "threads": torch.get_num_threads()}
+        figures = {**figures, "seconds": time.perf_counter() - begun, **machine}
         plain = {key: tensor.contiguous() for key, tensor in tensors.items()}
         header = {"figures": json.dumps(figures), "settings": json.dumps(settings)}
         write_atomic(self.path(name), save(plain, metadata=header))
         return plain, json.loads(json.dumps(figures))
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def check_finite(stage: str, figures: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -140,15 +176,3 @@ def _not_finite_tensors(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             yield f"tensor {name}"
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the entries in which two nested mappings differ."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} there, {b} now")
-    return found

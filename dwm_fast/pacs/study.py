@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import json
 import os
 import platform
@@ -21,10 +22,12 @@ import dwm_fast
 from dwm_fast._files import write_atomic
 from dwm_fast.errors import InputError
 from dwm_fast.pacs.backbones import LoadReport, load_weights
+from dwm_fast.pacs.claims import check_folder
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, load_pacs, validation_part
 from dwm_fast.pacs.data.procedural import procedural
 from dwm_fast.pacs.lab import Lab, Planned
+from dwm_fast.pacs.stages import device_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,12 +38,14 @@ _IN_DEVICE_MEMORY = 0.25
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of progress: what is being done, how to do it, and the files of the run folder that it leaves."""
+    """One line of progress: what is being done, how to do it, the files of the run folder that it leaves, and the
+    names of the stages that it starts from."""
 
     name: str
     label: str
     run: Callable[[], str]
     planned: list[Planned]
+    needs: tuple[str, ...] = ()
 
 
 def choose_device(name: str) -> torch.device:
@@ -82,6 +87,17 @@ def prepared(device: torch.device) -> Iterator[None]:
         torch.set_flush_denormal(flushing)
 
 
+@contextlib.contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """So many threads of the CPU for torch; None leaves their number alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _keep_freed_memory() -> None:
     """A step's tensors are many megabytes each, and fresh pages cost more than the arithmetic."""
     if platform.libc_ver()[0] == "glibc":
@@ -99,7 +115,8 @@ class Study:
 
     Args:
         config: what to run.
-        folder: the run folder; made if need be. A finished stage in it that was made with other settings is refused.
+        folder: the run folder; made by the first stage. A finished stage in it that was made with other settings is
+            refused, and so are a study of the other kind and results that this one would lose.
         data: the images; loaded from the configuration by default.
     """
 
@@ -111,13 +128,13 @@ class Study:
     def __init__(self, config: StudyConfig, folder: Path | str, data: PacsData | None = None) -> None:
         self.config = config
         self.folder = Path(folder)
+        check_folder(self.folder, config)
         self.device = choose_device(config.device)
         data = load_data(config) if data is None else data
         self.data = data.to(self.device) if self._fits(data) else data
         self.lab = self.make_lab()
         for name, settings in (planned for stage in self.stages() for planned in stage.planned):
             self.lab.stages.check(name, settings)
-        write_atomic(self.folder / "config.json", json.dumps(config.to_dict(), indent=1))
 
     def make_lab(self) -> Lab:
         """What does single stages."""
@@ -170,7 +187,7 @@ class Study:
         progress: Callable[[int, int, Stage, str | None], None] = lambda *_: None,
         report_step: Callable[[Mapping[str, Tensor]], None] = lambda _: None,
     ) -> dict[str, Any]:
-        """Run what is not done yet, then write everything the folder is for.
+        """Do the stages that are not done yet, one after the other, then `collect`.
 
         Args:
             progress: called with (done, total, stage, None) before a stage and (done, total, stage, figures) after.
@@ -181,17 +198,65 @@ class Study:
         """
         self.lab.report = report_step
         stages = list(self.stages())
-        with prepared(self.device):
+        with self._at_work(), prepared(self.device):
             for number, stage in enumerate(stages):
                 progress(number, len(stages), stage, None)
                 progress(number + 1, len(stages), stage, stage.run())
-        results = self.results()
-        self.write(results)
+        return self.collect()
+
+    def state(self, stage: Stage) -> str:
+        """How far a stage is: done, running (a process is at it), ready (to be done), or waiting for those it needs."""
+        if self.done(stage):
+            return "done"
+        if any(self.lab.stages.taken(name) for name, _ in stage.planned):
+            return "running"
+        needed = [other for other in self.stages() if other.name in stage.needs]
+        return "ready" if all(map(self.done, needed)) else "waiting"
+
+    def done(self, stage: Stage) -> bool:
+        """Whether a stage is finished."""
+        return all(self.lab.stages.check(*planned) for planned in stage.planned)
+
+    def run_stage(self, name: str) -> str:
+        """Do one stage, and those that it needs where they are not done; returns its figures in words.
+
+        A stage that another process is at is waited for. Raises InputError for a name that no stage has.
+        """
+        stages = {stage.name: stage for stage in self.stages()}
+        if name not in stages:
+            near = difflib.get_close_matches(name, stages, n=1, cutoff=0.0)
+            raise InputError(f"no stage '{name}' in this study (the nearest is '{near[0]}'); see --list-stages")
+        with self._at_work(), prepared(self.device):
+            return stages[name].run()
+
+    def collect(self) -> dict[str, Any]:
+        """Write everything the folder is for from the finished stages; returns the results as in results.json.
+
+        Raises InputError, with nothing written, where a stage is not done.
+        """
+        stages = list(self.stages())
+        missing = [stage.name for stage in stages if not self.done(stage)]
+        if missing:
+            first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise InputError(
+                f"{self.folder}: {len(missing)} of {len(stages)} stages are not done ({first}); --list-stages lists "
+                "them, --stage does one, and the command without --collect does all"
+            )
+        with self._at_work():
+            results = self.results()
+            self.write(results)
         return results
 
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Refuse those that come with another configuration, and compute on as many threads as this one says."""
+        with self.lab.stages.claims.study(self.config), on_threads(self.config.threads):
+            yield
+
     def write(self, results: dict[str, Any]) -> None:
-        """Write results.json, and after it the other `files`, each made when it is written."""
+        """Write results.json and config.json, and after them the other `files`, each made when it is written."""
         write_atomic(self.folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+        write_atomic(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=1))
         for name, content in self.files(results):
             write_atomic(self.folder / name, content)
 
@@ -225,10 +290,9 @@ def versions(device: torch.device) -> dict[str, str]:
     """Versions and hardware that a result depends on."""
     import torchvision
 
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    name = device_name(device)
+    if device.type != "cuda":
+        name += f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     return {
         "dwm_fast": dwm_fast.__version__,
         "torch": torch.__version__,

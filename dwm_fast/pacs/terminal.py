@@ -21,26 +21,9 @@ _SECONDS_BETWEEN_FIGURES = 0.5
 def run_with_progress(config: StudyConfig, folder: Path) -> None:
     """Run a study and show it: what is being done, what came out, and where the report is."""
     console = Screen()
-    images = f"real PACS from {config.data}" if config.data else "procedural stand-in (not PACS)"
-    _line(console, f"images: {images}")
-    study = Study(config, folder)
-    if study.data.left_out:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(study.data.left_out.items()))
-        _line(console, f"images: left out: {reasons}")
-    weights = study.weights_report()
-    if weights is not None:
-        _line(console, f"weights: from {config.weights}, {weights.summary()}")
-        if weights.left_over():
-            _line(console, f"weights: {weights.left_over()}")
+    study = _opened(console, config, folder)
     begun = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with _bar(console) as bar:
         task = bar.add_task("starting")
         shown = _Figures(bar, task)
 
@@ -51,11 +34,66 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
                 _line(console, f"[{done}/{total}] {stage.label}: {says}")
 
         results = study.run(progress, shown)
+    _show(console, study, results, f"{time.perf_counter() - begun:.0f} s; ")
+
+
+def list_stages(config: StudyConfig, folder: Path) -> None:
+    """Print a line for each stage, with tabs: its state, its name, and the names of those that it needs."""
+    study = Study(config, folder)
+    for stage in study.stages():
+        print(study.state(stage), stage.name, ",".join(stage.needs) or "-", sep="\t")
+
+
+def run_stage(config: StudyConfig, folder: Path, name: str) -> None:
+    """Do one stage of a study, and what it needs, and show what came out."""
+    console = Screen()
+    study = _opened(console, config, folder)
+    with _bar(console) as bar:
+        study.lab.report = shown = _Figures(bar, bar.add_task(name, total=1))
+        shown.label = name
+        says = study.run_stage(name)
+    _line(console, f"{name}: {says}")
+
+
+def collect(config: StudyConfig, folder: Path) -> None:
+    """Write everything from the finished stages of a study, and show it."""
+    study = Study(config, folder)
+    _show(Screen(), study, study.collect())
+
+
+def _opened(console: Screen, config: StudyConfig, folder: Path) -> Study:
+    """The study, after lines that say what it is made of."""
+    _line(console, f"images: {f'real PACS from {config.data}' if config.data else 'procedural stand-in (not PACS)'}")
+    study = Study(config, folder)
+    study.lab.stages.waits = lambda name: _line(console, f"{name}: another process is at it; waiting")
+    if study.data.left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(study.data.left_out.items()))
+        _line(console, f"images: left out: {reasons}")
+    weights = study.weights_report()
+    if weights is not None:
+        _line(console, f"weights: from {config.weights}, {weights.summary()}")
+        if weights.left_over():
+            _line(console, f"weights: {weights.left_over()}")
+    return study
+
+
+def _bar(console: Screen) -> Progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _show(console: Screen, study: Study, results: dict[str, Any], took: str = "") -> None:
     table, sentences = study.summary(results)
     console.print(table)
     for sentence in sentences:
         console.print(sentence)
-    _line(console, f"{time.perf_counter() - begun:.0f} s; report: {folder / 'report.html'}")
+    _line(console, f"{took}report: {study.folder / 'report.html'}")
 
 
 def run_search(grid: Path, flags: Mapping[str, Any], folder: Path) -> None:

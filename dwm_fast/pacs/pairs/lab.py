@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -77,10 +78,8 @@ class PairLab(Lab):
     def mask(self, source: str, method: str, seed: int, target: str | None = None) -> Mask:
         """Find a method's mask on a source, or read it; `target` as `seen` gives it."""
         planned = self.mask_stage(source, method, seed, target)
-        kept = self.stages.read(*planned)
-        if kept is None:
-            kept = self._find_mask(planned, source, method, seed, target)
-        tensors, figures = kept
+        find = functools.partial(self._find_mask, planned, source, method, seed, target)
+        tensors, figures = self.stages.once(*planned, find)
         keep = {
             layer: ops.unpack(tensors[layer], [numel])[0].view(shape)
             for layer, numel, shape in self._shapes()
@@ -135,11 +134,9 @@ class PairLab(Lab):
     def rows(self, run: Run) -> list[dict[str, Any]]:
         """Fine-tune on the target in each of the method's ways; one row a way and view (`shared`, `masked`)."""
         rows = []
-        for options, (name, settings) in zip(self.config.ways(run.method), self.tune_stages(run), strict=True):
-            kept = self.stages.read(name, settings)
-            if kept is None:
-                kept = self._fine_tune(name, settings, run, options)
-            rows += kept[1]["rows"]
+        for options, planned in zip(self.config.ways(run.method), self.tune_stages(run), strict=True):
+            tune = functools.partial(self._fine_tune, *planned, run, options)
+            rows += self.stages.once(*planned, tune)[1]["rows"]
         return rows
 
     def tune_stages(self, run: Run) -> list[Planned]:

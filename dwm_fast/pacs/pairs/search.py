@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import torch
+
 from dwm_fast._files import write_atomic
 from dwm_fast._options import FRACTION, at_least, check_options, recorded
 from dwm_fast.errors import InputError
@@ -140,8 +142,8 @@ def _expand(given: Any) -> list[Trial]:
 class _MarkedStages(StageFolder):
     """The stages of one trial in the folder that all share: by kind of stage a mark of what was tried."""
 
-    def __init__(self, folder: Path, marks: Mapping[str, str]) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, device: torch.device, marks: Mapping[str, str]) -> None:
+        super().__init__(folder, device)
         self._marks = marks
 
     def path(self, name: str) -> Path:
@@ -176,7 +178,7 @@ class Search:
         lab = PairLab(from_dict(trial.entries(), self.config), self.data, self.folder, self.device)
         mask = recorded(lab.method(trial.method))
         marks = {"mask": _mark(mask), "tune": _mark([mask, recorded(lab.config.tune[trial.method][0])])}
-        lab.stages = _MarkedStages(self.folder / "stages", marks)
+        lab.stages = _MarkedStages(self.folder / "stages", self.device, marks)
         return lab
 
     def _runs(self, trial: Trial) -> list[Run]:

@@ -51,7 +51,8 @@ class PairStudy(Study):
             return f"keeps {given['fraction_kept']:.1%}, masked accuracy {given['masked_accuracy']:.3f}"
 
         planned = self.lab.mask_stage(source, method, seed, target)
-        return Stage(planned[0], f"mask {source}, {method}" + (f" for {target}" if target else ""), run, [planned])
+        label = f"mask {source}, {method}" + (f" for {target}" if target else "")
+        return Stage(planned[0], label, run, [planned], (self.lab.source_stage(source, seed)[0],))
 
     def _tune_stage(self, run: Run) -> Stage:
         def tune() -> str:
@@ -59,7 +60,11 @@ class PairStudy(Study):
             return "; ".join(f"source {r['source_after']:.3f}, target {r['target_after']:.3f}" for r in shared)
 
         label = f"{run.source} -> {run.target}, {run.method}" + (f", {run.init}" if run.init != "-" else "")
-        return Stage(f"{run.name}-seed{run.seed}", label, tune, self.lab.tune_stages(run))
+        needs = [self.lab.source_stage(run.source, run.seed)[0]]
+        if run.method != "none":
+            seen = self.lab.seen(run.method, run.target)
+            needs.append(self.lab.mask_stage(run.source, run.method, run.seed, seen)[0])
+        return Stage(f"{run.name}-seed{run.seed}", label, tune, self.lab.tune_stages(run), tuple(needs))
 
     def _runs(self, seed: int) -> list[Run]:
         """The grid of one seed; "none" has no re-initialisation and always runs first, as the baseline."""

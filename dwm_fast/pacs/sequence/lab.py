@@ -58,17 +58,17 @@ class SequenceLab(Lab):
 
         The stage before keeps its figures alone from then on: its state is within this one's.
         """
-        name, settings = self.task_stage(method, position, seed)
-        figures = self.stages.figures(name, settings)
+        planned = self.task_stage(method, position, seed)
+        figures = self.stages.figures(*planned)
         if figures is None:
-            return self._learn(method, position, seed)[1]
+            figures = self.stages.once(*planned, lambda: self._learn(method, position, seed))[1]
         self._thin_before(method, position, seed)  # a kill may have come in between
         return figures
 
     def learner(self, method: str, position: int, seed: int) -> Learner:
         """The learner as it was after the domain at `position`; a stage whose state is no longer kept is done again."""
-        kept = self.stages.read(*self.task_stage(method, position, seed))
-        state = kept[0] if kept is not None and kept[0] else self._learn(method, position, seed)[0]
+        planned = self.task_stage(method, position, seed)
+        state = self.stages.once(*planned, lambda: self._learn(method, position, seed), lambda kept: bool(kept[0]))[0]
         learner = self._fresh(method)
         learner.load_state(state)
         return learner

@@ -41,9 +41,11 @@ class SequenceStudy(Study):
         yield from itertools.starmap(self._task_stage, self._cells())
 
     def _task_stage(self, method: str, position: int, seed: int) -> Stage:
-        planned = self.lab.task_stage(method, position, seed)
+        cell, first = (method, position, seed), self.lab.sequence[0]
+        planned = self.lab.task_stage(*cell)
         label = f"{position + 1}. {self.lab.sequence[position]}, {method}, seed {seed}"
-        return Stage(planned[0], label, lambda: _says(self.lab.learned(method, position, seed)), [planned])
+        before = self.lab.task_stage(method, position - 1, seed) if position else self.lab.source_stage(first, seed)
+        return Stage(planned[0], label, lambda: _says(self.lab.learned(*cell)), [planned], (before[0],))
 
     def results(self) -> dict[str, Any]:
         sequence, methods = list(self.lab.sequence), self.config.methods

@@ -43,6 +43,7 @@ ROW = {
     "t_drop",
     "seconds",
 }
+MACHINE = {"seconds", "device", "threads"}
 MASK = {
     "source",
     "seed",
@@ -54,9 +55,9 @@ MASK = {
     "source_accuracy",
     "within_budget",
     "coefficient",
-    "seconds",
     "layers",
     "history",
+    *MACHINE,
 }
 
 
@@ -93,7 +94,7 @@ def test_results_have_the_documented_entries(finished: Any) -> None:
     assert len(data["classes"]) == 7
     assert set(results["versions"]) == {"dwm_fast", "torch", "torchvision", "python", "device"}
     assert from_dict(results["config"], CONFIG) == CONFIG
-    assert [set(s) for s in results["sources"]] == [{"source", "seed", "accuracy", "loss", "seconds"}] * 2
+    assert [set(s) for s in results["sources"]] == [{"source", "seed", "accuracy", "loss", *MACHINE}] * 2
     assert [set(m) for m in results["masks"]] == [MASK] * 6
     assert all(set(row) == ROW for row in results["rows"])
 
@@ -217,8 +218,8 @@ def test_a_study_leaves_the_settings_of_the_process_as_they_were(monkeypatch: py
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(monkeypatch)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"cannot write .*file/config.json: .*choose another folder") as caught:
-        Study(CONFIG, tmp_path / "file")
+    with pytest.raises(DataError, match=r"cannot write .*/file: .*choose another folder") as caught:
+        Study(CONFIG, tmp_path / "file").run()
     assert "\n" not in str(caught.value)
 
 
@@ -230,8 +231,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_stage(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"source-photo-seed0.safetensors: No space left on device; free the disk"):
+    with pytest.raises(DataError, match=r"study.json: No space left on device; free the disk"):
         study.run()
+    with pytest.raises(DataError, match=r"source-photo-seed0.safetensors: No space left on device; free the disk"):
+        study.lab.source("photo", 0)
     assert list((tmp_path / "stages").iterdir()) == []
 
 

@@ -175,7 +175,7 @@ def test_killed_within_a_stage_it_ends_with_the_same_results(tmp_path: Path) -> 
     run = Runner("tests.pacs.sequence_for_tests")
     try:
         assert run(whole) == 0
-        assert run(killed, kill_after="config.json") == signal.SIGKILL
+        assert run(killed, kill_after=".locks/study.json") == signal.SIGKILL
         assert stages(killed) == []
         for number in (1, 2):
             assert run(killed, kill_after=f"stages/{TASKS[number - 1]}.safetensors") == signal.SIGKILL
