@@ -78,8 +78,7 @@ class PairLab(Lab):
     def mask(self, source: str, method: str, seed: int, target: str | None = None) -> Mask:
         """Find a method's mask on a source, or read it; `target` as `seen` gives it."""
         planned = self.mask_stage(source, method, seed, target)
-        find = functools.partial(self._find_mask, planned, source, method, seed, target)
-        tensors, figures = self.stages.once(*planned, find)
+        tensors, figures = self.stages.once(*planned, lambda: self._find_mask(planned, source, method, seed, target))
         keep = {
             layer: ops.unpack(tensors[layer], [numel])[0].view(shape)
             for layer, numel, shape in self._shapes()
