@@ -178,7 +178,7 @@ class MaskAdapter:
         front = ["library_name: dwm-fast", "tags:", "- dwm-fast", "- weight-mask"]
         if _BASE.fullmatch(base):
             front.insert(0, f"base_model: {json.dumps(base)}")
-        weights = sum(info.layout.numels)
+        weights, count = sum(info.layout.numels), len(info.layout.names)
         over = f"`{base}`" if _BASE.fullmatch(base) else "its base model"
         return "\n".join(
             [
@@ -187,7 +187,7 @@ class MaskAdapter:
                 "---",
                 f"# {info.domain}: a weight mask over {over}",
                 "",
-                f"One bit for each of {weights:,} weights in {len(info.layout.names)} layers of a "
+                f"One bit for each of {weights:,} weights in {count} {'layer' if count == 1 else 'layers'} of a "
                 f"{_plain(self.base_model_class) or 'network'}; {100 * info.fraction_kept:.1f} % of them are kept.",
                 "",
                 "```python",
