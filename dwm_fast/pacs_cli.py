@@ -169,7 +169,7 @@ def sequence(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Some of none,piggyback,ksm,spg,packnet,binary; a preset such as ksm-paper; yours: file.py:Class"
+            help="Of none,piggyback,ksm,spg,packnet,binary,hat,top-scores,fggm; a preset (ksm-paper), file.py:Class"
         ),
     ] = None,
     seeds: Seeds = None,

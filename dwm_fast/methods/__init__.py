@@ -5,7 +5,9 @@ from dwm_fast.methods.binary import Binary
 from dwm_fast.methods.budget import SourceBudget
 from dwm_fast.methods.dwm_sequence import BinarySequence
 from dwm_fast.methods.edit import EditMask
+from dwm_fast.methods.fggm import FGGM
 from dwm_fast.methods.fine_tuning import FineTuning
+from dwm_fast.methods.hat import HAT
 from dwm_fast.methods.ksm import KSM
 from dwm_fast.methods.learned import LearnedMask
 from dwm_fast.methods.learner import SequenceLearner, norm_names, seeded, train_task
@@ -18,6 +20,7 @@ from dwm_fast.methods.pruning import LEAP, MaskLLM, MaskTraining, meet_density, 
 from dwm_fast.methods.registry import load_method, pair_methods, presets, register_method, sequential_methods
 from dwm_fast.methods.sequence import Learner, SequentialMethod, Task
 from dwm_fast.methods.spg import SPG
+from dwm_fast.methods.top_scores import TopScores
 from dwm_fast.methods.transfer import (
     BATCH_NORM_POLICIES,
     INITS,
@@ -30,6 +33,8 @@ from dwm_fast.methods.transfer import (
 
 __all__ = [
     "BATCH_NORM_POLICIES",
+    "FGGM",
+    "HAT",
     "INITS",
     "KSM",
     "LEAP",
@@ -54,6 +59,7 @@ __all__ = [
     "SourceBudget",
     "SourceTask",
     "Task",
+    "TopScores",
     "TrainOptions",
     "Wanda",
     "load_method",

@@ -68,7 +68,7 @@ class PiggybackLearner(SequenceLearner):
 
     MASKS = ("keep", "minus")
 
-    def __init__(self, network: Callable[[int], nn.Module], head: str, method: Piggyback) -> None:
+    def __init__(self, network: Callable[[int], nn.Module], head: str, method: Any) -> None:
         super().__init__(network, head)
         self._method = method
 
@@ -88,7 +88,7 @@ class PiggybackLearner(SequenceLearner):
         own = norm_names(masked.model) if method.options.batch_norm == "per-domain" else lambda _: False
         self.add_task(task, masked.model, own)
         self.task_masks[task.name] = {"keep": masked.keep_masks()}
-        if method.kind.ternary:
+        if getattr(method.kind, "ternary", False):
             layers = masked.mask_layers().items()
             self.task_masks[task.name]["minus"] = {layer: module.mask_logits.detach() < 0 for layer, module in layers}
         return {"fraction_kept": masked.fraction_kept()}

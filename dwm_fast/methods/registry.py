@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 
 from dwm_fast.errors import InputError
 from dwm_fast.methods.dwm_sequence import BinarySequence
+from dwm_fast.methods.fggm import FGGM
 from dwm_fast.methods.fine_tuning import FineTuning
+from dwm_fast.methods.hat import HAT
 from dwm_fast.methods.ksm import KSM, KSM_PAPER
 from dwm_fast.methods.packnet import PACKNET_PAPER, PackNet
 from dwm_fast.methods.piggyback import PIGGYBACK_PAPER, Piggyback
 from dwm_fast.methods.sequence import SequentialMethod
 from dwm_fast.methods.spg import SPG, SPG_PAPER
+from dwm_fast.methods.top_scores import TopScores
 
 GROUP = "dwm_fast.methods"
 """Entry-point group in which a package offers its methods."""
@@ -39,8 +42,8 @@ def sequential_methods() -> dict[str, SequentialMethod]:
 
 
 def pair_methods() -> dict[str, Any]:
-    """Name -> registered method of pairs; `PAIRS` are made of a study's configuration."""
-    return _outside("find")
+    """Name -> method of pairs beside `PAIRS`, which are made of a study's configuration; registered ones at the end."""
+    return {FGGM.name: FGGM(), **_outside("find")}
 
 
 def presets() -> dict[str, SequentialMethod]:
@@ -151,6 +154,7 @@ def _module(name: str) -> Any:
 
 def _of_the_library() -> dict[str, SequentialMethod]:
     methods: list[SequentialMethod] = [FineTuning(), Piggyback(), KSM(), SPG(), PackNet(), BinarySequence()]
+    methods += [HAT(), TopScores(), FGGM()]
     return {method.name: method for method in methods}
 
 

@@ -15,6 +15,7 @@ from dwm_fast.nn.select import maskable_weights
 from dwm_fast.nn.semi_structured import SemiStructured
 from dwm_fast.nn.streamed import StreamedConv2d, StreamedLayer, StreamedLinear
 from dwm_fast.nn.streamed_model import StreamedModel
+from dwm_fast.nn.top_k import TopK
 
 __all__ = [
     "Edit",
@@ -37,6 +38,7 @@ __all__ = [
     "StreamedModel",
     "TauSchedule",
     "Threshold",
+    "TopK",
     "explain",
     "kind_from_dict",
     "load_masked",

@@ -8,6 +8,8 @@ import torch
 
 from dwm_fast.errors import InputError
 from dwm_fast.methods import (
+    FGGM,
+    HAT,
     KSM,
     SPG,
     Binary,
@@ -16,6 +18,7 @@ from dwm_fast.methods import (
     LearnedMask,
     PackNet,
     Piggyback,
+    TopScores,
     TrainOptions,
     presets,
     sequential_methods,
@@ -38,6 +41,9 @@ METHODS = {
     "packnet": PackNet(
         training=TrainOptions(2, 0.01, batch_norm="frozen"), retraining=TrainOptions(1, 0.01, batch_norm="frozen")
     ),
+    **{f"hat {p}": HAT(TrainOptions(epochs=2, lr=0.01, batch_norm=p)) for p in ("frozen", "per-domain")},
+    "top-scores": TopScores(options=RealMaskOptions(epochs=2, lr=0.01)),
+    **{f"fggm {p}": FGGM(options=TrainOptions(epochs=2, lr=0.01, batch_norm=p)) for p in ("frozen", "per-domain")},
     **{
         f"binary {p}": BinarySequence(
             Binary(options=LearnedMask(epochs=4, lr=0.3, coefficient=0.1)),
@@ -46,7 +52,7 @@ METHODS = {
         for p in POLICIES
     },
 }
-EXACT = [name for name in METHODS if name.split()[0] in ("piggyback", "ksm", "packnet")]
+EXACT = [name for name in METHODS if name.split()[0] in ("piggyback", "ksm", "packnet", "hat", "top-scores")]
 TASKS = (image_task("photo"), image_task("art", classes=3), image_task("sketch", classes=5))
 
 
@@ -153,7 +159,7 @@ def test_the_masked_view_of_binary_forgets_nothing(name):
     assert torch.equal(learner.network("art", "masked")(images_for_tests()), art)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n.startswith(("none", "spg"))])
+@pytest.mark.parametrize("name", [n for n in METHODS if n.startswith(("none", "spg", "fggm"))])
 def test_methods_that_share_weights_do_change_earlier_predictions(name):
     """So that the promise above is one that a method can break."""
     learner = METHODS[name].learner(conv_maker, "fc")
@@ -203,9 +209,9 @@ def test_a_name_is_learned_once():
         learner.learn(TASKS[1])
 
 
-def test_the_registry_has_all_six_and_the_presets_of_the_papers():
+def test_the_registry_has_all_methods_and_the_presets_of_the_papers():
     methods = sequential_methods()
-    assert list(methods) == ["none", "piggyback", "ksm", "spg", "packnet", "binary"]
+    assert list(methods) == ["none", "piggyback", "ksm", "spg", "packnet", "binary", "hat", "top-scores", "fggm"]
     assert all(method.name == name for name, method in methods.items())
     assert {name: preset.name for name, preset in presets().items()} == {
         "piggyback-paper": "piggyback",

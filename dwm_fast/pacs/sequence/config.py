@@ -16,13 +16,16 @@ Options = Mapping[str, Mapping[str, Any]]
 ENTRIES = ("sequence", "sequential")
 """Entries that only the study of sequences reads."""
 SEQUENTIAL = ("none", "piggyback", "ksm", "spg", "packnet", "binary")
-"""What a sequence runs by default; presets such as "piggyback-paper" are offered beside them."""
+"""What a sequence runs by default; the other methods and presets such as "piggyback-paper" are offered beside them."""
 BUILTIN: Options = {
     "none": {"options": {"epochs": 5, "lr": 1e-2}},
     "piggyback": {"options": {"epochs": 10, "lr": 3e-3, "head_lr": 1e-2, "batch_norm": "per-domain"}},
     "ksm": {"options": {"epochs": 10, "lr": 3e-3, "head_lr": 1e-2}},
     "spg": {"epochs": 12, "lr": 0.25, "head_factor": 1.0},
     "packnet": {"training": {"epochs": 8, "lr": 2e-2}, "retraining": {"epochs": 4, "lr": 1e-2}},
+    "hat": {"options": {"epochs": 8, "lr": 1e-2}},
+    "top-scores": {"options": {"epochs": 10, "lr": 3e-3, "head_lr": 1e-2}},
+    "fggm": {"options": {"epochs": 5, "lr": 1e-2}},
     "binary": {
         "options": {"epochs": 5, "lr": 1e-2, "batch_norm": "per-domain"},
         "binary": {"options": {"epochs": 12, "lr": 0.05, "source_budget": 0.1}},
