@@ -1,12 +1,13 @@
 """The kernels that walk a network, as the compile gate compiles them: types, dtypes, layouts, and what is meant."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from dwm_fast.kernels import _pointers, bits, coded_adam, kernel_soft, sample, soft_mask, update
+from dwm_fast.kernels import _pointers, bits, coded_adam, kernel_soft, patterns, sample, soft_mask, update
 from dwm_fast.kernels._configuration import Configuration
 from dwm_fast.kernels._launch import Launch, launch_parameters
 from dwm_fast.kernels._tables import TL_DTYPES
@@ -220,6 +221,26 @@ def _coded_adam() -> Iterator[Configuration]:
         )  # fmt: skip
 
 
+def _patterns() -> Iterator[Configuration]:
+    """2:4 in every mode, and as many patterns as are compiled, of no fours; 16-byte accesses of fp32 weights."""
+    launch = launch_parameters("patterns")
+    tables = ("*i64", "*i64", "*i32")
+    for n, m, mode in ((2, 4, 0), (2, 4, 1), (2, 4, 2), (3, 6, 1)):
+        shape = {"P": math.comb(m, n), "M": m, "TABLE": patterns.table(n, m), "GROUPS": launch.strided}
+        fours = m // 4 if m % 4 == 0 else 0
+        yield Configuration(
+            f"pattern_mask {n}:{m} {_MODES[mode]} fp32->fp32", patterns.pattern_fwd_kernel,
+            (*tables, "*fp32", "*i64", "*fp32", "i32"), {"WEIGHT": tl.float32, "MODE": mode, **shape},
+            launch.num_warps, loads=(128, fours), stores=(128, fours), barriers=0,
+        )  # fmt: skip
+        if mode == 1:
+            yield Configuration(
+                f"pattern_mask_backward {n}:{m} fp32,fp32", patterns.pattern_bwd_kernel,
+                (*tables, "*fp32", "*i64", "*fp32", "i32"), {"WEIGHT": tl.float32, "GRAD": tl.float32, **shape},
+                launch.num_warps, loads=(128, 2 * fours), barriers=0,
+            )  # fmt: skip
+
+
 def _kernel_soft() -> Iterator[Configuration]:
     launch = launch_parameters("kernel_soft")
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -292,6 +313,7 @@ def walk_configurations() -> Iterator[Configuration]:
         _frozen,
         _mask_adam,
         _coded_adam,
+        _patterns,
         _kernel_soft,
         _soft_mask,
     ):

@@ -67,6 +67,7 @@ _TABLE = {
     "bits": Launch(block=4096),
     "update": Launch(block=1024, strided=256),
     "kernel_soft": Launch(block=512),
+    "patterns": Launch(block=128, strided=128),
     "importance": Launch(block=2048, strided=256),
 }
 

@@ -88,6 +88,13 @@ def coded_adam(d: Draws) -> list[Tensor]:
     return [*codes, *moments[0], *moments[1], *scales[0], *scales[1]]
 
 
+def pattern_mask(d: Draws) -> list[Tensor]:
+    logits, weights = [d.leaf(5, 2, 6), d.leaf(3, 1, 6)], [d.randn(5, 8), d.randn(3, 4)]
+    masked = ops.pattern_mask(logits, weights, d.noise()[0], d.put(torch.tensor([0.7, 3.0])))
+    sum(m.square().sum() for m in masked).backward()
+    return [*masked, *(x.grad for x in logits)]
+
+
 def frozen(d: Draws, compact: bool, step: Callable[..., None], states: int) -> list[Tensor]:
     weights, grads, bits = d.each(), d.each(), d.bits()
     steps, lr = d.put(torch.ones(3)), d.put(torch.tensor(0.1, dtype=torch.float64))
@@ -176,6 +183,7 @@ CASES: dict[str, Case] = {
     "kernel_soft": kernel_soft,
     "mask_adam": mask_adam,
     "coded_adam": coded_adam,
+    "pattern_mask": pattern_mask,
     "frozen_adamw": lambda d: frozen(d, False, ops.frozen_adamw, 2),
     "frozen_sgd": frozen_sgd,
     "soft_masked_sgd": soft_masked_sgd,
