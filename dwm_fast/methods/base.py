@@ -29,6 +29,7 @@ class SourceTask:
         progress: called after every step with figures to show (0-dim tensors, on the device; read them before the next
             step).
         autocast: context-manager factory for the forward pass, or None.
+        start: state dict of the network before it was trained on the source, for methods that rewind; None: not known.
         target: the target's training images, for a method that has ``sees_target = True``; None for all others.
     """
 
@@ -38,6 +39,7 @@ class SourceTask:
     seed: int = 0
     progress: Callable[[Mapping[str, Tensor]], None] = lambda _: None
     autocast: Callable[[], Any] | None = None
+    start: Mapping[str, Tensor] | None = None
     target: SourceTask | None = None
 
 

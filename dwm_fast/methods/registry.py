@@ -19,6 +19,7 @@ from dwm_fast.methods.fggm import FGGM
 from dwm_fast.methods.fine_tuning import FineTuning
 from dwm_fast.methods.hat import HAT
 from dwm_fast.methods.ksm import KSM, KSM_PAPER
+from dwm_fast.methods.lottery import LotteryTicket
 from dwm_fast.methods.packnet import PACKNET_PAPER, PackNet
 from dwm_fast.methods.piggyback import PIGGYBACK_PAPER, Piggyback
 from dwm_fast.methods.sequence import SequentialMethod
@@ -43,7 +44,7 @@ def sequential_methods() -> dict[str, SequentialMethod]:
 
 def pair_methods() -> dict[str, Any]:
     """Name -> method of pairs beside `PAIRS`, which are made of a study's configuration; registered ones at the end."""
-    return {FGGM.name: FGGM(), **_outside("find")}
+    return {FGGM.name: FGGM(), LotteryTicket.name: LotteryTicket(), **_outside("find")}
 
 
 def presets() -> dict[str, SequentialMethod]:

@@ -91,5 +91,15 @@ def test_options_of_a_method_are_read_as_those_of_the_library(tmp_path: Path) ->
     config = from_dict({"methods": f"none,{FGGM}", "pairwise": {"fggm-own": {"quantile": "0.5"}}}, base)
     assert from_dict(json.loads(json.dumps(config.to_dict())), base) == config
     assert config.ways("fggm-own") == config.tune["binary"]
-    with pytest.raises(ValueError, match="pairwise: unknown method 'ksm'; expected some of fggm, fggm-own"):
+    with pytest.raises(
+        ValueError, match="pairwise: unknown method 'ksm'; expected some of fggm, lottery-ticket, fggm-own"
+    ):
         from_dict({"pairwise": {"ksm": {}}}, base)
+
+
+def test_the_library_s_other_methods_of_pairs_run_by_name(tmp_path: Path) -> None:
+    entries = {"pairwise": {"lottery-ticket": {"rounds": 2, "options": {"epochs": 1}}, "fggm": {"images": 4}}}
+    config = from_dict({"methods": "none,fggm,lottery-ticket", "sources": "photo", **entries}, CONFIG)
+    results = PairStudy(config, tmp_path / "d", tiny_data()).run()
+    kept = {mask["method"]: mask["fraction_kept"] for mask in results["masks"]}
+    assert kept == {"fggm": pytest.approx(0.7, abs=0.06), "lottery-ticket": pytest.approx(0.64, abs=0.01)}

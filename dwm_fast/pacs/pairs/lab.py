@@ -93,13 +93,15 @@ class PairLab(Lab):
 
     def _find_mask(self, planned: Planned, source: str, method: str, seed: int, target: str | None) -> Finished:
         name, settings = planned
-        end = self.source(source, seed).end
+        trained = self.source(source, seed)
         begun = time.perf_counter()
         key = stage_seed(name)
         torch.manual_seed(key)
-        model = self.network(end)
+        model = self.network(trained.end)
         other = None if target is None else SourceTask(**self.given(target, key), seed=key)
-        found = self.method(method).find(model, SourceTask(**self.given(source, key), seed=key, target=other))
+        found = self.method(method).find(
+            model, SourceTask(**self.given(source, key), seed=key, start=trained.start, target=other)
+        )
         if method != "none" and not found.keep:
             raise InputError(f"method '{method}' found no mask on {source}; expected a keep mask for a layer or more")
         figures: dict[str, Any] = {
