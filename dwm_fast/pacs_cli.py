@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from dwm_fast.errors import InputError
 
 if TYPE_CHECKING:
     from dwm_fast.pacs.config import StudyConfig
+    from dwm_fast.pacs.engines import Engine
 
 pacs_app = typer.Typer(invoke_without_command=True)
 
@@ -66,6 +68,13 @@ Collect = Annotated[
     bool,
     typer.Option("--collect", help="Write results and report from the finished stages.", rich_help_panel=_BY_STAGE),
 ]
+EngineName = Annotated[
+    str | None,
+    typer.Option("--engine", help="Who does the stages: processes (a pool here).", rich_help_panel=_BY_STAGE),
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes of --engine; by default the cores.", rich_help_panel=_BY_STAGE)
+]
 TaskEpochs = Annotated[int | None, typer.Option(help="Epochs of every later domain, for every method.")]
 
 
@@ -117,6 +126,8 @@ def pairs(
     list_stages: ListStages = False,
     stage: OneStage = None,
     collect: Collect = False,
+    engine: EngineName = None,
+    workers: Workers = None,
 ) -> None:
     """Run the PACS study: source training, masks, re-initialisation, fine-tuning, evaluation, report.
 
@@ -188,6 +199,8 @@ def sequence(
     list_stages: ListStages = False,
     stage: OneStage = None,
     collect: Collect = False,
+    engine: EngineName = None,
+    workers: Workers = None,
 ) -> None:
     """Let every method learn the domains one after the other, and measure what it keeps of the earlier ones.
 
@@ -230,24 +243,40 @@ def _run(base: StudyConfig, given: dict[str, Any], sections: dict[str, dict[str,
     if given["task_epochs"] is not None:
         study = study.with_task_epochs(given["task_epochs"])
     out = given["out"] or Path("runs/pacs" if study.sequence is None else "runs/sequence")
-    _act(study, out, given["list_stages"], given["stage"], given["collect"])
+    _act(study, out, given)
 
 
-def _act(study: StudyConfig, out: Path, list_stages: bool, stage: str | None, collect: bool) -> None:
+def _act(study: StudyConfig, out: Path, given: dict[str, Any]) -> None:
     """Do what one of the flags asks for, or the whole study."""
     from dwm_fast.pacs import terminal
 
-    asked = [flag for flag, on in (("--list-stages", list_stages), ("--stage", stage), ("--collect", collect)) if on]
+    asked = [name for name in ("list_stages", "stage", "collect", "engine") if given[name] not in (None, False)]
     if len(asked) > 1:
-        raise InputError(f"{asked[0]} and {asked[1]} exclude each other; give one of them")
-    if list_stages:
+        one, other = (f"--{name.replace('_', '-')}" for name in asked[:2])
+        raise InputError(f"{one} and {other} exclude each other; give one of them")
+    engine = _engine(given)
+    if engine is not None:
+        terminal.run_on_engine(study, out, engine)
+    elif given["list_stages"]:
         terminal.list_stages(study, out)
-    elif stage is not None:
-        terminal.run_stage(study, out, stage)
-    elif collect:
+    elif given["stage"] is not None:
+        terminal.run_stage(study, out, given["stage"])
+    elif given["collect"]:
         terminal.collect(study, out)
     else:
         terminal.run_with_progress(study, out)
+
+
+def _engine(given: dict[str, Any]) -> Engine | None:
+    """The engine that the flags ask for."""
+    from dwm_fast.pacs.engines import Processes
+
+    name, workers = given["engine"], given["workers"]
+    if name is None and workers is not None:
+        raise InputError("--workers needs --engine processes")
+    if name not in (None, "processes"):
+        raise InputError(f"--engine {name}; expected processes")
+    return None if name is None else Processes(os.cpu_count() or 1 if workers is None else workers)
 
 
 def _comma(text: str | None) -> list[str] | None:

@@ -26,6 +26,7 @@ from dwm_fast.pacs.claims import check_folder
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, load_pacs, validation_part
 from dwm_fast.pacs.data.procedural import procedural
+from dwm_fast.pacs.engines import Engine, Told, in_order
 from dwm_fast.pacs.lab import Lab, Planned
 from dwm_fast.pacs.stages import device_name
 
@@ -202,6 +203,12 @@ class Study:
             for number, stage in enumerate(stages):
                 progress(number, len(stages), stage, None)
                 progress(number + 1, len(stages), stage, stage.run())
+        return self.collect()
+
+    def run_on(self, engine: Engine, tell: Told = lambda *_: None) -> dict[str, Any]:
+        """As `run`, the stages done by an engine; `tell` is told of them as `Engine.run` says."""
+        with self._at_work():
+            engine.run(self, list(in_order([stage for stage in self.stages() if not self.done(stage)])), tell)
         return self.collect()
 
     def state(self, stage: Stage) -> str:

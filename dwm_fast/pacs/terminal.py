@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dwm_fast._screen import Screen
 from dwm_fast.pacs.config import StudyConfig
+from dwm_fast.pacs.engines import Engine
 from dwm_fast.pacs.pairs.search import RECORD, Search, read_grid
 from dwm_fast.pacs.study import Stage, Study
 
@@ -34,6 +35,33 @@ def run_with_progress(config: StudyConfig, folder: Path) -> None:
                 _line(console, f"[{done}/{total}] {stage.label}: {says}")
 
         results = study.run(progress, shown)
+    _show(console, study, results, f"{time.perf_counter() - begun:.0f} s; ")
+
+
+def run_on_engine(config: StudyConfig, folder: Path, engine: Engine) -> None:
+    """As `run_with_progress`, with a line for each stage that is being done, on whatever process."""
+    console = Screen()
+    study = _opened(console, config, folder)
+    begun, stages = time.perf_counter(), {stage.name: stage for stage in study.stages()}
+    done = sum(map(study.done, stages.values()))
+    with _bar(console) as bar:
+        whole = bar.add_task("all stages", completed=done, total=len(stages))
+        rows: dict[str, Any] = {}
+
+        def tell(kind: str, name: str, text: str) -> None:
+            nonlocal done
+            label = stages[name].label
+            if kind == "begun" and name not in rows:
+                rows[name] = bar.add_task(label, total=1)
+            elif kind == "at":
+                bar.update(rows[name], description=f"{label} ({text})")
+            elif kind == "done":
+                done += 1
+                bar.remove_task(rows.pop(name))
+                bar.update(whole, completed=done)
+                _line(console, f"[{done}/{len(stages)}] {label}: {text}")
+
+        results = study.run_on(engine, tell)
     _show(console, study, results, f"{time.perf_counter() - begun:.0f} s; ")
 
 
