@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import dwm_fast
-from dwm_fast.kernels import _pointers, sample, update
+from dwm_fast.kernels import _pointers, _tables, sample, update
 from dwm_fast.nn.layers import MaskedLayer
 from dwm_fast.ops import registration
 from dwm_fast.optim import MaskAdam
@@ -36,10 +36,17 @@ _KERNELS = {
     update: ("mask_adam_kernel", "frozen_kernel"),
     _pointers: ("write_pointers_kernel",),
 }
+_BIG = 2**16
+"""Elements from which a buffer of the CPU is a new mapping of memory at every step."""
 _NOT_LAUNCHED = tuple(
-    f"aten::{name}" for name in ("as_strided", "detach", "empty", "lift", "select", "slice", "squeeze", "to", "view")
+    f"aten::{name}"
+    for name in ("as_strided", "detach", "empty", "lift", "new_empty", "select", "slice", "squeeze", "to", "view")
 )
 """Starts of names of operations that move no element."""
+
+_NOT_OURS = ("aten::new_zeros", "aten::ones_like", "aten::to")
+"""Loss and its first gradient, which the stand-in for the network makes; what torch's dispatcher does to an argument
+while a profiler listens, which is passed by otherwise."""
 
 
 class Launches:
@@ -53,14 +60,24 @@ class Launches:
         # On a GPU, lists are checked only where a new table of addresses is made: never, here.
         together = registration._together
         for module, name, stand_in in (
-            (_pointers, "check_all_devices", _unchecked),
+            (_tables, "empty", _Memory()),
             (registration, "_together", lambda args, device, lists: together(args, device, lists=False)),
         ):
             setattr(module, name, stand_in)
 
 
-def _unchecked(*args: Any) -> None:
-    """In the place of the check of lists."""
+class _Memory:
+    """In the place of torch.empty: a big buffer is used again, as the caching allocator of a GPU does it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def __call__(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if not isinstance(size, int) or size < _BIG:
+            return torch.empty(size, dtype=dtype, device=device)
+        if (size, dtype) not in self.kept:
+            self.kept[size, dtype] = torch.empty(size, dtype=dtype, device=device)
+        return self.kept[size, dtype].detach()
 
 
 class _Stub:
@@ -145,15 +162,19 @@ def _launches(event: Any) -> bool:
     return event.name.startswith("aten::") and not event.name.startswith(_NOT_LAUNCHED)
 
 
+def _is_other(event: Any) -> bool:
+    return event is not None and (event.name in _NOT_OURS or _is_other(event.cpu_parent))
+
+
 def launches(step: Step, counter: Counter[str]) -> dict[str, int]:
-    """Kernels of this library and operations of torch that one step launches."""
+    """Kernels of this library and operations of torch that one step launches beside the network's own."""
     counter.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for part in step.parts().values():
             part()
     found = dict(counter)
     for event in profile.events():
-        if _launches(event) and not any(_launches(child) for child in event.cpu_children):
+        if _launches(event) and not any(_launches(child) for child in event.cpu_children) and not _is_other(event):
             found[event.name] = found.get(event.name, 0) + 1
     return found
 

@@ -29,8 +29,8 @@ _CACHED = 256
 @dataclasses.dataclass
 class _Entry:
     table: Tensor
-    event: torch.cuda.Event
-    streams: set[int]
+    event: torch.cuda.Event | None = None
+    streams: set[int] = dataclasses.field(default_factory=set)
 
 
 _entries: collections.OrderedDict[tuple[object, ...], _Entry] = collections.OrderedDict()
@@ -48,30 +48,37 @@ def pointers(roles: Sequence[Sequence[Tensor]]) -> Tensor:
     """int64 table (tensors, roles) of addresses in device memory, valid on the current stream."""
     device = roles[0][0].device
     values = tuple(map(_tables.ADDRESS, itertools.chain.from_iterable(zip(*roles, strict=True))))
-    if device.type != "cuda":
-        check_all_devices("the triton backend", roles, device)
-        return torch.tensor(values, dtype=torch.int64)
     key = (device, values)
     with _lock:
         entry = _entries.get(key)
         if capturing(device):
             if entry is None:
-                check_all_devices("the triton backend", roles, device)
-                return _write(values, device)
+                return _new(roles, values, device)
             _kept[id(entry)] = entry
             return entry.table
-        stream = torch.cuda.current_stream(device)
         if entry is None:
-            check_all_devices("the triton backend", roles, device)
-            entry = _Entry(_write(values, device), stream.record_event(), {stream.cuda_stream})
+            entry = _Entry(_new(roles, values, device))
             _entries[key] = entry
             forget(_entries, _CACHED)
-        elif stream.cuda_stream not in entry.streams:
-            stream.wait_event(entry.event)
-            entry.table.record_stream(stream)
-            entry.streams.add(stream.cuda_stream)
+        if device.type == "cuda":
+            _make_ready(entry, torch.cuda.current_stream(device))
         _entries.move_to_end(key)
         return entry.table
+
+
+def _make_ready(entry: _Entry, stream: torch.cuda.Stream) -> None:
+    """Let `stream` read a table that it, or another stream before it, has written."""
+    if entry.event is None:
+        entry.event = stream.record_event()
+    elif stream.cuda_stream not in entry.streams:
+        stream.wait_event(entry.event)
+        entry.table.record_stream(stream)
+    entry.streams.add(stream.cuda_stream)
+
+
+def _new(roles: Sequence[Sequence[Tensor]], values: tuple[int, ...], device: torch.device) -> Tensor:
+    check_all_devices("the triton backend", roles, device)
+    return _write(values, device) if device.type == "cuda" else torch.tensor(values, dtype=torch.int64)
 
 
 def _write(values: tuple[int, ...], device: torch.device) -> Tensor:

@@ -60,11 +60,8 @@ TL_DTYPES = {
 }
 
 _Plan = TypeVar("_Plan")
-_SHAPE, _STRIDE, ADDRESS = (
-    operator.attrgetter("shape"),
-    operator.methodcaller("stride"),
-    operator.methodcaller("data_ptr"),
-)
+_Place = tuple[tuple[int, ...], tuple[int, ...], int]
+_SHAPE, _STRIDE, ADDRESS = operator.attrgetter("shape"), Tensor.stride, Tensor.data_ptr
 
 empty = torch.empty
 """Every fresh buffer comes from here; tests fill it with NaN."""
@@ -76,7 +73,7 @@ class Plan:
 
     rows: int64 (tensors, COLUMNS). geometry: int64 (tensors, rank * (1 + roles)): sizes, then strides by role.
     blocks: int32 (num_blocks, 2): tensor * 4 + kind, chunk. output_numels: elements of each flat output, whose
-    tensors have `output_strides[output][tensor]` and start at `output_offsets[output][tensor]`.
+    tensors have the shape, strides and first element `output_places[output][tensor]`.
     """
 
     rows: Tensor
@@ -86,9 +83,7 @@ class Plan:
     rank: int
     taps: bool
     roles: int
-    shapes: tuple[tuple[int, ...], ...]
-    output_strides: tuple[tuple[tuple[int, ...], ...], ...]
-    output_offsets: tuple[tuple[int, ...], ...]
+    output_places: tuple[tuple[_Place, ...], ...]
     output_numels: tuple[int, ...]
 
     def constants(self, launch: Launch) -> dict[str, int | bool]:
@@ -101,8 +96,8 @@ class Plan:
     def outputs(self, which: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A fresh flat buffer for output `which`, and its views, one per tensor."""
         flat = empty(self.output_numels[which], dtype=dtype, device=self.rows.device)
-        places = zip(self.shapes, self.output_strides[which], self.output_offsets[which], strict=True)
-        return flat, [flat.as_strided(*place) for place in places]
+        view = flat.as_strided
+        return flat, [view(shape, strides, first) for shape, strides, first in self.output_places[which]]
 
 
 def first_words(numels: Sequence[int]) -> list[int]:
@@ -251,10 +246,10 @@ def _build(
     rank = max([1, *(len(sizes) for sizes, _ in collapsed)])
     geometry = [_pad(sizes, strides, rank) for sizes, strides in collapsed]
     tables = to_device(rows, geometry, blocks, device)
+    places = [tuple(zip(shapes, *own, strict=True)) for own in zip(output_strides, output_offsets, strict=True)]
     return Plan(
         *tables, len(blocks), rank if any(b[0] & 3 == STRIDED.value for b in blocks) else 0,
-        any(b[0] & 3 == TAPS.value for b in blocks), len(roles) + len(outputs), shapes, output_strides,
-        tuple(map(tuple, output_offsets)), tuple(totals),
+        any(b[0] & 3 == TAPS.value for b in blocks), len(roles) + len(outputs), tuple(places), tuple(totals),
     )  # fmt: skip
 
 

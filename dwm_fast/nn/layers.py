@@ -221,12 +221,15 @@ class MaskedLayer(nn.Module):
         return f"mask=({fields})"
 
 
+_PARAMETER = frozenset({nn.Parameter})
+
+
 def _unusual(learned: Sequence[Tensor]) -> bool:
     """Whether a draw may be one that is refused: of other tensors than parameters, or under a transform."""
     if torch.compiler.is_dynamo_compiling():
         return False
     under = torch._C._functorch.maybe_current_level() is not None or torch._C._is_tracing()
-    return under or torch.compiler.is_exporting() or any(type(tensor) is not nn.Parameter for tensor in learned)
+    return under or torch.compiler.is_exporting() or not _PARAMETER.issuperset(map(type, learned))
 
 
 def draw(
@@ -239,15 +242,19 @@ def draw(
         state, tau: as in `MaskKind.draw`, whose options `how` are.
         baked: whether masked weights keep their weights' dtype under autocast, which otherwise gives them its own.
     """
-    learned, weights = [layer.mask_logits for layer in layers], [layer.frozen_weight for layer in layers]
+    # Past nn.Module's __getattr__, which costs 1 us a layer.
+    learned: list[Any] = [layer._parameters["mask_logits"] for layer in layers]
+    weights = [layer.frozen_weight for layer in layers]
     if _unusual(learned):
         refuse_transforms(learned)
     of_each: dict[str, Any] = {
         "layers": [layer.layer_index for layer in layers],
         "thresholds": [layer.unit for layer in layers],
     }
+    casts = not baked and (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled())
     mixed = any(weight.dtype != weights[0].dtype for weight in weights)
-    dtype = None if baked or mixed or not all(layer._casts for layer in layers) else autocast_dtype(weights[0])
+    casts = casts and not mixed and all(layer._casts for layer in layers)
+    dtype = autocast_dtype(weights[0]) if casts else None
     return layers[0].kind.draw(learned, weights, state, tau, **of_each, **how, dtype=dtype)
 
 

@@ -177,12 +177,14 @@ class MaskedModel(nn.Module):
         self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], step_offset: int = 0, repeated: bool = False
     ) -> Any:
         """The network under one mask sample, drawn now; a first pass in train() leaves the penalty behind."""
-        layers, network = list(self._layers.values()), self.model
+        layers, network, tau = list(self._layers.values()), self._modules["model"], self._buffers["tau"]
+        assert network is not None
+        assert tau is not None
         versions = [layer._parameters["mask_logits"]._version for layer in layers]  # type: ignore[union-attr]
         options: dict[str, Any] = {"samples": self.mask_samples} if self.training else {}
         if self.training and self._recorder is not None:
             options["sample"] = self._recorder.sample
-        masked, _, drawn = draw(layers, state, self.tau, training=self.training, step_offset=step_offset, **options)
+        masked, _, drawn = draw(layers, state, tau, training=self.training, step_offset=step_offset, **options)
         if self.training and not repeated:
             object.__setattr__(self, "_drawn", (drawn, versions))  # past nn.Module's, which takes microseconds
             if self._observer is not None:
@@ -212,9 +214,11 @@ class MaskedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._require_layers()
+        rng_state = self._buffers["rng_state"]  # past __getattr__, as in _run: it costs a microsecond
+        assert rng_state is not None
         if not self.training:
-            return self._run(self.rng_state.clone(), args, kwargs)
-        advance = partial(ops.advance, self.rng_state, self.mask_samples)
+            return self._run(rng_state.clone(), args, kwargs)
+        advance = partial(ops.advance, rng_state, self.mask_samples)
         repeated = recompute.in_backward()
         state = recompute.pinned(self, advance)
         if not repeated:

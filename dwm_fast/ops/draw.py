@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class Draw:
     def from_bits(cls, anything: Tensor) -> Draw:
         """The draw of a product that reads bits; its tensors are never read."""
         return cls(anything, anything, (0,), (0.0,), PACKED)
+
+    def of(self, places: Sequence[int]) -> Draw:
+        """The draw of some of its tensors."""
+        layers, thresholds = [self.layers[i] for i in places], [self.thresholds[i] for i in places]
+        return dataclasses.replace(self, layers=layers, thresholds=thresholds)
 
     def flat(self) -> tuple[Any, ...]:
         """As torch's schema takes it."""

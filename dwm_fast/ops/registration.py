@@ -29,21 +29,27 @@ _VALUES: tuple[tuple[str, Callable[..., Any]], ...] = (
 )
 
 
-_KERNELS: dict[str, Callable[..., Any]] = {}
+_DIRECT: dict[str, Callable[..., Any]] = {}
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_USUAL = _PLAIN | {bool, int, float, str, type(None), torch.dtype}
 
 
-def call(name: str, *args: Any) -> Any:
-    """Operation `name` on its flat arguments, where no gradient is wanted.
+def call(name: str, *values: Any) -> Any:
+    """Operation `name` where no gradient is wanted; its arguments, a `Draw` whole.
 
     Where nothing listens at torch's dispatcher it is passed by: it costs about a microsecond a tensor of a list.
     """
-    if _somebody_listens(args):
-        return getattr(torch.ops.dwm_fast, name)(*args)
-    return _KERNELS[name](*args)
+    if _somebody_listens(values):
+        return getattr(torch.ops.dwm_fast, name)(*_flat(values))
+    return _DIRECT[name](*values)
 
 
-def _somebody_listens(args: tuple[Any, ...]) -> bool:
+def _flat(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as torch's schema takes them."""
+    return tuple(part for value in values for part in (value.flat() if isinstance(value, Draw) else (value,)))
+
+
+def _somebody_listens(values: tuple[Any, ...]) -> bool:
     """Whether a compiler, a mode, a transform, a profiler or a tensor subclass is to see the operation."""
     return (
         torch.compiler.is_compiling()
@@ -52,15 +58,17 @@ def _somebody_listens(args: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or not all(type(x) in _PLAIN for x in args if isinstance(x, Tensor))
         or not all(
-            _PLAIN.issuperset(map(type, x)) for x in args if isinstance(x, list) and x and isinstance(x[0], Tensor)
+            type(x) in _USUAL
+            or (type(x) is list and _PLAIN.issuperset(map(type, x)))
+            or (type(x) is Draw and type(x.rng_state) in _PLAIN and type(x.tau) in _PLAIN)
+            for x in values
         )
     )
 
 
-def _regroup(schema: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What makes the values above of an operation's flat arguments."""
+def _regroup(schema: str, device_at: int) -> tuple[Callable[[tuple[Any, ...]], tuple[Any, ...]], int]:
+    """What makes the values above of an operation's flat arguments, and where argument `device_at` is then."""
     places = []
     for text, make in _VALUES:
         before, found, _ = schema.replace("int mask_mode", "int mode").partition(text)
@@ -73,7 +81,11 @@ def _regroup(schema: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
             args = (*args[:start], make(*args[start : start + count]), *args[start + count :])
         return args
 
-    return grouped
+    at = device_at
+    for start, count, _ in places:
+        if start <= device_at:
+            at -= min(count - 1, device_at - start)
+    return grouped, at
 
 
 def define(
@@ -100,19 +112,21 @@ def define(
     With `one_backend` the reference is the only one, whatever is forced.
     """
     name = schema.partition("(")[0]
-    grouped = _regroup(schema)
+    grouped, at = _regroup(schema, device_at)
     backends.REFERENCES[name] = reference
     _LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
 
     def kernel(*args: Any) -> Any:
-        device = _device(args[device_at])
+        return direct(*grouped(args))
+
+    def direct(*given: Any) -> Any:
+        device = _device(given[at])
         backend, implementation = backends.chosen_for(name, device.type)
         # A list of the Triton backend is looked through where a new table of its addresses is made.
-        if not _together(args, device, lists=backend != "triton" or device.type != "cuda"):
-            check_all_devices(name, args, device)
+        if not _together(given, device, lists=backend != "triton" or device.type != "cuda"):
+            check_all_devices(name, _flat(given), device)
         off = device.type != "meta" and torch.is_autocast_enabled(device.type)
         with torch.autocast(device.type, enabled=False) if off else contextlib.nullcontext():
-            given = grouped(args)
             if operands is not None:
                 choice = ways.choose_for(name, backend, *operands(*given))
                 return reference(*given) if choice.way == ways.STAGED else implementation(choice.problem, *given)
@@ -125,8 +139,9 @@ def define(
         with without_autocast(_device(args[device_at]).type):
             return fake(*grouped(args))
 
-    _KERNELS[name] = reference if one_backend else kernel
-    _LIBRARY.impl(name, _KERNELS[name], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _DIRECT[name] = reference if one_backend else direct
+    flat = reference if one_backend else kernel
+    _LIBRARY.impl(name, flat, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dwm_fast::{name}", shapes, lib=_LIBRARY)
 
 
@@ -136,6 +151,9 @@ def _together(args: tuple[Any, ...], device: torch.device, lists: bool) -> bool:
         if isinstance(given, Tensor):
             if given.device != device:
                 return False
+        elif isinstance(given, Draw):
+            if given.rng_state.device != device or given.tau.device != device:
+                return False
         elif lists and isinstance(given, list | tuple):
             for t in given:
                 if isinstance(t, Tensor) and t.device != device:
@@ -143,10 +161,12 @@ def _together(args: tuple[Any, ...], device: torch.device, lists: bool) -> bool:
     return True
 
 
-def _device(given: Tensor | Sequence[Tensor]) -> torch.device:
-    """Where a tensor lies, or the first of a list; an empty list is on the CPU."""
+def _device(given: Tensor | Draw | Sequence[Tensor]) -> torch.device:
+    """Where a tensor lies, the noise of a draw, or the first of a list; an empty list is on the CPU."""
     if isinstance(given, Tensor):
         return given.device
+    if isinstance(given, Draw):
+        return given.rng_state.device
     return given[0].device if given else torch.device("cpu")
 
 

@@ -296,9 +296,31 @@ def mask_adam(
     its own term of the penalty's sum): penalty_scale, a 0-dim fp32 tensor, is coefficient / (elements of the
     whole network).
     """
-    draw = Draw(rng_state, tau, layers, thresholds, mode, step_offset)
-    call(
-        "mask_adam", list(logits), list(weights), list(grads), list(exp_avg), list(exp_avg_sq), *draw.flat(),
-        penalty_scale, steps, lr, *betas, eps, weight_decay, decoupled,
+    step_masks(
+        list(logits), list(weights), list(grads), list(exp_avg), list(exp_avg_sq),
+        Draw(rng_state, tau, layers, thresholds, mode, step_offset), penalty_scale, steps, lr, betas, eps,
+        weight_decay, decoupled,
     )  # fmt: skip
-    _written(logits, exp_avg, exp_avg_sq)
+
+
+def step_masks(
+    logits: list[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    draw: Draw,
+    penalty_scale: Tensor,
+    steps: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """`mask_adam` where gradients are off already: an optimiser's step, which pays for each detour."""
+    call(
+        "mask_adam", logits, weights, grads, exp_avg, exp_avg_sq, draw, penalty_scale, steps, lr, *betas, eps,
+        weight_decay, decoupled,
+    )  # fmt: skip
+    _written(logits + exp_avg + exp_avg_sq)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -111,7 +112,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         names = self.state_names(group)
         with contextlib.suppress(KeyError):  # at every step but the first
             found = [self.state[bucket.params[i]] for i in active]
-            return [[state[name] for state in found] for name in names]
+            return [list(map(operator.itemgetter(name), found)) for name in names]
         rows = []
         for i in active:
             state = self.state[bucket.params[i]]
@@ -127,7 +128,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         """The group's learning rate, 0-dim fp64 on the bucket's device."""
         value = group["lr"]
         if isinstance(value, Tensor) and value.dtype == torch.float64 and value.device == bucket.device:
-            return value.squeeze()
+            return value.squeeze() if value.dim() else value
         if isinstance(value, Tensor):
             return bucket.lr.copy_(value.squeeze())
         bucket.lr.fill_(value)

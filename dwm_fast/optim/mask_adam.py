@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.sample import penalty
-from dwm_fast.ops.update import frozen_adamw, mask_adam
+from dwm_fast.ops.update import frozen_adamw, step_masks
 from dwm_fast.optim._bucket import Bucket
 from dwm_fast.optim._state import DeviceOptimizer, finite, non_negative, valid_betas
 from dwm_fast.optim.folded import FoldedGradient, Part
@@ -120,26 +120,23 @@ class MaskAdam(DeviceOptimizer):
             slope = slope + record.grad_penalty / sum(x.numel() for x in record.logits)
         exp_avg, exp_avg_sq = self.states(group, bucket, active)
         _, _, steps = bucket.advance(active)
-        draw, grads = record.draw, record.filled()
-        mask_adam(
+        draw, weights, grads = record.draw, record.weights, record.filled()
+        if places != list(range(len(weights))):
+            draw, weights, grads = draw.of(places), [weights[i] for i in places], [grads[i] for i in places]
+        step_masks(
             [bucket.params[i] for i in active],
-            [record.weights[i] for i in places],
-            [grads[i] for i in places],
+            weights,
+            grads,
             exp_avg,
             exp_avg_sq,
-            draw.rng_state,
-            draw.tau,
+            draw,
             slope,
             steps,
             self.learning_rate(group, bucket),
-            mode=draw.mode,
-            layers=[draw.layers[i] for i in places],
-            thresholds=[draw.thresholds[i] for i in places],
-            step_offset=draw.step_offset,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["decoupled_weight_decay"],
         )
 
     def _step_on_gradients(self, group: dict[str, Any], bucket: Bucket, active: list[int]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
@@ -15,7 +17,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
 from dwm_fast.ops.draw import Draw
 from dwm_fast.ops.registration import call
-from dwm_fast.optim.folded import FoldedGradient, Part, Share
+from dwm_fast.optim.folded import FoldedGradient, Share
 
 
 class MaskRecord:
@@ -37,14 +39,11 @@ class MaskRecord:
         grad_penalty: Tensor | None,
         draw: Draw,
     ) -> None:
-        self._logits = [weakref.ref(x) for x in logits]
+        self._logits = list(map(weakref.ref, logits))
         self.weights, self.grads, self.grad_penalty = weights, grads, grad_penalty
         self.draw = draw
-        self._versions = self._versions_of(logits)
+        self.versions = _versions(logits, weights, draw)
         self._found: list[Tensor | None] = []
-
-    def _versions_of(self, logits: Sequence[Tensor]) -> list[int]:
-        return [x._version for x in (*logits, *self.weights, self.draw.tau)]
 
     @property
     def logits(self) -> list[Tensor]:
@@ -67,7 +66,7 @@ class MaskRecord:
 
     def require_unchanged(self) -> None:
         """InputError where logits, weights or temperature are no longer those of the backward pass."""
-        if self._versions != self._versions_of(self.logits):
+        if self.versions != _versions(self.logits, self.weights, self.draw):
             raise InputError(
                 "logits, weights or temperature were changed in place between backward() and the use of the logits' "
                 "gradient, which is formed from them; step the masks first, or use MaskAdam(..., fold=False)"
@@ -143,8 +142,10 @@ class DrawRecorder:
             flat = draw.flat()
             masked, bits, penalty = torch.ops.dwm_fast.sample(list(logits), list(weights), *flat, dtype, pack)
             return masked, bits, penalty
+        if not torch.is_grad_enabled():
+            return call("sample", list(logits), list(weights), draw, dtype, pack)  # type: ignore[no-any-return]
         # Weights that do not train stay outside of the graph: each of its edges costs as much as a logit's.
-        inside = weights if any(w.requires_grad for w in weights) else ()
+        inside = weights if any(map(_TRAINS, weights)) else ()
         *masked, bits, penalty = _RecordedDraw.apply(self.records, draw, list(weights), dtype, pack, *logits, *inside)
         return masked, bits, penalty
 
@@ -152,11 +153,18 @@ class DrawRecorder:
         """InputError where the network's logits are not what the optimiser steps, and it would learn nothing."""
         if torch.compiler.is_compiling():
             return
-        if any(x is not mine for x, mine in zip(logits, self._owned, strict=True)):
+        if len(logits) != len(self._owned) or not all(map(operator.is_, logits, self._owned)):
             raise InputError(
                 "the masked model's parameters are other tensors than when MaskAdam was made (fully_shard or a new "
                 "Parameter put them there): make the optimiser after that; for shards, torch.optim.Adam"
             )
+
+
+_VERSION, _TRAINS = operator.attrgetter("_version"), operator.attrgetter("requires_grad")
+
+
+def _versions(logits: Sequence[Tensor], weights: Sequence[Tensor], draw: Draw) -> list[int]:
+    return list(map(_VERSION, itertools.chain(logits, weights, (draw.tau,))))
 
 
 _LOGITS = 5
@@ -175,9 +183,12 @@ class _RecordedDraw(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         logits = list(tensors[: len(weights)])
-        masked, bits, penalty = call("sample", logits, weights, *draw.flat(), dtype, pack)
-        ctx.draw, ctx.logits, ctx.spares = draw, logits, spares
-        ctx.save_for_backward(draw.rng_state, draw.tau, *logits, *weights)
+        masked, bits, penalty = call("sample", logits, weights, draw, dtype, pack)
+        ctx.draw, ctx.logits, ctx.weights, ctx.spares = draw, logits, weights, spares
+        # Where no hook looks at saved tensors, these are held as they are: to save and unpack one costs 1 us.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ctx.save_for_backward(draw.rng_state, draw.tau, *(logits + weights if hooked else ()))
+        ctx.versions = _versions(logits, weights, draw)
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
         return (*masked, bits, penalty)
@@ -185,19 +196,23 @@ class _RecordedDraw(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         rng_state, tau, *tensors = ctx.saved_tensors
-        count = len(tensors) // 2
-        logits, weights = tensors[:count], tensors[count:]
-        draw = ctx.draw
+        logits, weights, draw, count = ctx.logits, ctx.weights, ctx.draw, len(ctx.logits)
+        if tensors:
+            logits, weights = tensors[:count], tensors[count:]
         if rng_state is not draw.rng_state or tau is not draw.tau:  # a saved-tensor hook has them
             draw = dataclasses.replace(draw, rng_state=rng_state, tau=tau)
         record = MaskRecord(logits, weights, list(grads[:count]), grads[count + 1], draw)
+        if not tensors and record.versions != ctx.versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "logits or weights of masked layers were changed between the draw of their masks and backward()"
+            )
         needs = ctx.needs_input_grad[_LOGITS:]
         wanted = [i for i in range(count) if needs[i]]
         need_weights = any(needs[count:])
         nothing = (None,) * count
         if not (need_weights or torch.is_grad_enabled()) and _nobody_looks(ctx, logits, wanted):
-            for i in wanted:
-                _leave_part(logits[i], (record, i), ctx.spares)
+            _leave_parts(record, logits, wanted, ctx.spares)
             return (None,) * len(ctx.needs_input_grad)
         dlogits, dweights = record.backward(bool(wanted), need_weights)
         found = (*(None,) * _LOGITS, *(dlogits or nothing), *(dweights or nothing))
@@ -227,22 +242,26 @@ def _nobody_looks(ctx: Any, logits: Sequence[Tensor], wanted: Sequence[int]) -> 
     return True
 
 
-def _leave_part(logits: Tensor, part: Part, spares: dict[int, FoldedGradient]) -> None:
-    """Put a part of its gradient into `logits.grad`.
+def _leave_parts(
+    record: MaskRecord, logits: Sequence[Tensor], wanted: Sequence[int], spares: dict[int, FoldedGradient]
+) -> None:
+    """Put its part of their gradient into the `.grad` of the wanted logits.
 
     Making a tensor costs 3 us, so that of an earlier step is used again where nobody has ever looked at it or holds it.
     """
-    gradient = logits.grad
-    if gradient is not None:
-        assert isinstance(gradient, FoldedGradient)
-        gradient.share.parts.append(part)
-        return
-    spare = spares.pop(part[1], None)
-    if spare is None or not spare.share.spent or sys.getrefcount(spare) > _ONLY_HERE or not spare.fits(logits):
-        spare = FoldedGradient(logits, Share(part))
-    else:
-        spare.share = Share(part)
-    logits.grad = spares[part[1]] = spare
+    for i in wanted:
+        x, part = logits[i], (record, i)
+        gradient = x.grad
+        if gradient is not None:
+            assert isinstance(gradient, FoldedGradient)
+            gradient.share.parts.append(part)
+            continue
+        spare, share = spares.pop(i, None), Share(part)
+        if spare is None or not spare.share.spent or sys.getrefcount(spare) > _ONLY_HERE or not spare.fits(x):
+            spare = FoldedGradient(x, share)
+        else:
+            spare.share = share
+        x.grad = spares[i] = spare
 
 
 _ONLY_HERE = 2

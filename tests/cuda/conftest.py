@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import operator
 import os
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     monkeypatch.delattr(dwm_fast.ops, "_extension_cuda", raising=False)
     monkeypatch.setitem(_build._refused, "cuda", "nvcc makes code for GPUs that are there")
     monkeypatch.setattr(InterpretedFunction, "run", launches.launch)
+    monkeypatch.setattr(_tables, "ADDRESS", operator.methodcaller("data_ptr"))  # a DeviceTensor has its own
     for module, name in ((_tables, "_plans"), (_pointers, "_entries")):
         monkeypatch.setattr(module, name, collections.OrderedDict())
     for module in (_tables, _pointers):

@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -242,6 +243,28 @@ def test_saved_tensor_hooks_leave_the_steps_as_they_are():
             optimizer.step()
 
     _moved_alike(train)
+
+
+def test_saved_tensor_hooks_get_what_a_backward_of_the_draw_reads_and_it_reads_what_they_give_back():
+    def gradients(*hooks):
+        masked = _masked()
+        MaskAdam(masked)
+        weights = [layer.frozen_weight.data_ptr() for layer in masked.mask_layers().values()]
+        seen = []
+
+        def pack(tensor):
+            seen.append(tensor.data_ptr())
+            return 2 * tensor.detach() if seen[-1] in weights else tensor.detach().clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor) if hooks else nullcontext():
+            loss = masked(_x()).square().mean()
+        loss.backward()
+        logits = [*masked.mask_parameters()]
+        assert not hooks or {*weights, *(x.data_ptr() for x in logits)} <= {*seen}
+        return [x.grad.clone() for x in logits]
+
+    for doubled, plain in zip(gradients("hooks"), gradients(), strict=True):
+        assert torch.equal(doubled, 2 * plain)  # a product with a power of two is exact
 
 
 def test_gradients_can_be_asked_for_by_name():
