@@ -204,8 +204,8 @@ def _plan(logits: Sequence[Tensor], layers: Sequence[int]) -> _tables.Plan:
 def _flat(plan: _tables.Plan, like: Sequence[Tensor], each: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """A fresh buffer of `each` elements a group, and its contiguous views of the shapes of `like`."""
     flat = _tables.empty(plan.output_numels[0] * each, dtype=dtype, device=plan.rows.device)
-    starts = zip(plan.output_offsets[0], like, strict=True)
-    return flat, [flat[each * at : each * at + t.numel()].view(t.shape) for at, t in starts]
+    places = zip(plan.output_places[0], like, strict=True)
+    return flat, [flat[each * first : each * first + t.numel()].view(t.shape) for (_, _, first), t in places]
 
 
 def _require_known(patterns: int, *lists: Sequence[Tensor]) -> None:

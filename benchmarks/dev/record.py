@@ -27,7 +27,7 @@ from .checkout import TREE
 RESULTS = Path("docs/results")
 METHODS = Path("docs/methods")
 _BLOCK = re.compile(r"(<!-- generated: runs -->\n).*?(<!-- end generated -->)", re.DOTALL)
-_FOUND = re.compile(r"(<!-- generated: found (\w+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
+_FOUND = re.compile(r"(<!-- generated: found ([\w-]+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 _PATHS = ("data", "splits", "weights")
 
 
@@ -102,7 +102,7 @@ def method_page(text: str, runs: Mapping[str, Any]) -> str:
     def block(match: re.Match[str]) -> str:
         sequences = {name: results for name, results in runs.items() if results.get("kind") == "sequence"}
         lines = [line for name, results in sequences.items() for line in _found_in(name, results, match.group(2))]
-        body = "\n".join(lines) or "No sequence is recorded yet."
+        body = "\n".join(lines) or "- In no recorded sequence yet."
         return f"{match.group(1)}{body}\n{match.group(3)}"
 
     return _FOUND.sub(block, text)

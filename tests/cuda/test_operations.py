@@ -11,7 +11,9 @@ from torch import Tensor
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.ops import filters
+from dwm_fast.ops.kept import weight_like
 from dwm_fast.ops.update import free_ranks
+from dwm_fast.ops.ways import ONE_PASS, STAGED, choose_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:dwm_fast. backend 'cuda' is not used")
 
@@ -274,3 +276,15 @@ def test_no_filters_are_laid_out_for_onednn_on_a_gpu(gpu, monkeypatch):
     how = ((1, 1), (0, 0), (1, 1), 1)
     assert filters.fit(x, weight, None, how)  # the device alone decides
     assert not any(filters.fit(*where, None, how) for where in (on_gpu, (x, on_gpu[1]), (on_gpu[0], weight)))
+
+
+def test_a_product_from_kept_weights_has_a_way_on_a_gpu(gpu):
+    x, values = torch.randn(3, 64, device="cuda:0").bfloat16(), torch.zeros(40, device="cuda:0").bfloat16()
+    starts = torch.zeros(9, dtype=torch.int64, device="cuda:0")
+
+    def way(x: Tensor) -> str:
+        return choose_for("linear_kept", "cuda", x, weight_like(values, starts, x.shape[-1])).way
+
+    assert way(x) == ONE_PASS
+    for other in (x.float(), x[:, :40], x.expand(99, 3, 64)):
+        assert way(other) == STAGED
