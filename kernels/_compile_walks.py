@@ -222,7 +222,7 @@ def _coded_adam() -> Iterator[Configuration]:
 
 
 def _patterns() -> Iterator[Configuration]:
-    """2:4 in every mode, and as many patterns as are compiled, of no fours; 16-byte accesses of fp32 weights."""
+    """2:4 and 4:8 in every mode, and as many patterns as are unrolled, of no fours; fp32 weights by 16 bytes."""
     launch = launch_parameters("patterns")
     tables = ("*i64", "*i64", "*i32")
     for n, m, mode in ((2, 4, 0), (2, 4, 1), (2, 4, 2), (3, 6, 1)):
@@ -239,6 +239,18 @@ def _patterns() -> Iterator[Configuration]:
                 (*tables, "*fp32", "*i64", "*fp32", "i32"), {"WEIGHT": tl.float32, "GRAD": tl.float32, **shape},
                 launch.num_warps, loads=(128, 2 * fours), barriers=0,
             )  # fmt: skip
+    shape = {"P": 70, "M": 8, "GROUPS": launch.strided}
+    for mode in (0, 1, 2):
+        yield Configuration(
+            f"pattern_mask 4:8 {_MODES[mode]} fp32->fp32", patterns.many_patterns_fwd_kernel,
+            (*tables, "*fp32", "*fp32", "*i64", "*fp32", "i32"), {"WEIGHT": tl.float32, "MODE": mode, **shape},
+            launch.num_warps, loads=(128, 2), stores=(128, 2),
+        )  # fmt: skip
+    yield Configuration(
+        "pattern_mask_backward 4:8 fp32,fp32", patterns.many_patterns_bwd_kernel,
+        (*tables, "*fp32", "*fp32", "*i64", "*fp32", "i32"), {"WEIGHT": tl.float32, "GRAD": tl.float32, **shape},
+        launch.num_warps, loads=(128, 4),
+    )  # fmt: skip
 
 
 def _kernel_soft() -> Iterator[Configuration]:

@@ -1,13 +1,15 @@
 """pattern_mask and its backward in Triton: N:M masks of a whole network, one launch each; a thread takes a group.
 
-All scores of a group stay in registers: each pattern's is drawn once, then its softmax is formed. Logits and weights
-lie in logical order; what does not is left to the reference.
+Up to FEW patterns, all scores of a group stay in registers: each pattern's is drawn once, then its softmax is formed.
+More are walked in fours, with a table of what each keeps: the scores are drawn again, or kept where the gradient goes.
+Logits and weights lie in logical order; what does not is left to the reference.
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -23,9 +25,10 @@ from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import TL_DTYPES, groups_of, pick
 from dwm_fast.kernels._tiles import address, aligned, block_entry, loose, output_start, row_of, rows_of_four
 from dwm_fast.kernels.philox import block_words4, seed_and_step, uniform
+from dwm_fast.ops.patterns import pattern_table
 
-MOST = 20
-"""Patterns of a group, at most: the compiler takes two minutes for the 70 of 4:8, which the reference computes."""
+FEW = 20
+"""Patterns of a group that are unrolled, at most: the compiler would take two minutes for the 70 of 4:8."""
 
 
 @triton.jit
@@ -189,10 +192,122 @@ def pattern_bwd_kernel(
         tl.store(target + p, parts[p] * scale * (gains[p] - mean) * (kappa / tau), mask=mask)
 
 
+@triton.jit
+def four_scores(logits, mask, kappa, drawn, group, q, P: tl.constexpr, MODE: tl.constexpr):
+    """As `group_scores`, of patterns 4 q to 4 q + 3; -inf for those that are not there."""
+    seed, step, layer = drawn
+    if MODE != KEEP:
+        words = block_words4(seed, step, layer, group * ((P + 3) // 4) + q)
+    scores = ()
+    for r in tl.static_range(4):
+        there = mask & (4 * q + r < P)
+        x = (tl.load(logits + 4 * q + r, mask=there, other=0.0),)
+        if MODE != KEEP:
+            x = (x[0] * kappa + gumbel(uniform(words[r])),)
+        x = (tl.where(4 * q + r < P, x[0], float("-inf")),)
+        scores = scores + x  # type: ignore[assignment]  # a tuple that grows
+    return scores
+
+
+@triton.jit
+def kept_of(keeps, pattern, P: tl.constexpr, M: tl.constexpr):
+    """Row of the table: 1.0 for each of the M elements that a pattern keeps, beyond the last pattern the last's."""
+    return tl.load(keeps + tl.minimum(pattern, P - 1) * M + tl.arange(0, M))[None, :]
+
+
+@triton.jit(do_not_specialize=["step_offset"])
+def many_patterns_fwd_kernel(
+    ptrs, rows, blocks, out, keeps, rng_state, tau_ptr, step_offset,
+    WEIGHT: tl.constexpr, MODE: tl.constexpr, P: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """keeps: fp32 (P, M), 1.0 where a pattern keeps an element; M a power of two."""
+    tensor, _kind, chunk = block_entry(blocks)
+    count, layer, _threshold, _word = row_of(rows, tensor)
+    seed, step = seed_and_step(rng_state, step_offset)
+    group = chunk * GROUPS + tl.arange(0, GROUPS)
+    mask = group < count
+    kappa = tl.load(tau_ptr + 1).to(tl.float32)
+    logits = loose(address(ptrs, tensor, 0, 2), tl.float32) + P * group
+    drawn = (seed, step, layer)
+    places = (M * group)[:, None] + tl.arange(0, M)[None, :]
+    w = tl.load(aligned(address(ptrs, tensor, 1, 2), WEIGHT) + places, mask=mask[:, None], other=0.0).to(tl.float32)
+    best = tl.full([GROUPS], float("-inf"), tl.float32)
+    first = tl.zeros([GROUPS], tl.int32)
+    for q in tl.range(0, (P + 3) // 4):
+        scores = four_scores(logits, mask, kappa, drawn, group, q, P, MODE)
+        for r in tl.static_range(4):
+            # A NaN has no larger one: from the first on, the last pattern is chosen.
+            lost = (scores[r] != scores[r]) | (first == P)
+            first = tl.where(lost, P, tl.where(scores[r] > best, 4 * q + r, first))
+            best = tl.maximum(best, scores[r])
+    if MODE == GUMBEL_SOFT:
+        inverse_tau = 1.0 / tl.load(tau_ptr).to(tl.float32)
+        total = tl.zeros([GROUPS], tl.float32)
+        value = tl.zeros([GROUPS, M], tl.float32)
+        for q in tl.range(0, (P + 3) // 4):
+            scores = four_scores(logits, mask, kappa, drawn, group, q, P, MODE)
+            for r in tl.static_range(4):
+                part = exp((scores[r] - best) * inverse_tau)
+                total += part
+                value += part[:, None] * kept_of(keeps, 4 * q + r, P, M)
+        masked = w * (value * reciprocal(total)[:, None])
+    else:
+        chosen = tl.minimum(first, P - 1)[:, None] * M + tl.arange(0, M)[None, :]
+        masked = tl.where(tl.load(keeps + chosen) != 0, w, 0.0)
+    target = out + M * output_start(rows, tensor, 0) + places
+    tl.store(target, narrow(masked, out.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=["step_offset"])
+def many_patterns_bwd_kernel(
+    ptrs, rows, blocks, dlogits, keeps, rng_state, tau_ptr, step_offset,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, P: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """As `pattern_bwd_kernel`; scores wait where their gradients go."""
+    tensor, _kind, chunk = block_entry(blocks)
+    count, layer, _threshold, _word = row_of(rows, tensor)
+    seed, step = seed_and_step(rng_state, step_offset)
+    group = chunk * GROUPS + tl.arange(0, GROUPS)
+    mask = group < count
+    tau, kappa = tl.load(tau_ptr).to(tl.float32), tl.load(tau_ptr + 1).to(tl.float32)
+    logits = loose(address(ptrs, tensor, 0, 3), tl.float32) + P * group
+    target = dlogits + P * (output_start(rows, tensor, 0) + group)
+    best = tl.full([GROUPS], float("-inf"), tl.float32)
+    for q in tl.range(0, (P + 3) // 4):
+        scores = four_scores(logits, mask, kappa, (seed, step, layer), group, q, P, GUMBEL_SOFT)
+        for r in tl.static_range(4):
+            best = tl.maximum(best, scores[r])
+            tl.store(target + 4 * q + r, scores[r], mask=mask & (4 * q + r < P))
+    tl.debug_barrier()  # the compiler may let other threads of the block read them
+    places = (M * group)[:, None] + tl.arange(0, M)[None, :]
+    w = tl.load(aligned(address(ptrs, tensor, 1, 3), WEIGHT) + places, mask=mask[:, None], other=0.0).to(tl.float32)
+    g = tl.load(aligned(address(ptrs, tensor, 2, 3), GRAD) + places, mask=mask[:, None], other=0.0).to(tl.float32)
+    moves = g * w
+    total, mean = tl.zeros([GROUPS], tl.float32), tl.zeros([GROUPS], tl.float32)
+    for p in tl.range(0, P):
+        part = exp((tl.load(target + p, mask=mask, other=0.0) - best) * (1.0 / tau))
+        total += part
+        mean += part * tl.sum(moves * kept_of(keeps, p, P, M), axis=1)
+    scale = reciprocal(total)
+    mean = mean * scale
+    for p in tl.range(0, P):
+        part = exp((tl.load(target + p, mask=mask, other=0.0) - best) * (1.0 / tau))
+        gain = tl.sum(moves * kept_of(keeps, p, P, M), axis=1)
+        tl.store(target + p, part * scale * (gain - mean) * (kappa / tau), mask=mask)
+
+
 @functools.cache
 def table(n: int, m: int) -> int:
     """The patterns in the order of their numbers, m bits each."""
     return sum(sum(1 << e for e in kept) << m * p for p, kept in enumerate(itertools.combinations(range(m), n)))
+
+
+def _kernel(few: Any, many: Any, n: int, m: int, like: Tensor) -> tuple[Any, tuple[Tensor, ...], dict[str, int]]:
+    """The kernel for so many patterns, its table in memory where it reads one, and its constants."""
+    rule = {"P": math.comb(m, n), "M": m}
+    if rule["P"] <= FEW:
+        return few, (), {**rule, "TABLE": table(n, m)}
+    return many, (pattern_table(n, m, like),), rule
 
 
 def _plan(logits: Sequence[Tensor], layers: Sequence[int]) -> _tables.Plan:
@@ -208,9 +323,9 @@ def _flat(plan: _tables.Plan, like: Sequence[Tensor], each: int, dtype: torch.dt
     return flat, [flat[each * first : each * first + t.numel()].view(t.shape) for (_, _, first), t in places]
 
 
-def _require_known(patterns: int, *lists: Sequence[Tensor]) -> None:
+def _require_known(n: int, m: int, *lists: Sequence[Tensor]) -> None:
     """Unsupported for what the reference computes; logits come first of the lists."""
-    if patterns > MOST or any(x.dtype != torch.float32 for x in lists[0]):
+    if (math.comb(m, n) > FEW and m & (m - 1)) or any(x.dtype != torch.float32 for x in lists[0]):
         raise Unsupported
     if any(not t.is_contiguous() or t.dtype == torch.float64 or t.data_ptr() % 16 for own in lists for t in own):
         raise Unsupported
@@ -221,7 +336,7 @@ def pattern_mask(
     m: int, mode: int, step_offset: int, dtype: torch.dtype | None,
 ) -> list[Tensor]:  # fmt: skip
     """Masked weights; arguments: dwm_fast.ops.patterns."""
-    _require_known(math.comb(m, n), logits, weights)
+    _require_known(n, m, logits, weights)
     launch, masked = launch_parameters("patterns"), list(weights)
     with _tables.device_guard(rng_state.device):
         for indices in groups_of(weights):
@@ -231,10 +346,11 @@ def pattern_mask(
             for i, view in zip(indices, views, strict=True):
                 masked[i] = view
             if plan.num_blocks:
-                pattern_fwd_kernel[(plan.num_blocks,)](
-                    pointers(roles), plan.rows, plan.blocks, flat, rng_state, tau, step_offset,
-                    WEIGHT=TL_DTYPES[roles[1][0].dtype], MODE=mode, P=math.comb(m, n), M=m, TABLE=table(n, m),
-                    GROUPS=launch.strided, num_warps=launch.num_warps, **OPTIONS,
+                kernel, keeps, rule = _kernel(pattern_fwd_kernel, many_patterns_fwd_kernel, n, m, logits[0])
+                kernel[(plan.num_blocks,)](
+                    pointers(roles), plan.rows, plan.blocks, flat, *keeps, rng_state, tau, step_offset,
+                    WEIGHT=TL_DTYPES[roles[1][0].dtype], MODE=mode, **rule, GROUPS=launch.strided,
+                    num_warps=launch.num_warps, **OPTIONS,
                 )  # fmt: skip
     return masked
 
@@ -247,7 +363,7 @@ def pattern_mask_backward(
     if mode == KEEP.value:
         return [torch.zeros_like(x) for x in logits]
     grads = [g.contiguous() for g in grads]
-    _require_known(math.comb(m, n), logits, weights, grads)
+    _require_known(n, m, logits, weights, grads)
     launch, found = launch_parameters("patterns"), list(logits)
     with _tables.device_guard(rng_state.device):
         for indices in groups_of(weights, grads):
@@ -257,9 +373,10 @@ def pattern_mask_backward(
             for i, view in zip(indices, views, strict=True):
                 found[i] = view
             if plan.num_blocks:
-                pattern_bwd_kernel[(plan.num_blocks,)](
-                    pointers(roles), plan.rows, plan.blocks, flat, rng_state, tau, step_offset,
-                    WEIGHT=TL_DTYPES[roles[1][0].dtype], GRAD=TL_DTYPES[roles[2][0].dtype], P=math.comb(m, n), M=m,
-                    TABLE=table(n, m), GROUPS=launch.strided, num_warps=launch.num_warps, **OPTIONS,
+                kernel, keeps, rule = _kernel(pattern_bwd_kernel, many_patterns_bwd_kernel, n, m, logits[0])
+                kernel[(plan.num_blocks,)](
+                    pointers(roles), plan.rows, plan.blocks, flat, *keeps, rng_state, tau, step_offset,
+                    WEIGHT=TL_DTYPES[roles[1][0].dtype], GRAD=TL_DTYPES[roles[2][0].dtype], **rule,
+                    GROUPS=launch.strided, num_warps=launch.num_warps, **OPTIONS,
                 )  # fmt: skip
     return found

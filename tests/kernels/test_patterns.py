@@ -15,7 +15,7 @@ from dwm_fast.ops.patterns import (
 )
 
 HARD, SOFT, KEEP = Mode.GUMBEL_HARD.value, Mode.GUMBEL_SOFT.value, Mode.KEEP.value
-KINDS = [(2, 4), (1, 8), (3, 6)]
+KINDS = [(2, 4), (1, 8), (3, 6), (4, 8)]
 LAYERS, OFFSET = [3, 9, 1], 2
 UNIT = 2.0**-24
 
@@ -91,10 +91,10 @@ def test_soft_masks_and_gradients_are_the_references_within_rounding(device, n, 
     assert not any(x.any() for x in keep)
 
 
-def test_many_patterns_and_what_is_not_in_logical_order_are_left_to_the_reference(device):
-    logits, weights, grads = network(4, 8, device)
+def test_what_is_not_in_logical_order_and_many_patterns_of_no_power_of_two_are_left_to_the_reference(device):
+    logits, weights, grads = network(2, 7, device)
     with pytest.raises(Unsupported):
-        pattern_mask(logits, weights, *noise(device), LAYERS, 4, 8, SOFT, 0, None)
+        pattern_mask(logits, weights, *noise(device), LAYERS, 2, 7, SOFT, 0, None)
     logits, weights, grads = network(2, 4, device)
     weights[0] = weights[0].t().contiguous().t()
     with pytest.raises(Unsupported):
