@@ -25,7 +25,6 @@ from dwm_fast.kernels._pointers import pointers
 from dwm_fast.kernels._tables import TL_DTYPES, groups_of, pick
 from dwm_fast.kernels._tiles import address, aligned, block_entry, loose, output_start, row_of, rows_of_four
 from dwm_fast.kernels.philox import block_words4, seed_and_step, uniform
-from dwm_fast.ops.patterns import pattern_table
 
 FEW = 20
 """Patterns of a group that are unrolled, at most: the compiler would take two minutes for the 70 of 4:8."""
@@ -302,12 +301,22 @@ def table(n: int, m: int) -> int:
     return sum(sum(1 << e for e in kept) << m * p for p, kept in enumerate(itertools.combinations(range(m), n)))
 
 
-def _kernel(few: Any, many: Any, n: int, m: int, like: Tensor) -> tuple[Any, tuple[Tensor, ...], dict[str, int]]:
+@functools.cache
+def _keeps(n: int, m: int, device: torch.device) -> Tensor:
+    """`table` as fp32 (patterns, m) on a device; made once, so that a step waits for no copy from the host."""
+    kept = [[float(e in places) for e in range(m)] for places in itertools.combinations(range(m), n)]
+    with torch.inference_mode(False):
+        return torch.tensor(kept, dtype=torch.float32, device=device)
+
+
+def _kernel(
+    few: Any, many: Any, n: int, m: int, device: torch.device
+) -> tuple[Any, tuple[Tensor, ...], dict[str, int]]:
     """The kernel for so many patterns, its table in memory where it reads one, and its constants."""
     rule = {"P": math.comb(m, n), "M": m}
     if rule["P"] <= FEW:
         return few, (), {**rule, "TABLE": table(n, m)}
-    return many, (pattern_table(n, m, like),), rule
+    return many, (_keeps(n, m, device),), rule
 
 
 def _plan(logits: Sequence[Tensor], layers: Sequence[int]) -> _tables.Plan:
@@ -346,7 +355,7 @@ def pattern_mask(
             for i, view in zip(indices, views, strict=True):
                 masked[i] = view
             if plan.num_blocks:
-                kernel, keeps, rule = _kernel(pattern_fwd_kernel, many_patterns_fwd_kernel, n, m, logits[0])
+                kernel, keeps, rule = _kernel(pattern_fwd_kernel, many_patterns_fwd_kernel, n, m, rng_state.device)
                 kernel[(plan.num_blocks,)](
                     pointers(roles), plan.rows, plan.blocks, flat, *keeps, rng_state, tau, step_offset,
                     WEIGHT=TL_DTYPES[roles[1][0].dtype], MODE=mode, **rule, GROUPS=launch.strided,
@@ -373,7 +382,7 @@ def pattern_mask_backward(
             for i, view in zip(indices, views, strict=True):
                 found[i] = view
             if plan.num_blocks:
-                kernel, keeps, rule = _kernel(pattern_bwd_kernel, many_patterns_bwd_kernel, n, m, logits[0])
+                kernel, keeps, rule = _kernel(pattern_bwd_kernel, many_patterns_bwd_kernel, n, m, rng_state.device)
                 kernel[(plan.num_blocks,)](
                     pointers(roles), plan.rows, plan.blocks, flat, *keeps, rng_state, tau, step_offset,
                     WEIGHT=TL_DTYPES[roles[1][0].dtype], GRAD=TL_DTYPES[roles[2][0].dtype], **rule,
