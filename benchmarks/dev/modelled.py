@@ -66,6 +66,8 @@ MODELS = (
     Model("sample forward", RESNET18, forward_bytes(RESNET18, 4, pack=False), 53),
     Model("sample backward", RESNET18, backward_bytes(RESNET18, 4), 62),
     Model("MaskAdam", RESNET18, MASK_ADAM_BYTES * RESNET18, 177),
+    # Gradient, logits and moments, and two scales for 128 weights.
+    Model("StreamedAdam's step, fixed16 logits, 8-bit moments", RESNET18, 12 * RESNET18 + RESNET18 // 8, 336),
     Model("FrozenAdamW, all weights free", RESNET18, ADAMW_BYTES * RESNET18 + RESNET18 // 8, 134),
     Model("apply", RESNET18, 8 * RESNET18 + RESNET18 // 8, 13),
     Model("pack", RESNET18, RESNET18 + RESNET18 // 8, 8.7),
