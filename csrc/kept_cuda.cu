@@ -1,7 +1,7 @@
 // linear_kept on NVIDIA GPUs: y = x (W * m)^T + b from kept weights of two bytes, for few rows of x.
 //
 // A block owns 16 or 32 rows of the weight; its four warps share the columns out in runs. Each warp stages kept values by
-// asynchronous copies, three steps deep, expands them under the bits into the left operand of matrix instructions, and
+// asynchronous copies, three steps deep or two, expands them under the bits into the left operand of matrix instructions, and
 // reads x as the right one. A matrix instruction sums over 16 columns in any order that both operands share: lane t of
 // four takes eight neighbours, 16 bytes of x. The warps' sums are added in order: results do not depend on timing.
 #include "bind_cuda.h"
@@ -24,7 +24,7 @@ using kept::kPairs;
 using kept::kWords;
 
 constexpr int kWarps = 4;
-constexpr int kStages = 3;
+constexpr int kMostShared = 99 * 1024;  // bytes a block may have on the GPUs that have least, sm_86 and sm_89
 constexpr int kTile = 16;  // rows of the weight in a matrix instruction
 constexpr int kSide = 8;   // rows of x in one
 
@@ -52,9 +52,13 @@ __device__ __forceinline__ uint32_t value_at(uint32_t shared) {
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-__device__ __forceinline__ void wait_for_all_but_newest() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+template <int NEWEST>
+__device__ __forceinline__ void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
 }
+
+// Steps whose values a warp holds, in use or on their way.
+__host__ __device__ constexpr int stages_of(int tiles) { return tiles == 1 ? 3 : 2; }
 
 // As __byte_perm, for a selector whose bits above the lowest 16 are anything.
 __device__ __forceinline__ uint32_t chosen_bytes(uint32_t a, uint32_t b, uint32_t selector) {
@@ -107,7 +111,7 @@ __device__ __forceinline__ void stage(const Job& job, Row& row, int step, int t,
 // TILES of 16 rows of the weight a warp, up to 8 SIDES rows of x.
 template <typename T, int TILES, int SIDES>
 __global__ void __launch_bounds__(32 * kWarps) linear_kept_kernel(const Job job) {
-  constexpr int kRows = kTile * TILES;
+  constexpr int kRows = kTile * TILES, kStages = stages_of(TILES);
   constexpr uint32_t kStage = kRows * kLine * 2;  // bytes
   extern __shared__ __align__(16) uint16_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
@@ -140,7 +144,7 @@ __global__ void __launch_bounds__(32 * kWarps) linear_kept_kernel(const Job job)
     commit();
   }
   for (int step = begin; step < end; ++step) {
-    wait_for_all_but_newest();
+    wait_for_all_but<kStages - 2>();
     __syncwarp();
     if (step + kStages - 1 < end) {
 #pragma unroll
@@ -216,8 +220,9 @@ __global__ void __launch_bounds__(32 * kWarps) linear_kept_kernel(const Job job)
 template <typename T, int TILES, int SIDES>
 void launch(const Job& job, cudaStream_t stream) {
   constexpr int kRows = kTile * TILES;
-  constexpr int kStaged = kWarps * kStages * kRows * kLine * static_cast<int>(sizeof(uint16_t));
+  constexpr int kStaged = kWarps * stages_of(TILES) * kRows * kLine * static_cast<int>(sizeof(uint16_t));
   static_assert(kStaged >= kWarps * kSide * SIDES * kRows * static_cast<int>(sizeof(float)));
+  static_assert(kStaged <= kMostShared);
   const auto kernel = linear_kept_kernel<T, TILES, SIDES>;
   check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStaged));
   kernel<<<(job.n + kRows - 1) / kRows, 32 * kWarps, kStaged, stream>>>(job);
