@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from dwm_fast.pacs.pairs import finding, table
+from dwm_fast.pacs.pairs import finding, published, table
 from dwm_fast.pacs.sequence import finding as sequence_finding
 from dwm_fast.pacs.sequence import table as sequence_table
 from dwm_fast.pacs.tables import number
@@ -44,7 +44,7 @@ def tables(results: Mapping[str, Any]) -> str:
     """The run's tables, Markdown."""
     if results.get("kind") == "sequence":
         return sequence_table.to_markdown(sequence_table.sequence_table(results))
-    return table.to_markdown(table.paper_table(results))
+    return table.to_markdown(table.paper_table(results)) + published.beside_published(results)
 
 
 def words(results: Mapping[str, Any]) -> list[str]:

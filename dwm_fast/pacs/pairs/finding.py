@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
+from dwm_fast.pacs.pairs import published
 from dwm_fast.pacs.pairs.table import Cell, Key, ambiguous, baseline_key, cell, in_order, key_order, row_key
 from dwm_fast.pacs.tables import Stat, number
 from dwm_fast.pacs.words import data_name, limits
@@ -48,6 +48,7 @@ def finding(results: Mapping[str, Any]) -> list[str]:
         *_intervals(compared[best]),
         *_other_rates({key: runs for key, runs in compared.items() if key[0] == "none" and key != baseline}),
         *_per_source(results, best, {key: compared[key] for key in rivals}),
+        *published.findings(results),
         *_masked(results, best, common),
         *_limits(results, cells, best, common),
     ]
@@ -111,22 +112,36 @@ def interval(differences: Iterable[float]) -> tuple[float, float]:
 
     The same differences give the same interval.
     """
+    import numpy as np
+    from scipy.stats import bootstrap
+
     values = np.asarray(list(differences))
-    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    found = bootstrap(
+        (values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def _intervals(runs: Runs) -> list[str]:
-    """How sure the winner's differences to plain fine-tuning are, over its pairs and seeds."""
-    if len(runs) < _FEWEST_RUNS:
+    """How sure the winner's differences to plain fine-tuning are, over its pairs and seeds.
+
+    Where there are enough pairs, what is resampled is pairs, each with the mean over its seeds: seeds of one pair are
+    alike, and counting them one by one would make the interval too narrow.
+    """
+    pairs: dict[tuple[str, str], Runs] = defaultdict(list)
+    for run in runs:
+        pairs[run["source"], run["target"]].append(run)
+    by_pair = len(pairs) >= _FEWEST_RUNS
+    drawn = list(pairs.values()) if by_pair else [[run] for run in runs]
+    if len(drawn) < _FEWEST_RUNS:
         return []
     said = []
     for metric, name in (("s_gain", "S gain"), ("t_drop", "T drop")):
-        low, high = interval(run[metric] for run in runs)
+        low, high = interval(fmean(run[metric] for run in part) for part in drawn)
         verdict = "which excludes 0" if low > 0 or high < 0 else "which holds 0"
         said.append(f"{name} from {low:+.3f} to {high:+.3f}, {verdict}")
-    return [f"Over {len(runs)} paired runs the means lie, with 95 % confidence (bootstrap), at {'; '.join(said)}."]
+    over = f"{len(drawn)} {'pairs' if by_pair else 'paired runs'}"
+    return [f"Over {over} the means lie, with 95 % confidence (bootstrap), at {'; '.join(said)}."]
 
 
 def _other_rates(plain: Mapping[Key, Runs]) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 from dwm_fast.pacs.page.html import Cell, Table, counted, facts, render
 from dwm_fast.pacs.pairs.config import METHODS
 from dwm_fast.pacs.pairs.finding import finding
+from dwm_fast.pacs.pairs.published import PUBLISHED
 from dwm_fast.pacs.pairs.table import (
     INITS,
-    PUBLISHED,
     TableRow,
     at,
     columns,

@@ -45,16 +45,6 @@ Key = tuple[str, str, str, str, float | None]
 """A configuration: method, init, bn_policy, view, lr."""
 ALL = "all pairs"
 
-# The one published table, (S gain, T drop) by re-initialisation and domain (arXiv 2308.13957).
-PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
-    init: dict(zip(("photo", "art", "cartoon", "sketch"), values, strict=True))
-    for init, values in {
-        "S_start": ((-0.029, -0.025), (0.062, -0.030), (0.035, -0.019), (0.054, -0.056)),
-        "S_end": ((-0.014, -0.027), (0.051, -0.038), (0.021, -0.016), (0.043, -0.059)),
-        "random": ((-0.014, -0.027), (0.064, -0.036), (0.001, -0.021), (0.023, -0.058)),
-    }.items()
-}
-
 
 @dataclass(frozen=True)
 class Cell:

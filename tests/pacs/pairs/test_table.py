@@ -10,7 +10,7 @@ import re
 import pytest
 from rich.console import Console
 
-from dwm_fast.pacs.pairs.table import PUBLISHED, paper_table, rows_csv, to_csv, to_markdown, to_rich
+from dwm_fast.pacs.pairs.table import paper_table, rows_csv, to_csv, to_markdown, to_rich
 
 from ..results_for_tests import STAND_IN, results, row, two_seeds
 
@@ -176,9 +176,3 @@ def test_nothing_run_yet_is_said():
     assert paper_table(results([])) == []
     assert "No runs" in to_markdown([])
     assert to_rich([]).row_count == 0
-
-
-def test_published_table_is_the_papers():
-    assert PUBLISHED["S_start"]["art"] == (0.062, -0.030)
-    assert PUBLISHED["S_end"]["photo"] == (-0.014, -0.027)
-    assert PUBLISHED["random"]["sketch"] == (0.023, -0.058)
