@@ -43,7 +43,7 @@ def _words_kernel(out, rng_state, counters, SPLIT: tl.constexpr):
         tl.store(out + i, words[i].to(tl.int64))
 
 
-BLOCK = 1024
+BLOCK = 1024 if torch.cuda.is_available() else 2**14  # the interpreter takes its time per program, not per word
 """Words of a program; all of them in one would be unrolled thousands of times."""
 
 

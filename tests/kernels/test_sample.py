@@ -354,7 +354,7 @@ def test_logits_in_few_bits_are_read_as_what_they_stand_for(device, name):
     first = (0,) * stored[0].dim()
     stored[0][first] = FIXED_NAN
     found = []
-    with override_launch(**SMALL):
+    with override_launch(**(SMALL if name == "odd sizes" else {})):
         for net.logits in (stored, [torch.empty_like(x, dtype=torch.float32).copy_(decoded(x)) for x in stored]):
             masked, bits, penalty = net.sample(HARD)
             found.append([*masked, bits, penalty.nan_to_num(7.0), *itertools.chain(*net.backward(HARD))])

@@ -319,7 +319,7 @@ def test_masks_of_bf16_logits_are_as_good_as_fp32_s_when_rounded_at_random_and_s
     with dwm.use_backend("reference"):
         step = sys.modules["dwm_fast.ops.coded_adam"]
         monkeypatch.setattr(step, "encoded", lambda values, dtype, words: coding.encoded(values, dtype))
-        nearest = loss_after("bf16")
+        nearest = loss_after("bf16", 200)  # each of them rounds back to where it began
     assert exact < start / 2
     assert at_random < start / 2
     assert nearest == start

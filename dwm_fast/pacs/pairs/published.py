@@ -20,6 +20,8 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     }.items()
 }
 Runs = Sequence[Mapping[str, Any]]
+_FEWEST_PAIRS = 6
+"""Of a finding on pairs: half of PACS; one pair alone says nothing about "consistently"."""
 
 
 def beside_published(results: Mapping[str, Any]) -> str:
@@ -61,6 +63,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         return []
     pairs = {method: _by_pair(runs) for method, runs in chosen.items()}
     count = len(pairs["none"])
+    if count < _FEWEST_PAIRS:
+        return []
     best = sum(
         pairs["binary"][pair]["source_after"] >= max(one[pair]["source_after"] for one in pairs.values())
         for pair in pairs["none"]

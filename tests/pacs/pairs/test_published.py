@@ -45,6 +45,7 @@ def test_findings_are_not_claimed_of_other_images_or_without_a_baseline():
     assert findings(results(grid())) == []
     assert findings(results([one for one in grid() if one["method"] != "none"], real=True)) == []
     assert findings(results([], real=True)) == []
+    assert findings(results([one for one in grid() if one["source"] == "art"], real=True)) == []
 
 
 def test_findings_stand_in_the_studys_words():
