@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <vector>
 
 #include "bind.h"
@@ -14,16 +15,25 @@ namespace dwm {
 
 using Numbers = std::vector<double>;
 
-// DWM_FAST_ISA=baseline insists on the portable copy; read once.
-inline const Kernels& kernels() {
+// The widest copy that the processor can run. DWM_FAST_ISA=baseline insists on the portable one, avx2 on no wider one.
+inline const Kernels& best_kernels() {
 #if defined(DWM_WITH_AVX2)
-  static const char* asked = std::getenv("DWM_FAST_ISA");
-  static const bool portable = asked != nullptr && std::strcmp(asked, "baseline") == 0;
-  static const bool avx2 = !portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
-  return avx2 ? kKernelsAvx2 : kKernelsBaseline;
+  const char* set = std::getenv("DWM_FAST_ISA");
+  const std::string_view asked = set ? set : "";
+  if (asked == "baseline" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("popcnt")) return kKernelsBaseline;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vbmi2");
+  return wide && asked != "avx2" ? kKernelsAvx512 : kKernelsAvx2;
 #else
   return kKernelsBaseline;
 #endif
+}
+
+// Chosen once.
+inline const Kernels& kernels() {
+  static const Kernels& best = best_kernels();
+  return best;
 }
 
 // Chunks of all tensors of a network, taken by threads in turn: a slow core takes fewer.

@@ -10,7 +10,7 @@ namespace {
 
 using namespace dwm;
 
-constexpr int64_t kOverread = 8;  // values that a load may reach behind the last
+constexpr int64_t kOverread = 16;  // values that a load may reach behind the last
 
 // First value of every row: rising, and all of them with what a load overreads inside of `values`.
 void check_starts(const Tensor& starts, const Tensor& values) {

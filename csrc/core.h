@@ -305,5 +305,6 @@ constexpr int64_t chunk_elements(const Shape& shape) {
 
 extern const Kernels kKernelsBaseline;
 extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
 
 }  // namespace dwm

@@ -14,10 +14,49 @@ using Stored = std::conditional_t<kType == Type::f32, float, uint16_t>;
 constexpr int kStep = 2 * kLanes;  // columns that are expanded at a time
 
 // Values behind the last one and before the first one wanted that `expand` may load.
+#if defined(__AVX512F__)
+constexpr int kBehind = 16;
+constexpr int kBefore = 0;
+#else
 constexpr int kBehind = 8;
 constexpr int kBefore = 4;
+#endif
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+
+// Keeps the compiler from an expansion that reads memory itself: that form takes two operations on some processors and
+// dozens on others, the one between registers two on all.
+template <typename Register>
+static inline Register in_register(Register x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
+// The values of sixteen lanes from `first` on.
+template <Type kType>
+static inline Lanes place16(const Stored<kType>* first, uint32_t bits) {
+  const auto mask = static_cast<__mmask16>(bits);
+  if constexpr (kType == Type::f32) {
+    return {_mm512_maskz_expand_ps(mask, in_register(_mm512_loadu_ps(first)))};
+  } else {
+    const __m256i sixteen = in_register(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    const __m256i placed = _mm256_maskz_expand_epi16(mask, sixteen);
+    if constexpr (kType == Type::f16) return {_mm512_cvtph_ps(placed)};
+    else return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(placed), 16))};
+  }
+}
+
+// The weights of kStep columns of a row; `values` moves on behind those that are kept.
+template <Type kType>
+static inline void expand_step(const Stored<kType>*& values, const uint8_t* bits, Lanes (&kept)[2]) {
+  uint32_t word;
+  std::memcpy(&word, bits, 4);
+  kept[0] = place16<kType>(values, word & 0xFFFFu);
+  kept[1] = place16<kType>(values + std::popcount(word & 0xFFFFu), word >> 16);
+  values += std::popcount(word);
+}
+
+#elif defined(__AVX2__)
 
 struct Shuffles {
   alignas(64) uint8_t at[256][32];

@@ -12,7 +12,13 @@ namespace dwm::DWM_ISA {
 
 constexpr int kPanelRows = 12;          // rows of W that are expanded side by side
 constexpr int64_t kPanelColumns = 512;  // with them: 24 KiB, most of a first-level cache
-constexpr int kTileRows = 3;            // rows of W and
+#if defined(__AVX512F__)
+constexpr int kTileRows = 4;            // rows of W and
+constexpr int kSideBySide = 4;          // rows of W that few rows of x meet at a time
+#else
+constexpr int kTileRows = 3;
+constexpr int kSideBySide = 1;
+#endif
 constexpr int kTileCompany = 4;         // rows of x whose sums stay in registers
 constexpr int kCompany = 32;            // rows of x that share an expanded panel
 constexpr int kAhead = 1024;            // bytes: hardware stops to look ahead at the end of a page
@@ -43,6 +49,51 @@ DWM_NOINLINE static const Stored<kType>* kept_run(const Stored<kType>* values, c
   return values;
 }
 
+#if defined(__AVX512F__)
+
+// The same of kSideBySide rows of W, so that a load of x serves all of them and no sum waits for another. `next` moves on;
+// what lies `lead` bytes behind it is asked for meanwhile.
+template <Type kType, int kM>
+DWM_NOINLINE static void kept_rows_run(const Stored<kType>** next, const intptr_t* lead, const uint8_t* const* bits,
+                                       const float* x, int64_t pitch, int64_t n, float* sums) {
+  constexpr int kN = kSideBySide;
+  const Stored<kType>* values[kN];
+  Lanes sum[kN][kM];
+  for (int i = 0; i < kN; ++i) {
+    values[i] = next[i];
+    for (int r = 0; r < kM; ++r) sum[i][r] = load(sums + (i * kM + r) * kLanes);
+  }
+  const auto step = [&](int64_t c, uint32_t wanted) {
+    Lanes kept[kN];
+#pragma GCC unroll 4
+    for (int i = 0; i < kN; ++i) {
+      const uint32_t word = load16(bits[i] + c / 8) & wanted;
+      kept[i] = place16<kType>(values[i], word);
+      values[i] += std::popcount(word);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kM; ++r) {
+      const Lanes row = load(x + r * pitch + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kN; ++i) add_product(sum[i][r], kept[i], row);
+    }
+  };
+  int64_t c = 0;
+  for (; c + kStep <= n; c += kStep) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kN; ++i) fetch(reinterpret_cast<const float*>(reinterpret_cast<intptr_t>(values[i]) + lead[i]));
+    step(c, 0xFFFFu);
+    step(c + kLanes, 0xFFFFu);
+  }
+  for (; c < n; c += kLanes) step(c, n - c < kLanes ? (1u << (n - c)) - 1 : 0xFFFFu);
+  for (int i = 0; i < kN; ++i) {
+    next[i] = values[i];
+    for (int r = 0; r < kM; ++r) store(sum[i][r], sums + (i * kM + r) * kLanes);
+  }
+}
+
+#endif
+
 static inline void write_sums(const KeptLinear& job, int64_t row, int64_t x_row, const float* lanes) {
   const float sum = total(lanes);
   job.out[x_row * job.n + row] = job.bias ? sum + job.bias[row] : sum;
@@ -59,7 +110,21 @@ static void kept_few(const KeptLinear& job, int64_t row, int wide) {
   for (int i = 0; i <= wide; ++i) next[i] = values + job.starts[row + i];
   for (int64_t k = 0; k < job.k; k += kColumns[kM]) {
     const int64_t n = job.k - k < kColumns[kM] ? job.k - k : kColumns[kM];
-    for (int i = 0; i < wide; ++i) {
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + kSideBySide <= wide; i += kSideBySide) {
+      uint8_t moved[kSideBySide][kPiece / 8 + 2];
+      const uint8_t* bits[kSideBySide];
+      intptr_t lead[kSideBySide];
+      for (int j = 0; j < kSideBySide; ++j) {
+        bits[j] = aligned_bits(job.bits, (row + i + j) * job.k + k, n, moved[j]);
+        const int then = i + kSideBySide + j < wide ? i + kSideBySide + j : wide;
+        lead[j] = reinterpret_cast<intptr_t>(next[then]) - reinterpret_cast<intptr_t>(next[i + j]);
+      }
+      kept_rows_run<kType, kM>(next + i, lead, bits, job.x + k, job.pitch, n, sums[i]);
+    }
+#endif
+    for (; i < wide; ++i) {
       const uint8_t* bits = aligned_bits(job.bits, (row + i) * job.k + k, n, scratch);
       const Stored<kType>* from = with_room<kType>(job, next[i], bits, n, room);
       const Stored<kType>* ahead = n == job.k ? from + kAhead / sizeof *from : next[i + 1];
@@ -75,7 +140,25 @@ static void kept_few(const KeptLinear& job, int64_t row, int wide) {
 template <int kM>
 DWM_NOINLINE static void panel_tile(const float* panel, const float* x, int64_t pitch, int64_t n, float* sums) {
   const auto at = [](int i, int r) { return (i * kCompany + r) * kLanes; };
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m512 sum[kTileRows][kM];
+  for (int i = 0; i < kTileRows; ++i) {
+    for (int r = 0; r < kM; ++r) sum[i][r] = _mm512_load_ps(sums + at(i, r));
+  }
+  for (int64_t c = 0; c < n; c += kLanes) {
+    __m512 w[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) w[i] = _mm512_load_ps(panel + i * kPanelColumns + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < kM; ++r) {
+      const __m512 row = _mm512_loadu_ps(x + r * pitch + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileRows; ++i) sum[i][r] = _mm512_add_ps(sum[i][r], _mm512_mul_ps(w[i], row));
+    }
+  }
+  for (int i = 0; i < kTileRows; ++i) {
+    for (int r = 0; r < kM; ++r) _mm512_store_ps(sums + at(i, r), sum[i][r]);
+  }
+#elif defined(__AVX2__)
   // The lower eight lanes first, then the upper: the sums of one half fit into the registers.
   for (int half = 0; half < kLanes; half += 8) {
     __m256 sum[kTileRows][kM];

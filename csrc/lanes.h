@@ -13,7 +13,26 @@ static inline uint32_t load16(const uint8_t* p) {
   return x;
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+
+struct Lanes {
+  __m512 all;
+};
+
+static inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+
+static inline void store(Lanes x, float* p) { _mm512_storeu_ps(p, x.all); }
+
+// The lanes whose bit is 1, else +0.
+static inline Lanes load_kept(const float* p, const uint8_t* bits) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(load16(bits)), p)};
+}
+
+static inline void add_product(Lanes& sum, Lanes a, Lanes b) {
+  sum.all = _mm512_add_ps(sum.all, _mm512_mul_ps(a.all, b.all));
+}
+
+#elif defined(__AVX2__)
 
 struct Lanes {
   __m256 low, high;

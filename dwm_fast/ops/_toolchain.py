@@ -83,10 +83,12 @@ def compile_flags(msvc: bool) -> list[str]:
 
 
 def instruction_sets() -> list[tuple[str, str, list[str]]]:
-    """(namespace, table, flags) of every copy of the kernels: the portable one, and AVX2 on x86-64."""
+    """(namespace, table, flags) of every copy of the kernels: the portable one, AVX2 and AVX-512 on x86-64."""
     sets = [("baseline", "kKernelsBaseline", list[str]())]
     if platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32":
         sets.append(("avx2", "kKernelsAvx2", ["-mavx2", "-mpopcnt"]))
+        wide = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2"]
+        sets.append(("avx512", "kKernelsAvx512", ["-mavx2", "-mpopcnt", *wide]))
     return sets
 
 

@@ -302,7 +302,7 @@ void check_kept(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep,
     starts[e / width + 1] = static_cast<int64_t>(kept.size());
   }
   const int64_t count = static_cast<int64_t>(kept.size()), bytes = type == Type::f32 ? 4 : 2;
-  Block<uint8_t> values((count + 8) * bytes);
+  Block<uint8_t> values((count + 16) * bytes);
   for (int64_t i = 0; i < count; ++i) {
     uint32_t word;
     std::memcpy(&word, &kept[static_cast<size_t>(i)], 4);
@@ -406,6 +406,10 @@ int main() {
   std::vector<const Kernels*> tables = {&kKernelsBaseline};
 #if defined(DWM_WITH_AVX2)
   if (__builtin_cpu_supports("avx2")) tables.push_back(&kKernelsAvx2);
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi2")) {
+    tables.push_back(&kKernelsAvx512);
+  }
 #endif
   check_rare_events();
   for (const Kernels* k : tables) {
