@@ -81,7 +81,7 @@ DWM_NOINLINE static void kept_rows_run(const Stored<kType>** next, const intptr_
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kN; ++i) fetch(reinterpret_cast<const float*>(reinterpret_cast<intptr_t>(values[i]) + lead[i]));
+    for (int i = 0; i < kN; ++i) fetch_early(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(values[i]) + lead[i]));
     step(c, 0xFFFFu);
     step(c + kLanes, 0xFFFFu);
   }
