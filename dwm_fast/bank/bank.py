@@ -220,10 +220,9 @@ class MaskBank(BankModule):
         """
         if domains is not None:
             raise InputError("generate runs under one domain, the active one; call it for the samples of each in turn")
-        network = self._net.write.wearing(self._patch(self._active))
-        if not callable(getattr(network, "generate", None)):
-            raise InputError(f"{type(network).__name__}, the bank's network, has no generate")
-        return network.generate(*args, **kwargs)  # type: ignore[operator]
+        if not callable(getattr(self.backbone, "generate", None)):
+            raise InputError(f"{type(self.backbone).__name__}, the bank's network, has no generate")
+        return self._net.write.method("generate", self._patch(self._active), args, kwargs)
 
     def serve(self, names: Sequence[str]) -> Served:
         """Prepare domains for mixed batches that name them by number; see `Served`."""

@@ -100,6 +100,21 @@ class Runner:
         """The network's output under `patch`; tensors not in it are the backbone's."""
         return self.wearing(patch)(*args, **kwargs)
 
+    def method(self, name: str, patch: Patch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The same by another method. A call in whose middle this one is made goes on under its own patch.
+
+        Raises:
+            AttributeError: the network has no such method.
+        """
+        local = vars(self._local)
+        outer, local["writing"] = local.get("writing"), patch
+        try:
+            return getattr(self.wearing(patch), name)(*args, **kwargs)
+        finally:
+            local["writing"] = outer
+            if outer is not None:
+                self.wearing(outer)
+
     def wearing(self, patch: Patch) -> nn.Module:
         """The network in eval mode with the tensors of `patch`, until this thread's next call."""
         local = vars(self._local)

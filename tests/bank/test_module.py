@@ -205,6 +205,32 @@ def test_a_call_of_the_bank_in_the_middle_of_generate_leaves_it_its_domain() -> 
     assert torch.equal(bank.generate(ids), expected)
 
 
+def test_a_generate_of_another_domain_in_the_middle_of_one_leaves_it_its_domain() -> None:
+    net = Writer()
+    bank = MaskBank(net)
+    for seed, name in enumerate("ab"):
+        bank.add(name, {"head": torch.rand(20, 8, generator=torch.Generator().manual_seed(seed)) < 0.4})
+    ids = torch.arange(6).view(2, 3)
+    expected = {}
+    for name in "ab":
+        bank.activate(name)
+        expected[name] = bank.generate(ids)
+    assert not torch.equal(expected["a"], expected["b"])
+    inner = []
+
+    def interrupt() -> None:
+        net.watch = None
+        bank.activate("b")
+        inner.append(bank.generate(ids))
+        with pytest.raises(TypeError, match="no_such"):
+            bank.generate(ids, no_such=1)
+
+    net.watch = interrupt
+    bank.activate("a")
+    assert torch.equal(bank.generate(ids), expected["a"])
+    assert torch.equal(inner[0], expected["b"])
+
+
 def test_generate_that_is_not_there_or_of_many_domains_is_one_line() -> None:
     _, bank = _bank()
     with pytest.raises(InputError, match="has no generate"):
