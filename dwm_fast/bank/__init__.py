@@ -17,6 +17,7 @@ from dwm_fast.bank.foreign import (
     to_pruned,
     write_foreign,
 )
+from dwm_fast.bank.holdings import Holding, Holdings
 from dwm_fast.bank.record import FORMS, DomainMasks, Layout, MaskInfo, make_domain, pack_signs
 from dwm_fast.bank.serve import Served
 
@@ -24,6 +25,8 @@ __all__ = [
     "CODINGS",
     "FORMS",
     "DomainMasks",
+    "Holding",
+    "Holdings",
     "Layout",
     "MaskAdapter",
     "MaskBank",

@@ -15,6 +15,7 @@ from dwm_fast.bank import hub, sets
 from dwm_fast.bank.adopt import adopted
 from dwm_fast.bank.file import MaskFile
 from dwm_fast.bank.folder import load_domain, open_domain, place_of, read_rows
+from dwm_fast.bank.holdings import Holdings, holding
 from dwm_fast.bank.mixed import mixed_twin
 from dwm_fast.bank.module import BankModule, Known
 from dwm_fast.bank.record import DomainMasks, MaskInfo, check_domain_name, make_domain
@@ -239,6 +240,19 @@ class MaskBank(BankModule):
         nbytes += _MODULE_NBYTES
         stamp = self._stamp
         return Served(names, twin, self._run, lambda: self._net.stamp() == stamp, self._splits), nbytes
+
+    def explain(self) -> Holdings:
+        """What is in memory of each domain, in which form, with its bytes; print() shows it. Makes nothing.
+
+        Of a domain that is still on disk the header is read.
+        """
+        stamp, found = self._current(), []
+        for domain, entry in self._entries.items():
+            read = self._cache.peek(("record", entry))
+            record = entry.record if read is None else read[0]
+            form = self.info(domain).form
+            found.append(holding(domain, form, record, self._cache.peek(("patch", entry, stamp))))
+        return Holdings(tuple(found), self.hot_nbytes, self._cache.budget)
 
     def overlap(self, names: Sequence[str] | None = None, measure: str = "jaccard") -> Tensor:
         """How the masks of domains lie over one another, (D, D), for `names` or all domains in order.

@@ -50,6 +50,11 @@ class ByteLru(Generic[Value]):
                     self._drop(next(iter(self._values)))
         return value
 
+    def peek(self, key: Hashable) -> tuple[Value, int] | None:
+        """The value of `key` and its size in bytes where it is kept; it does not count as used."""
+        with self._lock:
+            return self._values.get(key)
+
     def discard(self, wanted: Callable[[Hashable], bool]) -> None:
         """Drop every key that `wanted` says True to."""
         with self._lock:
