@@ -54,6 +54,7 @@ def save_masked(masked: MaskedModel, path: str | os.PathLike[str]) -> None:
                 "batch_norm": masked.batch_norm,
                 **({} if masked.memory == "plain" else {"memory": masked.memory}),
                 **({} if masked.logits == "fp32" else {"logits": masked.logits}),
+                **({} if masked.noise == "shared" else {"noise": masked.noise}),
                 **({"tied": "share"} if shares(masked.model, masked.mask_layers().values()) else {}),
             }
         ),
@@ -122,7 +123,7 @@ def _rebuild(model: nn.Module, about: str, path: Path) -> MaskedModel:
         kind, layers = kind_from_dict(header["kind"]), [str(name) for name in header["layers"]]
         how: dict[str, Any] = {"mask_samples": int(header["mask_samples"]), "batch_norm": str(header["batch_norm"])}
         how |= {"memory": str(header.get("memory", "plain")), "tied": str(header.get("tied", "refuse"))}
-        how |= {"logits": str(header.get("logits", "fp32"))}
+        how |= {"logits": str(header.get("logits", "fp32")), "noise": str(header.get("noise", "shared"))}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise MaskFileError(f"{path}: the field 'masked' of the header is broken: {error!r}; save it again") from error
     there = dict(model.named_parameters(remove_duplicate=False))

@@ -35,6 +35,7 @@ def mask_model(
     skip_unmaskable: bool = False,
     memory: str = "plain",
     logits: str = "fp32",
+    noise: str = "shared",
 ) -> MaskedModel:
     """Wrap a network so that its weights are seen through learned masks.
 
@@ -51,7 +52,7 @@ def mask_model(
         kind: GumbelSigmoid(...), Threshold(...), Edit(...), KernelSoft(...) or SemiStructured(...).
         include, exclude: shell patterns of names of layers, or of masks where a module has several
             ("attention.in_proj_weight"), e.g. include=["layer*"], exclude=["fc"]; commas part several in one text.
-        mask_samples, batch_norm, seed: see `MaskedModel`.
+        mask_samples, batch_norm, seed, noise: see `MaskedModel`.
         also: patterns of what is masked only by request: embeddings, and parameters of two dimensions or more of
             modules of any other class; a bias by its parameter's full name.
         tied: "refuse" a weight that has several names, or "share": one mask for all its places.
@@ -85,6 +86,8 @@ def mask_model(
     chosen = maskable_weights(model, include, exclude, also=also, skip_unmaskable=skip_unmaskable)
     chosen, places = share_tied(model, chosen, tied)
     hosted = _hosted(chosen, places)
+    if memory == "streamed" and noise != "shared":
+        raise InputError(f"noise={noise!r} with memory='streamed', which learns in one process; expected 'shared'")
     if memory == "streamed":
         refuse_unstreamable(kind, mask_samples, logits, hosted, places)
     elif logits != "fp32":
@@ -105,7 +108,7 @@ def mask_model(
                 raise InputError(f"layer '{name}': {error}") from error
     if memory == "streamed":
         return StreamedModel(shell.module, batch_norm=batch_norm, seed=seed, logits=logits)
-    return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed)
+    return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed, noise=noise)
 
 
 def _hosted(chosen: Mapping[str, MaskableWeight], places: Mapping[str, list[Place]]) -> list[str]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
@@ -24,6 +24,10 @@ from dwm_fast.ops.shards import refuse_shards
 
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 """Layers that normalise by statistics which they may keep; what `batch_norm` means wherever it is asked for."""
+
+
+NOISES = ("shared", "per-rank")
+"""What ranks of torch.distributed draw."""
 
 
 class Sampler(Protocol):
@@ -50,6 +54,9 @@ class MaskedModel(nn.Module):
             4); a batch of fewer samples gets a mask for each.
         batch_norm: "frozen" keeps batch and instance norm in eval mode in train() too; "train" does not.
         seed: seed of the mask noise; from torch's generator by default.
+        noise: with torch.distributed, "shared": all ranks draw the same masks; "per-rank": each rank its own, rank r's
+            j-th sample that which one process with mask_samples x ranks draws as number r * mask_samples + j. What is
+            saved does not depend on the number of ranks.
     """
 
     memory, logits = "plain", "fp32"
@@ -57,15 +64,24 @@ class MaskedModel(nn.Module):
     tau: Tensor
 
     def __init__(
-        self, model: nn.Module, *, mask_samples: int = 1, batch_norm: str = "frozen", seed: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        mask_samples: int = 1,
+        batch_norm: str = "frozen",
+        seed: int | None = None,
+        noise: str = "shared",
     ) -> None:
         super().__init__()
+        if noise not in NOISES:
+            raise InputError(f"noise={noise!r}; expected 'shared' or 'per-rank'")
         if not isinstance(mask_samples, int) or mask_samples < 1:
             raise InputError(f"mask_samples={mask_samples!r}; expected a whole number of at least 1")
         if batch_norm not in ("frozen", "train"):
             raise InputError(f"batch_norm='{batch_norm}'; expected 'frozen' or 'train'")
         self.mask_samples = mask_samples
         self.batch_norm = batch_norm
+        self.noise = noise
         self._layers = {mask_name(n, m): m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
         if not self._layers:
             raise InputError("the model has no masked layer; make one with dwm_fast.mask_model(model, kind)")
@@ -136,7 +152,14 @@ class MaskedModel(nn.Module):
             return drawn[0]
         refuse_shards(self.mask_parameters(), "sparsity_penalty", "ask for it after a call in train(), before backward")
         learned = [layer.mask_logits for layer in self._layers.values()]
-        return self.kind.expected(learned, self.tau, self.rng_state, self.mask_samples)
+        samples = self.mask_samples if self.noise == "shared" else self._of_ranks()[0]
+        return self.kind.expected(learned, self.tau, self.rng_state, samples)
+
+    def _of_ranks(self) -> tuple[int, int]:
+        """With noise="per-rank", the mask samples of a step over all ranks, and the first of this rank's."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self.mask_samples, 0
+        return self.mask_samples * distributed.get_world_size(), self.mask_samples * distributed.get_rank()
 
     def _still_differentiable(self, drawn: Tensor, versions: list[int]) -> bool:
         """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
@@ -174,17 +197,18 @@ class MaskedModel(nn.Module):
         self._observer = observer
 
     def _run(
-        self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], step_offset: int = 0, repeated: bool = False
+        self, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], sample: int = 0, repeated: bool = False
     ) -> Any:
-        """The network under one mask sample, drawn now; a first pass in train() leaves the penalty behind."""
+        """The network under this rank's mask sample of that number; a first pass in train() leaves the penalty."""
         layers, network, tau = list(self._layers.values()), self._modules["model"], self._buffers["tau"]
         assert network is not None
         assert tau is not None
         versions = [layer._parameters["mask_logits"]._version for layer in layers]  # type: ignore[union-attr]
-        options: dict[str, Any] = {"samples": self.mask_samples} if self.training else {}
+        samples, first = (self.mask_samples, 0) if self.noise == "shared" else self._of_ranks()
+        options: dict[str, Any] = {"samples": samples} if self.training else {}
         if self.training and self._recorder is not None:
             options["sample"] = self._recorder.sample
-        masked, _, drawn = draw(layers, state, tau, training=self.training, step_offset=step_offset, **options)
+        masked, _, drawn = draw(layers, state, tau, training=self.training, step_offset=first + sample, **options)
         if self.training and not repeated:
             object.__setattr__(self, "_drawn", (drawn, versions))  # past nn.Module's, which takes microseconds
             if self._observer is not None:
@@ -200,7 +224,8 @@ class MaskedModel(nn.Module):
         """While this lasts the network itself may be called: under the mask of the next call, which is drawn now."""
         self._require_layers()
         layers, before = list(self._layers.values()), self._held
-        options: dict[str, Any] = {"samples": self.mask_samples} if self.training else {}
+        samples, first = (self.mask_samples, 0) if self.noise == "shared" else self._of_ranks()
+        options: dict[str, Any] = {"samples": samples, "step_offset": first} if self.training else {}
         masked, _, _ = draw(layers, self.rng_state.clone(), self.tau, training=self.training, **options)
         self._held = masked
         stage(layers, masked)
@@ -218,7 +243,8 @@ class MaskedModel(nn.Module):
         assert rng_state is not None
         if not self.training:
             return self._run(rng_state.clone(), args, kwargs)
-        advance = partial(ops.advance, rng_state, self.mask_samples)
+        samples = self.mask_samples if self.noise == "shared" else self._of_ranks()[0]
+        advance = partial(ops.advance, rng_state, samples)
         repeated = recompute.in_backward()
         state = recompute.pinned(self, advance)
         if not repeated:
@@ -281,7 +307,7 @@ class MaskedModel(nn.Module):
         return {**self.__dict__, "_drawn": None, "_recorder": None, "_observer": None, "_held": None, "_places": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_held": None, **state})  # type: ignore[no-untyped-call]
+        super().__setstate__({"_held": None, "noise": "shared", **state})  # type: ignore[no-untyped-call]
         front.dress(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -302,6 +328,7 @@ class MaskedModel(nn.Module):
         return (
             f"kind={self.kind.name}, masked_layers={len(self._layers)}, masked_weights={total:,} of {every:,}, "
             f"mask_samples={self.mask_samples}, batch_norm={self.batch_norm}"
+            f"{'' if self.noise == 'shared' else ', noise=per-rank'}"
         )
 
 

@@ -55,6 +55,13 @@ def test_mask_a_transformer_learns_and_stores_a_bit_per_masked_weight(run):
     assert nbytes < weights / 8 + 16 * 1024  # bits, head and a header under 16 KiB
 
 
+def test_data_parallel_learns_a_mask_in_one_process_too(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    assert 0.02 < run("data_parallel") < 0.5
+    assert (tmp_path / "masked.safetensors").is_file()
+
+
 def test_fggm_has_at_most_40_lines():
     assert len((EXAMPLES / "fggm.py").read_text(encoding="utf-8").splitlines()) <= 40
 
