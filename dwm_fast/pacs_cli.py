@@ -70,10 +70,20 @@ Collect = Annotated[
 ]
 EngineName = Annotated[
     str | None,
-    typer.Option("--engine", help="Who does the stages: processes (a pool here).", rich_help_panel=_BY_STAGE),
+    typer.Option(
+        "--engine", help="Who does the stages: processes (a pool here) or ray (a cluster).", rich_help_panel=_BY_STAGE
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option(help="Processes of --engine; by default the cores.", rich_help_panel=_BY_STAGE)
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of a Ray cluster, or auto; without it Ray is begun here.", rich_help_panel=_BY_STAGE),
+]
+GpusPerStage = Annotated[
+    float | None,
+    typer.Option(help="With --engine ray: GPUs of a stage, such as 0.25; by default 0.", rich_help_panel=_BY_STAGE),
 ]
 TaskEpochs = Annotated[int | None, typer.Option(help="Epochs of every later domain, for every method.")]
 
@@ -128,6 +138,8 @@ def pairs(
     collect: Collect = False,
     engine: EngineName = None,
     workers: Workers = None,
+    address: Address = None,
+    gpus_per_stage: GpusPerStage = None,
 ) -> None:
     """Run the PACS study: source training, masks, re-initialisation, fine-tuning, evaluation, report.
 
@@ -201,6 +213,8 @@ def sequence(
     collect: Collect = False,
     engine: EngineName = None,
     workers: Workers = None,
+    address: Address = None,
+    gpus_per_stage: GpusPerStage = None,
 ) -> None:
     """Let every method learn the domains one after the other, and measure what it keeps of the earlier ones.
 
@@ -269,14 +283,22 @@ def _act(study: StudyConfig, out: Path, given: dict[str, Any]) -> None:
 
 def _engine(given: dict[str, Any]) -> Engine | None:
     """The engine that the flags ask for."""
+    from dwm_fast.pacs.engine_ray import Ray
     from dwm_fast.pacs.engines import Processes
 
-    name, workers = given["engine"], given["workers"]
-    if name is None and workers is not None:
-        raise InputError("--workers needs --engine processes")
-    if name not in (None, "processes"):
-        raise InputError(f"--engine {name}; expected processes")
-    return None if name is None else Processes(os.cpu_count() or 1 if workers is None else workers)
+    name = given["engine"]
+    needed = {"workers": "processes or --engine ray", "address": "ray", "gpus_per_stage": "ray"}
+    for flag, engine in needed.items():
+        if given[flag] is not None and name not in engine.replace("or --engine", "").split():
+            raise InputError(f"--{flag.replace('_', '-')} needs --engine {engine}")
+    if name not in (None, "processes", "ray"):
+        raise InputError(f"--engine {name}; expected processes or ray")
+    if name is None:
+        return None
+    workers = os.cpu_count() or 1 if given["workers"] is None else given["workers"]
+    if name == "processes":
+        return Processes(workers)
+    return Ray(workers, given["address"], given["gpus_per_stage"] or 0.0)
 
 
 def _comma(text: str | None) -> list[str] | None:
