@@ -181,6 +181,20 @@ def search(
 
 
 @pacs_app.command()
+def bank(
+    run: Annotated[Path, typer.Argument(help="Run folder of a finished study of pairs.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bank.")] = Path("domains"),
+    method: Annotated[str, typer.Option(help="Whose masks.")] = "binary",
+    seed: Annotated[int, typer.Option(help="Of which seed.")] = 0,
+) -> None:
+    """Take a study's masks into a bank: every source under its own bits, over one network."""
+    from dwm_fast._screen import Screen
+    from dwm_fast.pacs.pairs.banking import save_bank
+
+    Screen().print(save_bank(run, out, method, seed))
+
+
+@pacs_app.command()
 def sequence(
     context: typer.Context,
     domains: Annotated[str, typer.Argument(help="At least two, comma-separated, in the order of learning.")],
