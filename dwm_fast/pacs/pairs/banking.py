@@ -18,7 +18,7 @@ BACKBONE = "backbone.safetensors"
 def bank_of(run: Path, method: str, seed: int) -> MaskBank:
     """The bank of a finished study of pairs.
 
-    The sources' networks differ, so a domain is of the form "kept": its bits, the weights of its source network that they
+    The sources' networks differ, so a domain is of the form "kept": its bits, the weights of its network that they
     keep, and whatever of that network has no mask. Under it the bank computes what the study's view "masked" does.
 
     Args:
