@@ -56,7 +56,7 @@ class MaskedModel(nn.Module):
         seed: seed of the mask noise; from torch's generator by default.
         noise: with torch.distributed, "shared": all ranks draw the same masks; "per-rank": each rank its own, rank r's
             j-th sample that which one process with mask_samples x ranks draws as number r * mask_samples + j. What is
-            saved does not depend on the number of ranks.
+            saved does not depend on the number of ranks. Ranks are those of the default process group.
     """
 
     memory, logits = "plain", "fp32"

@@ -49,9 +49,7 @@ class Learning:
                 mine = slice(self.rank * ROWS // self.ranks, (self.rank + 1) * ROWS // self.ranks)
                 waits = part + 1 < parts and isinstance(self.call, DistributedDataParallel)
                 with self.call.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-                    self.masked.observe(
-                        lambda weights: self.drawn.append(torch.cat([w.flatten() for w in weights]) != 0)
-                    )
+                    self.masked.observe(self._keep)
                     F.cross_entropy(self.call(x[mine]), torch.arange(ROWS)[mine] % 4).backward()
             nn.utils.clip_grad_norm_(self.masked.mask_parameters(), clip)
             self.optimizer.step()
