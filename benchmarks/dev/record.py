@@ -44,7 +44,7 @@ def tables(results: Mapping[str, Any]) -> str:
     """The run's tables, Markdown."""
     if results.get("kind") == "sequence":
         return sequence_table.to_markdown(sequence_table.sequence_table(results))
-    return table.to_markdown(table.paper_table(results)) + published.beside_published(results)
+    return "\n".join([table.to_markdown(table.paper_table(results)), published.beside_published(results)])
 
 
 def words(results: Mapping[str, Any]) -> list[str]:

@@ -59,7 +59,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     seeds that all of them have, in the view `shared`.
     """
     chosen = _best_of_each(results)
-    if not results["data"]["real"] or not {"none", "binary"} < set(chosen):
+    if not results["data"]["real"] or not {"none", "binary"} <= set(chosen):
         return []
     pairs = {method: _by_pair(runs) for method, runs in chosen.items()}
     count = len(pairs["none"])
