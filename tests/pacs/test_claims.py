@@ -170,7 +170,8 @@ def test_stages_done_one_by_one_are_collected_to_the_results_of_the_whole(tmp_pa
 
 def test_every_stage_says_on_what_and_on_how_many_threads_it_was_computed(tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    study = one(tmp_path, threads=before + 1)
+    other = 1 if before > 1 else 2  # not 3: torch 2.14 crashes there on AVX-512, in the backward of so narrow a network
+    study = one(tmp_path, threads=other)
     study.run_stage(TUNE)
     assert torch.get_num_threads() == before
     assert len(stages(tmp_path)) == 3
@@ -178,5 +179,5 @@ def test_every_stage_says_on_what_and_on_how_many_threads_it_was_computed(tmp_pa
         for planned in stage.planned if study.done(stage) else ():
             figures = study.lab.stages.figures(*planned)
             assert figures is not None
-            assert (figures["threads"], figures["device"]) == (before + 1, f"{os.uname().machine} CPU")
+            assert (figures["threads"], figures["device"]) == (other, f"{os.uname().machine} CPU")
     assert isinstance(study, PairStudy)
