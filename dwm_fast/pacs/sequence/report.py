@@ -41,13 +41,16 @@ def _final(rows: Sequence[SequenceRow]) -> Table:
             Cell(row.average, strong=row.average.rank == best),
             Cell(row.backward_transfer, signed=True),
             Cell(row.forgetting, signed=True),
+            row.incremental_average,
+            Cell(row.weighted_forgetting, signed=True),
             storage(row.bits_added),
             MISSING if row.seconds.mean is None else f"{row.seconds.mean:.1f}",
         ]
         for row in rows
     ]
     domains = list(rows[0].final) if rows else []
-    names = ["method", *domains, "average", "backward transfer", "forgetting", "added per domain", "seconds"]
+    later = ["incremental average", "forgetting by size"]
+    names = ["method", *domains, "average", "backward transfer", "forgetting", *later, "added per domain", "seconds"]
     return Table(names, body, note=f"{note(rows)} Bold is the highest average.")
 
 

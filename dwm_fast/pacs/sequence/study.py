@@ -66,7 +66,7 @@ class SequenceStudy(Study):
                 sources=[self.lab.source(sequence[0], seed).figures for seed in self.config.seeds],
                 tasks=tasks,
                 rows=rows,
-                measures=table.measures(sequence, rows, tasks),
+                measures=table.measures(sequence, rows, tasks, {d: len(self.data.domains[d].test) for d in sequence}),
             ),
         }
 

@@ -5,6 +5,8 @@ With a[i][j] the accuracy on task j after task i was learned, and n tasks:
     average            mean over j of a[n-1][j]
     forgetting         mean over j < n-1 of (max over j <= i < n-1 of a[i][j]) - a[n-1][j]     Chaudhry et al. 2018
     backward transfer  mean over j < n-1 of a[n-1][j] - a[j][j]                      Lopez-Paz and Ranzato 2017
+    incremental        mean over i of the mean over j <= i of a[i][j]                Rebuffi et al. 2017
+    weighted           forgetting, each task counted by its number of test images
 """
 
 from __future__ import annotations
@@ -21,21 +23,30 @@ if TYPE_CHECKING:
 
 RAW_COLUMNS = ("method", "seed", "view", "position", "after", "on", "accuracy", "loss")
 METRICS = ("average", "backward_transfer", "forgetting", "bits_added", "seconds")
+LATER_METRICS = ("incremental_average", "weighted_forgetting")
+"""What runs of earlier releases have not recorded."""
 
 _BITS_IN_MB = 8e6
 
 
-def forgetting(matrix: Sequence[Sequence[float]]) -> float:
+def forgetting(matrix: Sequence[Sequence[float]], sizes: Sequence[float] | None = None) -> float:
     """Mean over all tasks but the last of the best earlier accuracy minus the final one.
 
     Args:
         matrix: row i holds the accuracies on tasks 0 to i after task i; at least two rows.
+        sizes: how much each task but the last counts; all the same by default.
 
     >>> forgetting([[0.9], [0.95, 0.8], [0.7, 0.8, 0.6]])
     0.125
     """
     last = len(matrix) - 1
-    return fmean(max(matrix[i][j] for i in range(j, last)) - matrix[last][j] for j in range(last))
+    lost = [max(matrix[i][j] for i in range(j, last)) - matrix[last][j] for j in range(last)]
+    return fmean(lost, None if sizes is None else sizes[:last])
+
+
+def incremental_average(matrix: Sequence[Sequence[float]]) -> float:
+    """Mean over the stages of the sequence of the mean accuracy on all tasks seen by then; `matrix` as above."""
+    return fmean(map(fmean, matrix))
 
 
 def backward_transfer(matrix: Sequence[Sequence[float]]) -> float:
@@ -45,7 +56,10 @@ def backward_transfer(matrix: Sequence[Sequence[float]]) -> float:
 
 
 def measures(
-    sequence: Sequence[str], rows: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+    sequence: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    tasks: Sequence[Mapping[str, Any]],
+    sizes: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """One entry per method, view and seed.
 
@@ -53,10 +67,12 @@ def measures(
         sequence: the domains in order.
         rows: one per method, seed, view and pair of domains "after" and "on", with "accuracy".
         tasks: one per method, seed and "position", with "bits" and "seconds" of that domain.
+        sizes: number of test images of every domain.
 
     Returns:
-        "final" (domain -> accuracy), "average", "forgetting", "backward_transfer"; "bits_added" and "seconds" are means
-        over the domains that were added to the first one, "bits_total" the sum over all.
+        "final" (domain -> accuracy), "average", "forgetting", "backward_transfer", "incremental_average" and
+        "weighted_forgetting"; "bits_added" and "seconds" are means over the domains that were added to the first one,
+        "bits_total" the sum over all.
     """
     accuracy = {(r["method"], r["view"], r["seed"], r["after"], r["on"]): r["accuracy"] for r in rows}
     found = []
@@ -76,6 +92,8 @@ def measures(
                 "average": fmean(matrix[-1]),
                 "forgetting": forgetting(matrix),
                 "backward_transfer": backward_transfer(matrix),
+                "incremental_average": incremental_average(matrix),
+                "weighted_forgetting": forgetting(matrix, [sizes[domain] for domain in sequence]),
                 "bits_added": fmean(task["bits"] for task in added),
                 "bits_total": sum(task["bits"] for task in own),
                 "seconds": fmean(task["seconds"] for task in added),
@@ -97,6 +115,8 @@ class SequenceRow:
     forgetting: Stat
     bits_added: Stat
     seconds: Stat
+    incremental_average: Stat
+    weighted_forgetting: Stat
     seeds: int
 
 
@@ -115,10 +135,15 @@ def sequence_table(results: Mapping[str, Any]) -> list[SequenceRow]:
                 view,
                 {domain: over_seeds([run["final"][domain] for run in runs]) for domain in results["sequence"]},
                 **{metric: over_seeds([run[metric] for run in runs]) for metric in METRICS},
+                **{metric: _where_recorded(runs, metric) for metric in LATER_METRICS},
                 seeds=len(runs),
             )
         )
     return table
+
+
+def _where_recorded(runs: Sequence[Mapping[str, Any]], metric: str) -> Stat:
+    return over_seeds([run[metric] for run in runs]) if all(metric in run for run in runs) else Stat(None)
 
 
 def storage(value: Stat) -> str:
@@ -143,7 +168,9 @@ def to_markdown(rows: Sequence[SequenceRow]) -> str:
     if not rows:
         return "No runs yet.\n"
     domains = list(rows[0].final)
-    header = ["method", "view", *domains, "average", "backward transfer", "forgetting", "bits added", "seconds"]
+    later = any(row.incremental_average.mean is not None for row in rows)
+    more = ["incremental average", "forgetting by size"] if later else []
+    header = ["method", "view", *domains, "average", "backward transfer", "forgetting", *more, "bits added", "seconds"]
     body = [
         [
             row.method,
@@ -152,6 +179,7 @@ def to_markdown(rows: Sequence[SequenceRow]) -> str:
             number(row.average),
             number(row.backward_transfer, True),
             number(row.forgetting, True),
+            *([number(row.incremental_average), number(row.weighted_forgetting, True)] if later else []),
             MISSING if row.bits_added.mean is None else f"{row.bits_added.mean:,.0f}",
             number(row.seconds, digits=1),
         ]
@@ -164,12 +192,12 @@ def to_markdown(rows: Sequence[SequenceRow]) -> str:
 def to_csv(rows: Sequence[SequenceRow]) -> str:
     """The table, a line per method and view."""
     domains = list(rows[0].final) if rows else []
-    names = [*(f"final_{domain}" for domain in domains), *METRICS]
+    names = [*(f"final_{domain}" for domain in domains), *METRICS, *LATER_METRICS]
     lines: list[Sequence[object]] = [
         ["data", "method", "view", *(column for name in names for column in (name, f"{name}_spread")), "seeds"]
     ]
     for row in rows:
-        stats: list[Stat] = [*row.final.values(), *(getattr(row, metric) for metric in METRICS)]
+        stats: list[Stat] = [*row.final.values(), *(getattr(row, metric) for metric in (*METRICS, *LATER_METRICS))]
         values = [value for one in stats for value in (one.mean, one.spread)]
         lines.append([row.data, row.method, row.view, *values, row.seeds])
     return csv_text(lines)

@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 
 from dwm_fast.pacs.sequence.table import (
+    LATER_METRICS,
     backward_transfer,
     forgetting,
+    incremental_average,
     measures,
     rows_csv,
     sequence_table,
@@ -39,6 +41,16 @@ def test_backward_transfer_is_from_just_after_learning_to_the_end() -> None:
     assert backward_transfer([[0.5], [0.7, 1.0]]) == pytest.approx(0.2)
 
 
+def test_the_incremental_average_counts_every_stage_alike() -> None:
+    # after the first 0.9, after the second (0.9 + 0.7) / 2 = 0.8, after the third (0.6 + 0.6 + 0.9) / 3 = 0.7
+    assert incremental_average([[0.9], [0.9, 0.7], [0.6, 0.6, 0.9]]) == pytest.approx(0.8)
+
+
+def test_forgetting_by_size_counts_tasks_by_their_images() -> None:
+    # lost: 0.25 of photo, which has three times the images of art, and 0 of art
+    assert forgetting([[0.9], [0.95, 0.8], [0.70, 0.8, 0.6]], [300, 100, 7]) == pytest.approx(0.1875)
+
+
 def test_measures_of_every_method_view_and_seed() -> None:
     found = {(m["method"], m["view"], m["seed"]): m for m in results()["measures"]}
     assert set(found) == set(MATRICES)
@@ -59,7 +71,7 @@ def test_measures_need_nothing_but_their_rows() -> None:
         for a, o, x in (("q", "p", 0.25), ("p", "p", 0.5), ("q", "q", 0.75))
     ]
     tasks = [{"method": "m", "seed": 3, "position": i, "bits": 8 * i, "seconds": i} for i in (0, 1)]
-    (one,) = measures(["p", "q"], rows, tasks)
+    (one,) = measures(["p", "q"], rows, tasks, {"p": 3, "q": 5})
     assert one == {
         "method": "m",
         "view": "v",
@@ -68,6 +80,8 @@ def test_measures_need_nothing_but_their_rows() -> None:
         "average": 0.5,
         "forgetting": 0.25,
         "backward_transfer": -0.25,
+        "incremental_average": 0.5,
+        "weighted_forgetting": 0.25,
         "bits_added": 8,
         "bits_total": 8,
         "seconds": 1,
@@ -94,9 +108,14 @@ def test_markdown_names_order_data_and_numbers() -> None:
     assert text.startswith(f"**After photo, art, sketch in this order, on {STAND_IN}**")
     header, _, *body = [line for line in text.splitlines() if line.startswith("|")]
     assert header == (
-        "| method | view | photo | art | sketch | average | backward transfer | forgetting | bits added | seconds |"
+        "| method | view | photo | art | sketch | average | backward transfer | forgetting | incremental average | "
+        "forgetting by size | bits added | seconds |"
     )
-    assert body[2] == "| binary | masked | 0.900 | 0.800 | 0.700 | 0.800 | 0.000 | 0.000 | 200 | 3.0 |"
+    # after photo 0.9, after art (0.9 + 0.8) / 2, after sketch 0.8
+    assert body[2] == "| binary | masked | 0.900 | 0.800 | 0.700 | 0.800 | 0.000 | 0.000 | 0.850 | 0.000 | 200 | 3.0 |"
+    old = [{k: v for k, v in one.items() if k not in LATER_METRICS} for one in results()["measures"]]
+    earlier = to_markdown(sequence_table({**results(), "measures": old}))
+    assert "| binary | masked | 0.900 | 0.800 | 0.700 | 0.800 | 0.000 | 0.000 | 200 | 3.0 |" in earlier
     assert "0.650 ± 0.071" in body[0]
     assert "-0.250 ± 0.071" in body[0]  # backward transfers -0.3 and -0.2
     assert "mean ± standard deviation over 2 seeds" in text
