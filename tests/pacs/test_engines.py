@@ -1,8 +1,13 @@
-"""Stages on several processes: the numbers of a serial run, whoever is killed."""
+"""Stages on several processes: the numbers of a serial run, whoever is killed.
+
+DWM_FAST_STUDY_KILLS sets how many studies are killed at a moment of their own (default 1; a full campaign uses 20).
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,6 +24,8 @@ from dwm_fast.pacs.study import Stage, Study
 
 from .study_for_tests import config, stages, tiny, without_seconds
 from .worker_for_tests import CONFIG, MODULE
+
+KILLS = int(os.environ.get("DWM_FAST_STUDY_KILLS", "1"))
 
 
 @pytest.fixture(autouse=True)
@@ -74,20 +81,34 @@ def test_two_processes_of_which_one_is_killed_give_the_numbers_of_a_serial_run(t
     assert Study(CONFIG, parted).run_on(Processes(2, "nothing.is.begun")) == results
 
 
-def test_a_killed_driver_takes_its_processes_along_and_another_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", MODULE, "drive", str(tmp_path)]
+def children(pid: int) -> list[int]:
+    """Processes that a process has begun."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_at_any_moment_nothing_is_lost_and_nothing_done_twice(number: int, tmp_path: Path) -> None:
+    """A driver (first) or a worker; a driver takes its processes along, and another one goes on."""
+    chance = random.Random(number)
+    serial = Study(CONFIG, tmp_path / "serial").run()
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", MODULE, "drive", str(folder)]
     driver = subprocess.Popen(command, env={**os.environ, "SLOW": "0.3"})
-    stop = time.monotonic() + 60
-    while len(stages(tmp_path)) < 2 and time.monotonic() < stop:
+    stop, wanted = time.monotonic() + 60, 2 if number == 0 else chance.randrange(4)
+    while (len(stages(folder)) < wanted or len(children(driver.pid)) < 2) and time.monotonic() < stop:
         time.sleep(0.02)
-    study = Study(CONFIG, tmp_path)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    before = written(tmp_path)
-    assert 0 < sum(before.values()) < 6
-    study.run_on(Processes(2, MODULE))
-    assert set(written(tmp_path).values()) == {1}
-    assert (tmp_path / "results.json").exists()
+    time.sleep(chance.random() * 0.3 * (number > 0))
+    if number % 2 == 0:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert number > 0 or 0 < sum(written(folder).values()) < 6
+        Study(CONFIG, folder).run_on(Processes(2, MODULE))
+    else:
+        os.kill(chance.choice(children(driver.pid)), signal.SIGKILL)
+        assert driver.wait(60) == 0
+    assert without_seconds(json.loads((folder / "results.json").read_text())) == without_seconds(serial)
+    assert set(written(folder).values()) == {1}
 
 
 def test_a_stage_that_cannot_be_done_is_one_line_and_others_are_kept(tmp_path: Path) -> None:
