@@ -67,7 +67,8 @@ DWM_NOINLINE static void kept_rows_run(const Stored<kType>** next, const intptr_
     Lanes kept[kN];
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i) {
-      const uint32_t word = load16(bits[i] + c / 8) & wanted;
+      // Of eight columns and fewer one byte is read: bits may end with it.
+      const uint32_t word = wanted > 0xFFu ? load16(bits[i] + c / 8) & wanted : bits[i][c / 8] & wanted;
       kept[i] = place16<kType>(values[i], word);
       values[i] += std::popcount(word);
     }

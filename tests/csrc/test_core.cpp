@@ -424,6 +424,7 @@ int main() {
         check_kept(*k, m, 3, width, 7, Type::f16);
       }
     }
+    check_kept(*k, 1, 16, 24, 4, Type::f32);  // bits that end with the last row's last byte
     for (const int64_t taps : {1, 4, 9, 49}) {
       for (const bool last : {false, true}) {
         check_filters(*k, 3, 33, taps, last);
