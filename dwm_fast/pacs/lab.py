@@ -69,8 +69,12 @@ class Lab:
         self._fingerprints = {name: fingerprint({name: domain}) for name, domain in data.domains.items()}
         self._weights = weights_identity(config.weights)
 
+    def classes(self, domain: str) -> int:
+        """Number of classes of a domain."""
+        return len(self.data.classes_of(domain))
+
     def network(self, state: Mapping[str, Tensor] | None = None, classes: int | None = None) -> nn.Module:
-        """The backbone on the device in channels_last, with `state` where given; `classes` are the data's if None."""
+        """The backbone on the device in channels_last, with `state` where given; None: as many classes as the data."""
         model = build_backbone(self.config.backbone, len(self.data.classes) if classes is None else classes)
         if state is not None:
             model.load_state_dict(dict(state))
@@ -156,11 +160,11 @@ class Lab:
     def _train_source(self, name: str, settings: dict[str, Any], source: str, seed: int) -> Finished:
         begun = time.perf_counter()
         torch.manual_seed(stage_seed("network", seed))
-        model = build_backbone(self.config.backbone, len(self.data.classes))
+        model = build_backbone(self.config.backbone, self.classes(source))
         if self.config.weights is not None:
             load_weights(model, self.config.weights, self.config.backbone)
         start = {f"start/{k}": v.detach().clone() for k, v in model.state_dict().items()}
-        model = self.network(model.state_dict())
+        model = self.network(model.state_dict(), self.classes(source))
         train(
             model,
             self.batches(source, stage_seed(name)),

@@ -172,7 +172,9 @@ class Study:
         to_train = not all(self.lab.stages.check(*self.lab.source_stage(*cell)) for cell in cells)
         if self.config.weights is None or not to_train:
             return None
-        return load_weights(self.lab.network(), self.config.weights, self.config.backbone)
+        return load_weights(
+            self.lab.network(classes=self.lab.classes(cells[0][0])), self.config.weights, self.config.backbone
+        )
 
     def source_stage(self, source: str, seed: int, label: str) -> Stage:
         """The stage that trains a source network."""

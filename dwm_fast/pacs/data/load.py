@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,17 @@ VALIDATION = ", validation part of the training images"
 
 @dataclass(frozen=True)
 class DomainSet:
-    """One domain: `images` (N, 3, H, W) uint8; `labels` (N,), `train` and `test` positions, int64."""
+    """One domain: `images` (N, 3, H, W) uint8; `labels` (N,), `train` and `test` positions, int64.
+
+    `classes` are the names that its labels count, where they are its own; empty where they are those of the data set.
+    """
 
     images: Tensor
     labels: Tensor
     train: Tensor
     test: Tensor
     names: list[str]
+    classes: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> DomainSet:
         """The same set with all tensors on `device`."""
@@ -44,10 +49,12 @@ class DomainSet:
 
 @dataclass(frozen=True)
 class PacsData:
-    """All domains of a study, in the order photo, art, cartoon, sketch.
+    """All domains of a study, in order: of PACS photo, art, cartoon, sketch.
 
-    `real` is False for procedural images. `fingerprint` is the SHA-256 of pixels, labels and splits: two data
-    sets with the same fingerprint give the same study. `left_out` counts the files that were not taken, by reason.
+    `real` is False for procedural images. `classes` are the names of all classes, each once; `classes_of` a domain
+    are those that its labels count. `fingerprint` is the SHA-256 of pixels, labels and splits, and of the classes of
+    domains that have their own: two data sets with the same fingerprint give the same study. `left_out` counts the
+    files that were not taken, by reason. `split` says in words which images train and which test.
     """
 
     name: str
@@ -57,6 +64,11 @@ class PacsData:
     image_size: int
     fingerprint: str
     left_out: Mapping[str, int] = field(default_factory=dict)
+    split: str = ""
+
+    def classes_of(self, domain: str) -> tuple[str, ...]:
+        """The names that the labels of a domain count."""
+        return self.domains[domain].classes or self.classes
 
     def to(self, device: torch.device | str) -> PacsData:
         """The same data with all tensors on `device`."""
@@ -147,18 +159,21 @@ def validation_part(data: PacsData, fraction: float, seed: int = 0) -> PacsData:
         positions = domain.train.tolist()
         names, labels = [domain.names[i] for i in positions], domain.labels[domain.train]
         records = [Record(name, int(k), n, b"", n) for n, k in zip(names, labels, strict=True)]
-        train, held = holdout_split(records, fraction, seed)
-        sets[name] = DomainSet(domain.images[domain.train], labels, torch.tensor(train), torch.tensor(held), names)
+        train, held = holdout_split(records, fraction, seed, data.classes_of(name))
+        parts = torch.tensor(train), torch.tensor(held)
+        sets[name] = DomainSet(domain.images[domain.train], labels, *parts, names, domain.classes)
     return replace(data, name=data.name + VALIDATION, domains=sets, fingerprint=fingerprint(sets))
 
 
 def fingerprint(domains: Mapping[str, DomainSet]) -> str:
-    """SHA-256 (hex) over the names of the domains, their decoded pixels, labels and splits, in order."""
+    """SHA-256 (hex) over the names of the domains, their pixels, labels, splits and own classes, in order."""
     digest = hashlib.sha256()
     for name, domain in domains.items():
         digest.update(f"{name} {tuple(domain.images.shape)} {len(domain.train)} {len(domain.test)};".encode())
         for tensor in (domain.images, domain.labels, domain.train, domain.test):
             digest.update(tensor.cpu().contiguous().numpy().data)
+        if domain.classes:
+            digest.update(json.dumps(domain.classes).encode())
     return digest.hexdigest()
 
 

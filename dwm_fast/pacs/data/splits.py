@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,12 @@ _SUFFIX = "_kfold.txt"
 _NUMBER = re.compile("[0-9]{1,3}")
 
 
-def holdout_split(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def holdout_split(
+    records: Sequence[Record], fraction: float, seed: int, classes: Sequence[str] = CLASSES
+) -> tuple[list[int], list[int]]:
     """Stratified split of one domain's records; returns positions (train, test), both ascending.
+
+    `classes` are the names that the labels count.
 
     Of each class, round(fraction * n) images but at least one and at most n - 1 are held out: those with the
     smallest SHA-256 of ``"{seed}:{name}"``. So the choice depends on seed and names alone, not on order,
@@ -25,8 +30,11 @@ def holdout_split(records: Sequence[Record], fraction: float, seed: int) -> tupl
     if not 0.0 < fraction < 1.0:
         raise InputError(f"a hold-out of {fraction}: expected a fraction of the images between 0 and 1, such as 0.1")
     held: set[int] = set()
-    for label, name in enumerate(CLASSES):
-        members = [i for i, r in enumerate(records) if r.label == label]
+    by_label: dict[int, list[int]] = defaultdict(list)
+    for i, record in enumerate(records):
+        by_label[record.label].append(i)
+    for label, name in enumerate(classes):
+        members = by_label[label]
         if len(members) < 2:
             where = records[members[0]].origin if members else records[0].domain
             raise DataError(f"{where}: only {len(members)} image of class {name}; a hold-out needs at least two")

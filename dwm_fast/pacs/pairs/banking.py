@@ -44,14 +44,15 @@ def bank_of(run: Path, method: str, seed: int) -> MaskBank:
     for planned in (p for s in sources for p in (lab.source_stage(s, seed), lab.mask_stage(s, method, seed))):
         if not lab.stages.check(*planned):
             raise InputError(f"stage {planned[0]} is not done in {run}; run the study to its end first")
-    bank = MaskBank(lab.network(lab.source(sources[0], seed).start))
+    bank = MaskBank(lab.network(lab.source(sources[0], seed).start, lab.classes(sources[0])))
     for source in sources:
-        found, trained = lab.mask(source, method, seed).found, lab.network(lab.source(source, seed).end)
+        found = lab.mask(source, method, seed).found
+        trained = lab.network(lab.source(source, seed).end, lab.classes(source))
         assert found.keep is not None
         masked = {f"{layer}.weight" for layer in found.keep}
         own = MaskBank(trained)
         state = {name: value for name, value in trained.state_dict().items() if name not in masked}
-        own.add(source, found.keep, form="kept", state=state, method=method, classes=study.data.classes)
+        own.add(source, found.keep, form="kept", state=state, method=method, classes=study.data.classes_of(source))
         bank.add_record(own.record(source))
     return bank
 

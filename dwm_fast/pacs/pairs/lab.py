@@ -81,14 +81,14 @@ class PairLab(Lab):
         tensors, figures = self.stages.once(*planned, lambda: self._find_mask(planned, source, method, seed, target))
         keep = {
             layer: ops.unpack(tensors[layer], [numel])[0].view(shape)
-            for layer, numel, shape in self._shapes()
+            for layer, numel, shape in self._shapes(source)
             if layer in tensors
         }
         found = FoundMask(keep or None, figures["coefficient"], figures["within_budget"], figures["history"])
         return Mask(found, figures)
 
-    def _shapes(self) -> list[tuple[str, int, torch.Size]]:
-        weights = maskable_weights(build_backbone(self.config.backbone, len(self.data.classes)))
+    def _shapes(self, source: str) -> list[tuple[str, int, torch.Size]]:
+        weights = maskable_weights(build_backbone(self.config.backbone, self.classes(source)))
         return [(name, there.weight.numel(), there.weight.shape) for name, there in weights.items()]
 
     def _find_mask(self, planned: Planned, source: str, method: str, seed: int, target: str | None) -> Finished:
@@ -97,7 +97,7 @@ class PairLab(Lab):
         begun = time.perf_counter()
         key = stage_seed(name)
         torch.manual_seed(key)
-        model = self.network(trained.end)
+        model = self.network(trained.end, self.classes(source))
         other = None if target is None else SourceTask(**self.given(target, key), seed=key)
         found = self.method(method).find(
             model, SourceTask(**self.given(source, key), seed=key, start=trained.start, target=other)
@@ -162,7 +162,7 @@ class PairLab(Lab):
         found = self.mask(run.source, run.method, run.seed, seen).found if run.method != "none" else None
         begun = time.perf_counter()
         torch.manual_seed(stage_seed(name))
-        original, model = self.network(trained.end), self.network(trained.end)
+        original, model = (self.network(trained.end, self.classes(run.source)) for _ in range(2))
         keep = None
         if found is not None and found.keep is not None:
             keep = {layer: mask.to(self.device) for layer, mask in found.keep.items()}

@@ -127,7 +127,7 @@ class PairStudy(Study):
             source,
             keep,
             method=method,
-            classes=self.data.classes,
+            classes=self.data.classes_of(source),
             options={"data": self.data.name, "seed": seed, "backbone": self.config.backbone},
             fingerprint=fingerprint({name: weights[name] for name in keep}),
         )

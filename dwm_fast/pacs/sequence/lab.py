@@ -80,12 +80,12 @@ class SequenceLab(Lab):
     def task(self, domain: str, seed: int, key: int) -> Task:
         """A domain as a task. Every method sees the same batches; `key` seeds what the method draws itself."""
         shared = stage_seed("task", domain, seed)
-        return Task(name=domain, classes=len(self.data.classes), **self.given(domain, shared), seed=key)
+        return Task(name=domain, classes=self.classes(domain), **self.given(domain, shared), seed=key)
 
     def _learn(self, method: str, position: int, seed: int) -> Finished:
         name, settings = self.task_stage(method, position, seed)
         first, domain = self.sequence[0], self.sequence[position]
-        start = self.network(self.source(first, seed).end) if position == 0 else None
+        start = self.network(self.source(first, seed).end, self.classes(first)) if position == 0 else None
         learner = self._fresh(method) if start is not None else self.learner(method, position - 1, seed)
         task = self.task(domain, seed, stage_seed(name))
         torch.manual_seed(stage_seed(name))
