@@ -3,6 +3,7 @@
 from dwm_fast.methods.base import FoundMask, Method, SourceTask
 from dwm_fast.methods.binary import Binary
 from dwm_fast.methods.budget import SourceBudget
+from dwm_fast.methods.cpg import CPG
 from dwm_fast.methods.dwm_sequence import BinarySequence
 from dwm_fast.methods.edit import EditMask
 from dwm_fast.methods.fggm import FGGM
@@ -34,6 +35,7 @@ from dwm_fast.methods.transfer import (
 
 __all__ = [
     "BATCH_NORM_POLICIES",
+    "CPG",
     "FGGM",
     "HAT",
     "INITS",

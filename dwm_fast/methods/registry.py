@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dwm_fast.errors import InputError
+from dwm_fast.methods.cpg import CPG
 from dwm_fast.methods.dwm_sequence import BinarySequence
 from dwm_fast.methods.fggm import FGGM
 from dwm_fast.methods.fine_tuning import FineTuning
@@ -155,7 +156,7 @@ def _module(name: str) -> Any:
 
 def _of_the_library() -> dict[str, SequentialMethod]:
     methods: list[SequentialMethod] = [FineTuning(), Piggyback(), KSM(), SPG(), PackNet(), BinarySequence()]
-    methods += [HAT(), TopScores(), FGGM()]
+    methods += [HAT(), TopScores(), FGGM(), CPG()]
     return {method.name: method for method in methods}
 
 

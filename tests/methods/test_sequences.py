@@ -8,6 +8,7 @@ import torch
 
 from dwm_fast.errors import InputError
 from dwm_fast.methods import (
+    CPG,
     FGGM,
     HAT,
     KSM,
@@ -45,6 +46,10 @@ METHODS = {
     "top-scores": TopScores(options=RealMaskOptions(epochs=2, lr=0.01)),
     **{f"fggm {p}": FGGM(options=TrainOptions(epochs=2, lr=0.01, batch_norm=p)) for p in ("frozen", "per-domain")},
     **{
+        f"cpg {p}": CPG(training=TrainOptions(2, 0.01, batch_norm=p), pruning=TrainOptions(1, 0.01, batch_norm=p))
+        for p in ("frozen", "per-domain")
+    },
+    **{
         f"binary {p}": BinarySequence(
             Binary(options=LearnedMask(epochs=4, lr=0.3, coefficient=0.1)),
             TrainOptions(epochs=2, lr=0.01, batch_norm=p),
@@ -52,7 +57,7 @@ METHODS = {
         for p in POLICIES
     },
 }
-EXACT = [name for name in METHODS if name.split()[0] in ("piggyback", "ksm", "packnet", "hat", "top-scores")]
+EXACT = [name for name in METHODS if name.split()[0] in ("piggyback", "ksm", "packnet", "hat", "top-scores", "cpg")]
 TASKS = (image_task("photo"), image_task("art", classes=3), image_task("sketch", classes=5))
 
 
@@ -211,7 +216,7 @@ def test_a_name_is_learned_once():
 
 def test_the_registry_has_all_methods_and_the_presets_of_the_papers():
     methods = sequential_methods()
-    assert list(methods) == ["none", "piggyback", "ksm", "spg", "packnet", "binary", "hat", "top-scores", "fggm"]
+    assert list(methods) == ["none", "piggyback", "ksm", "spg", "packnet", "binary", "hat", "top-scores", "fggm", "cpg"]
     assert all(method.name == name for name, method in methods.items())
     assert {name: preset.name for name, preset in presets().items()} == {
         "piggyback-paper": "piggyback",
