@@ -13,6 +13,7 @@ from dwm_fast.nn.register import register_kind
 from dwm_fast.nn.schedule import LinearSchedule, TauSchedule
 from dwm_fast.nn.select import maskable_weights
 from dwm_fast.nn.semi_structured import SemiStructured
+from dwm_fast.nn.sparse import SparseLinear
 from dwm_fast.nn.streamed import StreamedConv2d, StreamedLayer, StreamedLinear
 from dwm_fast.nn.streamed_model import StreamedModel
 from dwm_fast.nn.top_k import TopK
@@ -32,6 +33,7 @@ __all__ = [
     "PackedConv2d",
     "PackedLinear",
     "SemiStructured",
+    "SparseLinear",
     "StreamedConv2d",
     "StreamedLayer",
     "StreamedLinear",

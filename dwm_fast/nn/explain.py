@@ -14,6 +14,7 @@ from dwm_fast.nn.hosts import MaskedParameter
 from dwm_fast.nn.kept import KeptLinear
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
 from dwm_fast.nn.packed import PackedConv2d, PackedLayer, PackedLinear, PackedParameter
+from dwm_fast.nn.sparse import SparseLinear
 from dwm_fast.ops import backends, padded
 from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.geometry import Geometry
@@ -69,7 +70,20 @@ def explain(layer: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype 
     packed = isinstance(layer, PackedLayer)
     name = f"{kind}_packed" if packed else kind
     operations = (name, f"{name}_input_grad", f"{name}_weight_grad" if packed else f"{name}_mask_grad")
-    return Explanation(*(_choice(op, layer, input_shape, dtype) for op in operations))
+    choices = [_choice(op, layer, input_shape, dtype) for op in operations]
+    if isinstance(layer, PackedLinear):
+        choices[0] = _with_sparse_cores(layer, choices[0], input_shape, dtype)
+    return Explanation(*choices)
+
+
+def _with_sparse_cores(layer: PackedLinear, choice: Choice, shape: Sequence[int], dtype: torch.dtype | None) -> Choice:
+    """The choice of a packed layer once more where sparse tensor cores were asked for."""
+    if layer.not_sparse:
+        return Choice(choice.way, f"{choice.why}; not on sparse tensor cores: {layer.not_sparse}")
+    if not isinstance(layer, SparseLinear):
+        return choice
+    x = torch.empty(tuple(shape), dtype=dtype or autocast_dtype(layer.backbone_weight), device="meta")
+    return layer.choice(x, choice)
 
 
 def _explained(layer: KeptLinear, shape: Sequence[int], dtype: torch.dtype | None) -> Explanation:

@@ -81,7 +81,7 @@ def _unpacked_layer(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
     for tensor in ("backbone_weight", "values", "row_starts", "bits"):
         plain._parameters.pop(tensor, None)
         plain._buffers.pop(tensor, None)
-    for attribute in ("_kept", "_plain_class"):
+    for attribute in ("_kept", "_sparse", "not_sparse", "_plain_class"):
         vars(plain).pop(attribute, None)
     plain.weight = weight
     if layer.bias is not None:

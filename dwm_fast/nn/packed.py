@@ -17,7 +17,7 @@ from dwm_fast.nn.recast import drop_mask, recast
 from dwm_fast.nn.shell import Shell
 from dwm_fast.ops.autocast import autocast_operands
 
-VALUES = ("auto", "kept", "all")
+VALUES = ("auto", "kept", "2:4", "all")
 """Which weights the linear layers of a packed network hold."""
 
 
@@ -58,6 +58,8 @@ class PackedLinear(PackedLayer):
 
     in_features: int
     out_features: int
+    not_sparse: str = ""
+    """Why it was made no `SparseLinear` where `pack` was asked for those."""
 
     @classmethod
     def from_masked(cls, layer: MaskedLinear) -> PackedLinear:
@@ -180,8 +182,11 @@ def pack(masked: MaskedModel, *, values: str = "auto") -> nn.Module:
     Args:
         masked: what `mask_model` returned; it is left as it is.
         values: which weights a linear layer holds. "all": the backbone's, shared. "kept": a copy of the kept ones
-            (`KeptLinear`). "auto": kept ones where that is faster (`ops.is_faster_kept`: on a CPU, 2^22 weights or
-            more, fp32 or bf16, at most half of them kept), else all. Convolutions hold all.
+            (`KeptLinear`). "2:4": the backbone's, and many rows run on sparse tensor cores (`SparseLinear`), of a
+            mask that keeps at most two of every four neighbours and a weight of whole blocks of 16 x 16; other layers
+            hold all, and `explain` says why. "auto": kept ones where that is faster (`ops.is_faster_kept`: on a CPU,
+            2^22 weights or more, fp32 or bf16, at most half of them kept), 2:4 ones on a GPU of sm_80 or later in bf16
+            or fp16, else all. Convolutions hold all.
 
     Returns:
         A network in eval() with `PackedLinear` and `PackedConv2d` layers (modules of other classes read their
@@ -193,7 +198,7 @@ def pack(masked: MaskedModel, *, values: str = "auto") -> nn.Module:
 
     Raises:
         InputError: the mask is more than one bit per weight (ternary, edits, kernel-wise soft masks); bake it
-            in with `dwm_fast.merge`. Or `values` is none of the three.
+            in with `dwm_fast.merge`. Or `values` is none of these.
 
     Example:
         >>> import torch, dwm_fast as dwm
@@ -217,19 +222,32 @@ def pack(masked: MaskedModel, *, values: str = "auto") -> nn.Module:
 
 def _put_packed(shell: Shell, layer: MaskedLayer, values: str) -> None:
     """Bits in the place of one mask, for all who read it."""
-    from dwm_fast.nn.kept import lighter
-
     packed: PackedLayer
     if isinstance(layer, MaskedParameter):
         packed = PackedParameter(layer._host, layer.attribute, _bits(layer))
         attach(layer._host, layer.attribute, packed)
     elif isinstance(layer, MaskedLinear):
-        packed = lighter(_packed(layer, PackedLinear), values)
+        packed = _linear(_packed(layer, PackedLinear), values)
         shell.exchange(layer, packed)
     else:
         packed = _packed(layer, PackedConv2d)
         shell.exchange(layer, packed)
     repoint(shell.module, layer, packed)
+
+
+def _linear(layer: PackedLinear, values: str) -> PackedLinear:
+    """`layer` in the form that `values` asks for."""
+    from dwm_fast.nn.kept import lighter
+    from dwm_fast.nn.sparse import sparser
+
+    if values in ("auto", "2:4"):
+        layer, why_not = sparser(layer, values)
+        if values == "2:4":
+            layer.not_sparse = why_not
+            return layer
+        if not why_not:
+            return layer
+    return lighter(layer, values)
 
 
 def _bits(layer: MaskedLayer) -> Tensor:

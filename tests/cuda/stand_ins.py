@@ -126,6 +126,7 @@ def _functions(gpu: GPU) -> dict[str, Callable[..., Any]]:
         "is_available": lambda: True,
         "device_count": lambda: COUNT,
         "current_device": lambda: gpu.device,
+        "get_device_capability": lambda device=None: (8, 0),
         "get_device_name": lambda device=None: f"Fake GPU {gpu.resolve(device).index}",
         "current_stream": gpu.stream,
         "default_stream": lambda device=None: gpu.defaults[gpu.resolve(device).index],
