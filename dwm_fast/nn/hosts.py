@@ -19,6 +19,7 @@ from dwm_fast.nn import recompute
 from dwm_fast.nn.kinds import MaskKind
 from dwm_fast.nn.layers import MaskedLayer
 from dwm_fast.nn.recast import recast
+from dwm_fast.ops.shards import is_shard
 
 _SLOT = "masked_"
 """A host's child is called by this and the parameter's name."""
@@ -42,7 +43,7 @@ class MaskedParameter(MaskedLayer, nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            given = self._given()
+            given = None if is_shard(self.frozen_weight) else self._given()
             return self.frozen_weight if given is None else given
         return nn.Module.__getattr__(self, name)
 

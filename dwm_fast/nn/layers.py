@@ -20,6 +20,7 @@ from dwm_fast.nn.stored import computed
 from dwm_fast.nn.transforms import refuse_transforms
 from dwm_fast.ops.autocast import autocast_dtype
 from dwm_fast.ops.coding import decoded, encoded
+from dwm_fast.ops.shards import is_shard
 
 
 def new_rng_state(seed: int | None, device: torch.device | str | None = None) -> Tensor:
@@ -73,7 +74,7 @@ class MaskedLayer(nn.Module):
     def _init_mask(self, kind: MaskKind, seed: int | None) -> None:
         self.kind = checked_kind(kind)
         self.layer_index = 0
-        self._staged: Tensor | None = None
+        self._staged: Any = None  # a masked weight, or the draw that makes it
         self.weight.requires_grad_(False)
         self.mask_logits = nn.Parameter(kind.initial(self.weight.detach()))
         self.unit = kind.unit(self.weight)
@@ -103,7 +104,7 @@ class MaskedLayer(nn.Module):
         self.tau = None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
+        if name == "weight" and not is_shard(self.__dict__["_parameters"].get(name)):  # a shard is the parameter's
             given = self._given()
             if given is not None:
                 return given
@@ -111,13 +112,15 @@ class MaskedLayer(nn.Module):
 
     def _given(self) -> Tensor | None:
         """The masked weight that a masked model made for this pass, or for the pass that a checkpoint repeats."""
-        staged: Tensor | None = self.__dict__.get("_staged")
+        staged = self.__dict__.get("_staged")
         if staged is None:
-            again: Tensor | None = recompute.recall(self, draws=self.__dict__["_buffers"].get("rng_state") is not None)
-            return again
-        if not torch.compiler.is_compiling() and recompute.saved_tensors_hooks() is not None:
+            staged = recompute.recall(self, draws=self.__dict__["_buffers"].get("rng_state") is not None)
+        elif not torch.compiler.is_compiling() and recompute.saved_tensors_hooks() is not None:
             recompute.remember(self, staged)
-        return staged
+        if staged is None or isinstance(staged, Tensor):
+            return staged
+        weight: Tensor = staged.weight(self)  # a LaterDraw: this layer was a shard when the pass began
+        return weight
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -258,7 +261,7 @@ def draw(
     return layers[0].kind.draw(learned, weights, state, tau, **of_each, **how, dtype=dtype)
 
 
-def stage(layers: Sequence[MaskedLayer], weights: Sequence[Tensor | None]) -> None:
+def stage(layers: Sequence[MaskedLayer], weights: Sequence[Any]) -> None:
     """Give each layer the masked weight that it is to multiply with, or take it back (None)."""
     compiling = torch.compiler.is_compiling()
     for layer, weight in zip(layers, weights, strict=True):

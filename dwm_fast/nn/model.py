@@ -19,8 +19,9 @@ from dwm_fast.nn.kinds import MaskKind
 from dwm_fast.nn.layers import MaskedLayer, draw, new_rng_state, new_tau, stage
 from dwm_fast.nn.recast import keep_dtype
 from dwm_fast.nn.select import literal
+from dwm_fast.nn.sharded import LaterDraw
 from dwm_fast.nn.shell import unwrapped
-from dwm_fast.ops.shards import refuse_shards
+from dwm_fast.ops.shards import is_shard, refuse_shards
 
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 """Layers that normalise by statistics which they may keep; what `batch_norm` means wherever it is asked for."""
@@ -28,6 +29,13 @@ NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instanc
 
 NOISES = ("shared", "per-rank")
 """What ranks of torch.distributed draw."""
+
+
+Drawn = tuple[Tensor, list[int], list[Tensor]]
+"""A pass's penalty, the versions of the logits that it is of, and the penalties of draws that it is the mean of."""
+
+
+_PARAMETER = frozenset({nn.Parameter})
 
 
 class Sampler(Protocol):
@@ -96,10 +104,10 @@ class MaskedModel(nn.Module):
         self.register_buffer("tau", new_tau(self.kind, device))
         for index, layer in enumerate(self._layers.values()):
             layer.hand_over(index)
-        self._drawn: tuple[Tensor, list[int]] | None = None  # the penalty, and the versions of logits it is of
+        self._drawn: Drawn | None = None
         self._recorder: Sampler | None = None
         self._observer: Callable[[list[Tensor]], None] | None = None
-        self._held: list[Tensor] | None = None
+        self._held: list[Any] | None = None
         self.model = model  # from here on, names that are new here and not to the network are the network's
         front.dress(self)
         self.train(model.training)
@@ -161,13 +169,14 @@ class MaskedModel(nn.Module):
             return self.mask_samples, 0
         return self.mask_samples * distributed.get_world_size(), self.mask_samples * distributed.get_rank()
 
-    def _still_differentiable(self, drawn: Tensor, versions: list[int]) -> bool:
+    def _still_differentiable(self, drawn: Tensor, versions: list[int], draws: list[Tensor]) -> bool:
         """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
         if drawn.grad_fn is None or versions != [p._version for p in self.mask_parameters()]:
             return False
         try:
-            # Not `saved_tensors`: under a checkpoint, unpacking one runs the whole network again.
-            _ = drawn.grad_fn._raw_saved_tensors  # type: ignore[attr-defined]
+            for one in draws:
+                # Not `saved_tensors`: under a checkpoint, unpacking one runs the whole network again.
+                _ = one.grad_fn._raw_saved_tensors  # type: ignore[union-attr]
         except RuntimeError:  # freed by a backward
             return False
         return True
@@ -203,21 +212,34 @@ class MaskedModel(nn.Module):
         layers, network, tau = list(self._layers.values()), self._modules["model"], self._buffers["tau"]
         assert network is not None
         assert tau is not None
-        versions = [layer._parameters["mask_logits"]._version for layer in layers]  # type: ignore[union-attr]
+        learned: list[Any] = [layer._parameters["mask_logits"] for layer in layers]
+        versions = [x._version for x in learned]
         samples, first = (self.mask_samples, 0) if self.noise == "shared" else self._of_ranks()
         options: dict[str, Any] = {"samples": samples} if self.training else {}
         if self.training and self._recorder is not None:
             options["sample"] = self._recorder.sample
-        masked, _, drawn = draw(layers, state, tau, training=self.training, step_offset=first + sample, **options)
-        if self.training and not repeated:
-            object.__setattr__(self, "_drawn", (drawn, versions))  # past nn.Module's, which takes microseconds
-            if self._observer is not None:
-                self._observer(masked)
+        options |= {"training": self.training, "step_offset": first + sample}
+        plain = _PARAMETER.issuperset(map(type, learned)) or torch.compiler.is_compiling()
+        later = None if plain or not any(map(is_shard, learned)) else LaterDraw(layers, state, tau, **options)
+        if later is None:
+            masked, _, penalty = draw(layers, state, tau, **options)
+            found = masked, penalty, [penalty]
+        else:
+            masked = later.staged()
         stage(layers, masked)
         try:
-            return network(*args, **kwargs)
+            output = network(*args, **kwargs)
         finally:
             stage(layers, self._held or [None] * len(layers))
+        if later is not None:
+            found = later.close()
+        if self.training and not repeated:
+            object.__setattr__(
+                self, "_drawn", (found[1], versions, found[2])
+            )  # past nn.Module's: it takes microseconds
+            if self._observer is not None:
+                self._observer(found[0])
+        return output
 
     @contextlib.contextmanager
     def _masks_held(self) -> Iterator[None]:
@@ -226,7 +248,12 @@ class MaskedModel(nn.Module):
         layers, before = list(self._layers.values()), self._held
         samples, first = (self.mask_samples, 0) if self.noise == "shared" else self._of_ranks()
         options: dict[str, Any] = {"samples": samples, "step_offset": first} if self.training else {}
-        masked, _, _ = draw(layers, self.rng_state.clone(), self.tau, training=self.training, **options)
+        options["training"] = self.training
+        state = self.rng_state.clone()
+        if any(is_shard(layer.mask_logits) for layer in layers):
+            masked = LaterDraw(layers, state, self.tau, **options).staged()
+        else:
+            masked, _, _ = draw(layers, state, self.tau, **options)
         self._held = masked
         stage(layers, masked)
         try:

@@ -19,8 +19,8 @@ def refuse_transforms(learned: Sequence[Tensor]) -> None:
         refuse_shards(
             learned,
             "a draw of masks",
-            "masks are drawn before the layers inside gather their parameters: call fully_shard on the masked model "
-            "(or on what holds it) alone, not on its layers or blocks, and call that whole",
+            "a part draws its masks where its forward has gathered its parameters: call fully_shard on masked layers, "
+            "blocks or the masked model, not on masks or on modules that are never called, and call the model whole",
         )
     if (torch._C._is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
         raise InputError("a masked network cannot be exported to ONNX; export the plain one, dwm_fast.merge(masked)")

@@ -14,7 +14,12 @@ GATHER = (
 )
 
 
+def is_shard(tensor: object) -> bool:
+    """Whether this process has a part of the tensor alone."""
+    return type(tensor).__name__ == "DTensor"  # a name: its module takes long to import
+
+
 def refuse_shards(tensors: Iterable[Tensor], what: str, instead: str = GATHER) -> None:
     """InputError that `what` needs whole tensors, and what to do instead, where one is a DTensor."""
-    if any(type(tensor).__name__ == "DTensor" for tensor in tensors):  # a name: its module takes long to import
+    if any(map(is_shard, tensors)):
         raise InputError(f"{what} needs whole tensors, and these are shards (DTensor); {instead}")
