@@ -18,6 +18,7 @@ from dwm_fast.bank.foreign import (
     write_foreign,
 )
 from dwm_fast.bank.holdings import Holding, Holdings
+from dwm_fast.bank.ownership import Ownership, read_ownership, write_ownership
 from dwm_fast.bank.record import FORMS, DomainMasks, Layout, MaskInfo, make_domain, pack_signs
 from dwm_fast.bank.serve import Served
 
@@ -32,6 +33,7 @@ __all__ = [
     "MaskBank",
     "MaskFile",
     "MaskInfo",
+    "Ownership",
     "Served",
     "as_masks",
     "as_ternary",
@@ -43,10 +45,12 @@ __all__ = [
     "open_domain",
     "pack_signs",
     "read_foreign",
+    "read_ownership",
     "read_rows",
     "read_ternary",
     "to_packbits",
     "to_pruned",
     "write_foreign",
     "write_mask_file",
+    "write_ownership",
 ]

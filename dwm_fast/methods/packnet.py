@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dwm_fast.bank import Ownership
 from dwm_fast.errors import InputError
 from dwm_fast.methods.learner import SequenceLearner, Tensors, seeded, train_task
 from dwm_fast.methods.sequence import Task
@@ -151,6 +152,10 @@ class PackNetLearner(SequenceLearner):
 
     def keep_masks(self, name: str) -> Tensors:
         return self.masks(name)
+
+    def ownership(self) -> Ownership:
+        """The owners of all weights by parameter name, for `dwm_fast.bank.write_ownership`."""
+        return Ownership(tuple(self.classes), {f"{layer}.weight": owner for layer, owner in self.owner.items()})
 
     def bits(self, name: str) -> int:
         """One bit a weight, the task's inference mask; whose weights they are is in the shared ownership map."""
