@@ -11,6 +11,7 @@ from torch import Tensor
 from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import unpack
 from dwm_fast.ops.packing import packed_offsets
+from dwm_fast.ops.shards import as_part, is_shard, part
 from dwm_fast.ops.update import BLOCK, free_ranks
 
 _BLOCK_BYTES = BLOCK // 8
@@ -19,6 +20,7 @@ _BLOCK_BYTES = BLOCK // 8
 class Bucket:
     """The parameters of one group that share device and dtype: what one operation steps together.
 
+    Of parameters that are shards (DTensor) it steps this process's parts; offsets, bits and ranks are those of parts.
     `steps`, fp32 (n,), holds every parameter's step count; state[p]["step"] is a 0-dim view into it. `bits`
     and `ranks` are as in `dwm_fast.ops.update`, both empty where nothing is kept.
     """
@@ -26,6 +28,7 @@ class Bucket:
     def __init__(self, params: list[Tensor], kept: Mapping[Tensor, Tensor], compact: bool) -> None:
         self.params = params
         self.index = {p: i for i, p in enumerate(params)}
+        self.sharded = any(map(is_shard, params))
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.steps = torch.zeros(len(params), device=self.device)
@@ -33,7 +36,7 @@ class Bucket:
         self.scale = torch.zeros((), device=self.device)
         self.bits = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.ranks = torch.empty(0, dtype=torch.int64, device=self.device)
-        numels = [p.numel() for p in params]
+        numels = [part(p).numel() for p in params]
         self._offsets = packed_offsets(numels)
         if any(p in kept for p in params):
             lengths = [b - a for a, b in itertools.pairwise(self._offsets)]
@@ -53,10 +56,10 @@ class Bucket:
         if self.ranks.numel() == 0:
             return None
         bits = self.bits[self._offsets[i] : self._offsets[i + 1]]
-        return (~unpack(bits, [self.params[i].numel()])[0]).nonzero().squeeze(1)
+        return (~unpack(bits, [part(self.params[i]).numel()])[0]).nonzero().squeeze(1)
 
     def new_state(self, i: int) -> Tensor:
-        """Zeros: of the parameter's shape and strides, or 1-D, one entry per free lane."""
+        """Zeros: of the parameter's shape, strides and sharding, or 1-D, one entry per free lane of this process."""
         index = self.free_index(i)
         if index is None:
             return torch.zeros_like(self.params[i], dtype=self.state_dtype, requires_grad=False)
@@ -83,11 +86,18 @@ class Bucket:
             self._selections[active] = bits, ranks, torch.tensor(active, device=self.device)
         return self._selections[active]
 
+    def tensors(self, active: list[int]) -> list[Tensor]:
+        """The parameters in `active`, of shards this process's parts, to be written."""
+        found = [self.params[i] for i in active]
+        return list(map(part, found)) if self.sharded else found
+
     def gradients(self, active: list[int]) -> list[Tensor]:
         found = []
         for i in active:
             grad = self.params[i].grad
             assert grad is not None
+            if self.sharded:
+                grad = as_part(grad, self.params[i])
             if grad.is_sparse:
                 raise InputError("a gradient is sparse; expected dense ones (sparse=False in the layer)")
             found.append(grad if grad.dtype == self.dtype else grad.to(self.dtype))

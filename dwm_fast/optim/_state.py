@@ -14,7 +14,7 @@ from torch.optim import optimizer
 
 from dwm_fast.errors import InputError
 from dwm_fast.ops.bits import pack
-from dwm_fast.ops.shards import refuse_shards
+from dwm_fast.ops.shards import as_part, as_shard, is_shard, part, refuse_shards
 from dwm_fast.optim._bucket import Bucket
 
 Keep = Mapping[Tensor, Tensor] | Mapping[str, Tensor] | Sequence[Tensor | None]
@@ -30,8 +30,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
     STATE: ClassVar[tuple[str, ...]] = ()
     """Names of the state tensors of a parameter."""
-    FOR_SHARDS: ClassVar[str] = "keep the network whole on every rank, under DistributedDataParallel"
-    """What to do where parameters are shards."""
+    FOR_SHARDS: ClassVar[str] = ""
+    """What to do where parameters are shards and cannot be stepped as such; "" where they can."""
 
     def __init__(self, params: Params, defaults: dict[str, Any], keep: Keep | None, compact: bool) -> None:
         self.compact = compact
@@ -55,8 +55,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 f"a keep mask is {mask.dtype} of shape {tuple(mask.shape)} for a parameter of shape "
                 f"{tuple(param.shape)}; expected torch.bool (True = keep) of the same shape"
             )
-        if bool(mask.any()):
-            self._kept[param] = pack([mask.to(param.device)])
+        if is_shard(mask) or bool(mask.any()):
+            self._kept[param] = pack([as_part(mask.to(param.device), param)])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's own; the group may carry "keep", as the optimiser's but for its own "params"."""
@@ -66,7 +66,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             if not self.steps_on(param.dtype):
                 raise InputError(f"a parameter is {param.dtype}; expected a real floating dtype")
-        refuse_shards(group["params"], type(self).__name__, self.FOR_SHARDS)
+        if self.FOR_SHARDS:
+            refuse_shards(group["params"], type(self).__name__, self.FOR_SHARDS)
         if keep is not None:
             for param, mask in _with_parameters(keep, [group]):
                 self._keep_one(param, mask)
@@ -112,7 +113,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
         names = self.state_names(group)
         with contextlib.suppress(KeyError):  # at every step but the first
             found = [self.state[bucket.params[i]] for i in active]
-            return [list(map(operator.itemgetter(name), found)) for name in names]
+            columns = [list(map(operator.itemgetter(name), found)) for name in names]
+            return [list(map(part, column)) for column in columns] if bucket.sharded else columns
         rows = []
         for i in active:
             state = self.state[bucket.params[i]]
@@ -121,7 +123,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
             for name in names:
                 if name not in state:
                     state[name] = self.new_state(bucket, i, name)
-            rows.append([state[name] for name in names])
+            rows.append([part(state[name]) for name in names])
         return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
 
     def learning_rate(self, group: dict[str, Any], bucket: Bucket) -> Tensor:
@@ -161,6 +163,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group, bucket in self.all_buckets():
             self.update(group, bucket)
+            if bucket.sharded:  # their parts were written, past them
+                torch.autograd.graph.increment_version(bucket.params)
         return loss
 
     def update(self, group: dict[str, Any], bucket: Bucket) -> None:
@@ -240,12 +244,13 @@ class DeviceOptimizer(torch.optim.Optimizer):
                     f"state '{name}' is {value.dtype} and {target.dtype} here: the state dict is of moments in another "
                     "format; load it into a StreamedAdam, which converts"
                 )
-            if value.shape != (target if index is None else bucket.params[i]).shape:
+            whole = bucket.params[i]
+            if value.shape != (whole if index is not None or is_shard(whole) else target).shape:
                 raise InputError(
                     f"state '{name}' has shape {tuple(value.shape)} for a parameter of shape "
                     f"{tuple(bucket.params[i].shape)}; load a state dict of the same model"
                 )
-            value = value.to(target.device)
+            value = as_part(value.to(target.device), whole)
             target.copy_(value if index is None else value.reshape(-1)[index])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -294,8 +299,10 @@ def _named(name: str, params: Mapping[str, Tensor]) -> Tensor:
 
 
 def _expanded(state: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    flat = torch.zeros(like.numel(), dtype=state.dtype, device=state.device)
-    return torch.zeros_like(like, dtype=state.dtype).copy_(flat.index_copy_(0, index, state).view(like.shape))
+    local = part(like)
+    flat = torch.zeros(local.numel(), dtype=state.dtype, device=state.device)
+    dense = torch.zeros_like(local, dtype=state.dtype).copy_(flat.index_copy_(0, index, state).view(local.shape))
+    return as_shard(dense, like)
 
 
 def non_negative(**values: float | Tensor) -> None:

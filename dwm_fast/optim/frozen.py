@@ -71,7 +71,7 @@ class FrozenAdamW(DeviceOptimizer):
         exp_avg, exp_avg_sq = self.states(group, bucket, active)
         bits, ranks, steps = bucket.advance(active)
         frozen_adamw(
-            [bucket.params[i] for i in active],
+            bucket.tensors(active),
             bucket.gradients(active),
             exp_avg,
             exp_avg_sq,
@@ -153,7 +153,7 @@ class FrozenSGD(DeviceOptimizer):
         buffers = self.states(group, bucket, active)
         bits, ranks, steps = bucket.advance(active)
         frozen_sgd(
-            [bucket.params[i] for i in active],
+            bucket.tensors(active),
             bucket.gradients(active),
             buffers[0] if buffers else [],
             bits,

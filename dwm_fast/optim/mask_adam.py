@@ -24,7 +24,8 @@ class MaskAdam(DeviceOptimizer):
     again and does the rest in one pass. `logits.grad` is there all the same: its values are formed when somebody
     looks (clipping, DDP, a GradScaler, hooks, another optimiser), and then `step` uses what it finds in it. So
     does it after several backward passes (mask_samples > 1, accumulation). After a folded step the gradient is
-    gone, and reading it raises InputError.
+    gone, and reading it raises InputError. Logits that are shards (DTensor, of `fully_shard`) are stepped part by part,
+    from ordinary gradients; make the optimiser after the sharding.
 
     Args:
         source: a `MaskedModel`, or several (each becomes one param group).
@@ -41,7 +42,6 @@ class MaskAdam(DeviceOptimizer):
     """
 
     STATE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-    FOR_SHARDS: ClassVar[str] = "use torch.optim.Adam(masked.mask_parameters()), or DistributedDataParallel"
 
     def __init__(
         self,
@@ -78,7 +78,8 @@ class MaskAdam(DeviceOptimizer):
         super().__init__(groups, defaults, keep=None, compact=False)
         if fold:
             for one in sources:
-                self._recorders.append(DrawRecorder(one.mask_parameters()))
+                rule: int | None = getattr(getattr(one, "kind", None), "training_mode", None)
+                self._recorders.append(DrawRecorder(one.mask_parameters(), rule))
                 one.attach_recorder(self._recorders[-1])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -124,7 +125,7 @@ class MaskAdam(DeviceOptimizer):
         if places != list(range(len(weights))):
             draw, weights, grads = draw.of(places), [weights[i] for i in places], [grads[i] for i in places]
         step_masks(
-            [bucket.params[i] for i in active],
+            bucket.tensors(active),
             weights,
             grads,
             exp_avg,
@@ -144,12 +145,12 @@ class MaskAdam(DeviceOptimizer):
         grads = [_formed(grad) for grad in bucket.gradients(active)]
         if isinstance(group["coefficient"], Tensor) or group["coefficient"] != 0:
             slope = self._penalty_scale(group, bucket)
-            terms = self._penalty_terms(group, [bucket.params[i] for i in active])
+            terms = self._penalty_terms(group, bucket.tensors(active))
             grads = [grad + slope * term for grad, term in zip(grads, terms, strict=True)]
         exp_avg, exp_avg_sq = self.states(group, bucket, active)
         bits, ranks, steps = bucket.advance(active)
         frozen_adamw(
-            [bucket.params[i] for i in active],
+            bucket.tensors(active),
             grads,
             exp_avg,
             exp_avg_sq,

@@ -17,6 +17,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.ops import Mode
 from dwm_fast.ops.draw import Draw
 from dwm_fast.ops.registration import call
+from dwm_fast.ops.shards import is_shard
 from dwm_fast.optim.folded import FoldedGradient, Share
 
 
@@ -97,19 +98,22 @@ class DrawRecorder:
 
     Whoever looks at that gradient finds the values that `dwm_fast.ops.sample` gives. Where something would look in
     any case, it gives those at once: hooks on the logits, saved-tensor hooks, `torch.autograd.grad`, weights that
-    train along, `create_graph`, compiled code.
+    train along, `create_graph`, compiled code. So it does where `owned` are shards (DTensor), whose gradients are
+    formed in whole before they are reduced.
 
     Args:
         owned: the logits that the optimiser steps.
+        mode: rule of the draws that are to come, where it is known.
 
     Attributes:
-        mode: rule of the last draw; None before it.
+        mode: rule of the last draw; before it the one given.
         records: by layer, the gradient of an earlier step that may be used again; at most one of each.
     """
 
-    def __init__(self, owned: Iterable[Tensor]) -> None:
-        self.mode: int | None = None
+    def __init__(self, owned: Iterable[Tensor], mode: int | None = None) -> None:
+        self.mode = mode
         self._owned = list(owned)
+        self._shards = any(map(is_shard, self._owned))
         self.records: dict[int, FoldedGradient] = {}
 
     def sample(
@@ -138,7 +142,7 @@ class DrawRecorder:
         )
         self.mode = int(mode)
         self._require_owned(logits)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._shards:
             flat = draw.flat()
             masked, bits, penalty = torch.ops.dwm_fast.sample(list(logits), list(weights), *flat, dtype, pack)
             return masked, bits, penalty
@@ -151,12 +155,12 @@ class DrawRecorder:
 
     def _require_owned(self, logits: Sequence[Tensor]) -> None:
         """InputError where the network's logits are not what the optimiser steps, and it would learn nothing."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._shards:
             return
         if len(logits) != len(self._owned) or not all(map(operator.is_, logits, self._owned)):
             raise InputError(
                 "the masked model's parameters are other tensors than when MaskAdam was made (fully_shard or a new "
-                "Parameter put them there): make the optimiser after that; for shards, torch.optim.Adam"
+                "Parameter put them there): make the optimiser after that"
             )
 
 
