@@ -206,7 +206,7 @@ def sequence(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Of none,piggyback,ksm,spg,packnet,binary,hat,top-scores,fggm,cpg; a preset (ksm-paper), file.py:Class"
+            help="Of none,piggyback,ksm,spg,packnet,binary,hat,top-scores,fggm,cpg,low-rank; a preset, file.py:Class"
         ),
     ] = None,
     seeds: Seeds = None,

@@ -13,6 +13,7 @@ from dwm_fast.methods.ksm import KSM
 from dwm_fast.methods.learned import LearnedMask
 from dwm_fast.methods.learner import SequenceLearner, norm_names, seeded, train_task
 from dwm_fast.methods.lottery import LotteryTicket
+from dwm_fast.methods.low_rank import LowRank
 from dwm_fast.methods.naive import Naive
 from dwm_fast.methods.none import NoMask
 from dwm_fast.methods.one_shot import Magnitude, Wanda
@@ -50,6 +51,7 @@ __all__ = [
     "LearnedMask",
     "Learner",
     "LotteryTicket",
+    "LowRank",
     "Magnitude",
     "MaskLLM",
     "MaskTraining",

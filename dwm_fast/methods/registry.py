@@ -21,6 +21,7 @@ from dwm_fast.methods.fine_tuning import FineTuning
 from dwm_fast.methods.hat import HAT
 from dwm_fast.methods.ksm import KSM, KSM_PAPER
 from dwm_fast.methods.lottery import LotteryTicket
+from dwm_fast.methods.low_rank import LowRank
 from dwm_fast.methods.packnet import PACKNET_PAPER, PackNet
 from dwm_fast.methods.piggyback import PIGGYBACK_PAPER, Piggyback
 from dwm_fast.methods.sequence import SequentialMethod
@@ -45,7 +46,8 @@ def sequential_methods() -> dict[str, SequentialMethod]:
 
 def pair_methods() -> dict[str, Any]:
     """Name -> method of pairs beside `PAIRS`, which are made of a study's configuration; registered ones at the end."""
-    return {FGGM.name: FGGM(), LotteryTicket.name: LotteryTicket(), **_outside("find")}
+    methods = (FGGM(), LotteryTicket(), LowRank())
+    return {**{method.name: method for method in methods}, **_outside("find")}
 
 
 def presets() -> dict[str, SequentialMethod]:
@@ -156,7 +158,7 @@ def _module(name: str) -> Any:
 
 def _of_the_library() -> dict[str, SequentialMethod]:
     methods: list[SequentialMethod] = [FineTuning(), Piggyback(), KSM(), SPG(), PackNet(), BinarySequence()]
-    methods += [HAT(), TopScores(), FGGM(), CPG()]
+    methods += [HAT(), TopScores(), FGGM(), CPG(), LowRank()]
     return {method.name: method for method in methods}
 
 

@@ -17,6 +17,7 @@ from dwm_fast.methods import (
     BinarySequence,
     FineTuning,
     LearnedMask,
+    LowRank,
     PackNet,
     Piggyback,
     TopScores,
@@ -45,6 +46,7 @@ METHODS = {
     **{f"hat {p}": HAT(TrainOptions(epochs=2, lr=0.01, batch_norm=p)) for p in ("frozen", "per-domain")},
     "top-scores": TopScores(options=RealMaskOptions(epochs=2, lr=0.01)),
     **{f"fggm {p}": FGGM(options=TrainOptions(epochs=2, lr=0.01, batch_norm=p)) for p in ("frozen", "per-domain")},
+    "low-rank": LowRank(options=TrainOptions(epochs=2, lr=0.01, batch_norm="per-domain")),
     **{
         f"cpg {p}": CPG(training=TrainOptions(2, 0.01, batch_norm=p), pruning=TrainOptions(1, 0.01, batch_norm=p))
         for p in ("frozen", "per-domain")
@@ -164,7 +166,7 @@ def test_the_masked_view_of_binary_forgets_nothing(name):
     assert torch.equal(learner.network("art", "masked")(images_for_tests()), art)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n.startswith(("none", "spg", "fggm"))])
+@pytest.mark.parametrize("name", [n for n in METHODS if n.startswith(("none", "spg", "fggm", "low-rank"))])
 def test_methods_that_share_weights_do_change_earlier_predictions(name):
     """So that the promise above is one that a method can break."""
     learner = METHODS[name].learner(conv_maker, "fc")
@@ -216,7 +218,19 @@ def test_a_name_is_learned_once():
 
 def test_the_registry_has_all_methods_and_the_presets_of_the_papers():
     methods = sequential_methods()
-    assert list(methods) == ["none", "piggyback", "ksm", "spg", "packnet", "binary", "hat", "top-scores", "fggm", "cpg"]
+    assert list(methods) == [
+        "none",
+        "piggyback",
+        "ksm",
+        "spg",
+        "packnet",
+        "binary",
+        "hat",
+        "top-scores",
+        "fggm",
+        "cpg",
+        "low-rank",
+    ]
     assert all(method.name == name for name, method in methods.items())
     assert {name: preset.name for name, preset in presets().items()} == {
         "piggyback-paper": "piggyback",

@@ -92,7 +92,7 @@ def test_options_of_a_method_are_read_as_those_of_the_library(tmp_path: Path) ->
     assert from_dict(json.loads(json.dumps(config.to_dict())), base) == config
     assert config.ways("fggm-own") == config.tune["binary"]
     with pytest.raises(
-        ValueError, match="pairwise: unknown method 'ksm'; expected some of fggm, lottery-ticket, fggm-own"
+        ValueError, match="pairwise: unknown method 'ksm'; expected some of fggm, lottery-ticket, low-rank, fggm-own"
     ):
         from_dict({"pairwise": {"ksm": {}}}, base)
 

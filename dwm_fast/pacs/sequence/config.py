@@ -26,6 +26,7 @@ BUILTIN: Options = {
     "hat": {"options": {"epochs": 8, "lr": 1e-2}},
     "top-scores": {"options": {"epochs": 10, "lr": 3e-3, "head_lr": 1e-2}},
     "fggm": {"options": {"epochs": 5, "lr": 1e-2}},
+    "low-rank": {"options": {"epochs": 5, "lr": 1e-2}},
     "cpg": {"training": {"epochs": 8, "lr": 1e-2}, "pruning": {"epochs": 3, "lr": 5e-3}, "mask_lr": 3e-3},
     "binary": {
         "options": {"epochs": 5, "lr": 1e-2, "batch_norm": "per-domain"},
