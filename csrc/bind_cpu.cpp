@@ -7,6 +7,7 @@
 #include "bind_linear.h"
 #include "bind_sample.h"
 #include "bind_soft.h"
+#include "bind_union.h"
 #include "bind_update.h"
 
 namespace {

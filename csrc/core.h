@@ -267,6 +267,18 @@ struct KeptLinear {
   Type type;  // of the values
 };
 
+struct KeptUnion {
+  const float* x;           // (m, k)
+  const float* values;      // weights that at least one domain keeps, in logical order
+  const int64_t* starts;    // (n + 1,): the first value of every row
+  const uint8_t* bits;      // n * k bits of every domain, `bits_stride` bytes apart
+  int64_t domains, bits_stride;
+  float* out;               // (m, n)
+  const LinearPart* parts;  // their bits are among these
+  int64_t part_count;
+  int64_t n, k;
+};
+
 // Every function works on elements [begin, end) of one tensor in logical order; begin is a multiple of 128 and, for
 // channels_last, of shape.spatial; end is too, or is numel.
 struct Kernels {
@@ -286,6 +298,7 @@ struct Kernels {
   void (*coded_adam)(CodedTypes types, const CodedTensor& t, int64_t begin, int64_t end);
   void (*linear_packed)(const LinearPacked& job, int64_t first_row, int64_t last_row);
   bool (*linear_kept)(const KeptLinear& job, int64_t first_row, int64_t last_row);
+  bool (*linear_union)(const KeptUnion& job, int64_t first_row, int64_t last_row);
   // The filter kernels work on rows [begin, end) of outer; soft_masked_sgd on lanes in memory order.
   FilterRange (*filter_range)(float threshold, const FilterTensor& t);
   void (*kernel_soft)(float threshold, const FilterRange& range, const FilterTensor& t, int64_t begin, int64_t end);

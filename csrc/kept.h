@@ -23,12 +23,12 @@ constexpr int kTileCompany = 4;         // rows of x whose sums stay in register
 constexpr int kCompany = 32;            // rows of x that share an expanded panel
 constexpr int kAhead = 1024;            // bytes: hardware stops to look ahead at the end of a page
 
-// Where the values of n columns at `values` may be expanded from: there, or, where `expand_step` would load from before
+// Where the values of n columns at `values`, among `all`, may be expanded from: there, or, where `expand_step` would load from before
 // all of them, a copy in `room`.
 template <Type kType>
-static const Stored<kType>* with_room(const KeptLinear& job, const Stored<kType>* values, const uint8_t* bits,
-                                      int64_t n, Stored<kType>* room) {
-  if (kType != Type::f32 || values - static_cast<const Stored<kType>*>(job.values) >= kBefore) return values;
+static const Stored<kType>* with_room(const void* all, const Stored<kType>* values, const uint8_t* bits, int64_t n,
+                                      Stored<kType>* room) {
+  if (kType != Type::f32 || values - static_cast<const Stored<kType>*>(all) >= kBefore) return values;
   std::memset(room, 0, kBefore * sizeof *room);
   std::memcpy(room + kBefore, values, static_cast<size_t>(ones_of(bits, 0, n) + kBehind) * sizeof *room);
   return room + kBefore;
@@ -127,7 +127,7 @@ static void kept_few(const KeptLinear& job, int64_t row, int wide) {
 #endif
     for (; i < wide; ++i) {
       const uint8_t* bits = aligned_bits(job.bits, (row + i) * job.k + k, n, scratch);
-      const Stored<kType>* from = with_room<kType>(job, next[i], bits, n, room);
+      const Stored<kType>* from = with_room<kType>(job.values, next[i], bits, n, room);
       const Stored<kType>* ahead = n == job.k ? from + kAhead / sizeof *from : next[i + 1];
       next[i] += kept_run<kType, kM>(from, ahead, bits, job.x + k, job.pitch, n, sums[i]) - from;
     }
@@ -215,7 +215,7 @@ static void kept_panel(const KeptLinear& job, int64_t row, int wide) {
           continue;
         }
         const uint8_t* bits = aligned_bits(job.bits, (row + i) * job.k + k, n, scratch);
-        const Stored<kType>* from = with_room<kType>(job, next[i], bits, n, room);
+        const Stored<kType>* from = with_room<kType>(job.values, next[i], bits, n, room);
         const auto put = [&](int64_t c, const Lanes& kept) { store(kept, out + c); };
         next[i] += for_lanes<kType>(from, from + kAhead / sizeof *from, bits, n, put) - from;
       }

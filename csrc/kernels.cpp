@@ -5,6 +5,7 @@
 #include "masks.h"
 #include "sample.h"
 #include "soft.h"
+#include "union.h"
 #include "update.h"
 
 #define DWM_TEXT_(x) #x
@@ -43,6 +44,7 @@ const Kernels DWM_TABLE = {
     .coded_adam = DWM_ISA::coded_adam,
     .linear_packed = DWM_ISA::linear_packed,
     .linear_kept = DWM_ISA::linear_kept,
+    .linear_union = DWM_ISA::linear_union,
     .filter_range = DWM_ISA::filter_range,
     .kernel_soft = DWM_ISA::kernel_soft,
     .kernel_soft_backward = DWM_ISA::kernel_soft_backward,

@@ -32,11 +32,12 @@ struct Slot {
   int rows;
 };
 
-// Rows of W, columns of it, and the pitch of both matrices.
+// Rows of W and columns of it.
 struct WeightPiece {
   const float* weight;
-  int64_t first;  // its first element in W, so also its first bit
-  int64_t pitch;
+  int64_t stride;  // from one of its rows to the next
+  int64_t first;   // its first element in W, so also its first bit
+  int64_t pitch;   // of W and of x
   int64_t columns;
   int rows;
 };
@@ -55,8 +56,8 @@ static inline const uint8_t* aligned_bits(const uint8_t* bits, int64_t first, in
 // Adds the products of n columns to the lanes of kN rows of W and kM rows of x. kFetch: W comes from memory, and the
 // rows after these are asked for in time.
 template <int kN, int kM, bool kFetch>
-DWM_NOINLINE static void dot_run(const float* w, const uint8_t* const* bits, const float* x, int64_t pitch, int64_t n,
-                                 float* sums) {
+DWM_NOINLINE static void dot_run(const float* w, int64_t stride, const uint8_t* const* bits, const float* x,
+                                 int64_t pitch, int64_t n, float* sums) {
   Lanes sum[kN][kM];
   for (int i = 0; i < kN; ++i) {
     for (int r = 0; r < kM; ++r) sum[i][r] = load(sums + (i * kTall + r) * kLanes);
@@ -66,8 +67,8 @@ DWM_NOINLINE static void dot_run(const float* w, const uint8_t* const* bits, con
     Lanes kept[kN];
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i) {
-      if constexpr (kFetch) fetch(w + (kN + i) * pitch + c);
-      kept[i] = load_kept(w + i * pitch + c, bits[i] + c / 8);
+      if constexpr (kFetch) fetch(w + (kN + i) * stride + c);
+      kept[i] = load_kept(w + i * stride + c, bits[i] + c / 8);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kM; ++r) {
@@ -81,7 +82,7 @@ DWM_NOINLINE static void dot_run(const float* w, const uint8_t* const* bits, con
     for (int i = 0; i < kN; ++i) {
       float rest[kLanes] = {};
       uint8_t keep[2] = {};
-      std::memcpy(rest, w + i * pitch + c, left * sizeof(float));
+      std::memcpy(rest, w + i * stride + c, left * sizeof(float));
       std::memcpy(keep, bits[i] + c / 8, left > 8 ? 2 : 1);
       const Lanes kept = load_kept(rest, keep);
       for (int r = 0; r < kM; ++r) {
@@ -107,13 +108,13 @@ static inline void dot_piece(const WeightPiece& piece, const uint8_t* bits, cons
   int i = 0;
   for (; i + kN <= piece.rows; i += kN) {
     for (int j = 0; j < kN; ++j) align(i, j);
-    const float* w = piece.weight + i * piece.pitch;
-    dot_run<kN, kM, kFetch>(w, where, x, piece.pitch, piece.columns, sums + i * kTall * kLanes);
+    const float* w = piece.weight + i * piece.stride;
+    dot_run<kN, kM, kFetch>(w, piece.stride, where, x, piece.pitch, piece.columns, sums + i * kTall * kLanes);
   }
   for (; i < piece.rows; ++i) {
     align(i, 0);
-    const float* w = piece.weight + i * piece.pitch;
-    dot_run<1, kM, kFetch>(w, where, x, piece.pitch, piece.columns, sums + i * kTall * kLanes);
+    const float* w = piece.weight + i * piece.stride;
+    dot_run<1, kM, kFetch>(w, piece.stride, where, x, piece.pitch, piece.columns, sums + i * kTall * kLanes);
   }
 }
 
@@ -127,23 +128,21 @@ static inline void dot_slot(const WeightPiece& piece, const Slot& slot, const fl
   }
 }
 
-// All outputs of `count` slots and `wide` rows of W from `row` on.
-static void dot_block(const LinearPacked& job, const Slot* slots, int count, int64_t row, int wide) {
-  alignas(64) float sums[kSlots][kWide * kTall * kLanes];
-  std::memset(sums, 0, static_cast<size_t>(count) * sizeof sums[0]);
+static inline int tallest_of(const Slot* slots, int count) {
   int tallest = 1;
   for (int s = 0; s < count; ++s) tallest = slots[s].rows > tallest ? slots[s].rows : tallest;
-  const int64_t columns = kColumns[tallest];
-  for (int64_t k = 0; k < job.k; k += columns) {
-    const int64_t first = row * job.k + k;
-    const WeightPiece piece{job.weight + first, first, job.k, job.k - k < columns ? job.k - k : columns, wide};
-    dot_slot<true>(piece, slots[0], job.x + slots[0].row * job.k + k, sums[0]);
-    for (int s = 1; s < count; ++s) dot_slot<false>(piece, slots[s], job.x + slots[s].row * job.k + k, sums[s]);
-  }
+  return tallest;
+}
+
+using Sums = float[kWide * kTall * kLanes];
+
+// The outputs of `count` slots and `wide` rows of W from `row` on, of `n`.
+static inline void write_block(const Slot* slots, int count, const Sums* sums, int64_t row, int wide, int64_t n,
+                               float* all) {
   for (int s = 0; s < count; ++s) {
     const float* bias = slots[s].part->bias;
     for (int r = 0; r < slots[s].rows; ++r) {
-      float* out = job.out + (slots[s].row + r) * job.n + row;
+      float* out = all + (slots[s].row + r) * n + row;
       for (int i = 0; i < wide; ++i) {
         const float sum = total(sums[s] + (i * kTall + r) * kLanes);
         out[i] = bias ? sum + bias[row + i] : sum;
@@ -152,21 +151,41 @@ static void dot_block(const LinearPacked& job, const Slot* slots, int count, int
   }
 }
 
-static void linear_packed(const LinearPacked& job, int64_t first_row, int64_t last_row) {
+// All outputs of `count` slots and `wide` rows of W from `row` on.
+static void dot_block(const LinearPacked& job, const Slot* slots, int count, int64_t row, int wide) {
+  alignas(64) Sums sums[kSlots];
+  std::memset(sums, 0, static_cast<size_t>(count) * sizeof sums[0]);
+  const int64_t columns = kColumns[tallest_of(slots, count)];
+  for (int64_t k = 0; k < job.k; k += columns) {
+    const int64_t first = row * job.k + k;
+    const int64_t n = job.k - k < columns ? job.k - k : columns;
+    const WeightPiece piece{job.weight + first, job.k, first, job.k, n, wide};
+    dot_slot<true>(piece, slots[0], job.x + slots[0].row * job.k + k, sums[0]);
+    for (int s = 1; s < count; ++s) dot_slot<false>(piece, slots[s], job.x + slots[s].row * job.k + k, sums[s]);
+  }
+  write_block(slots, count, sums, row, wide, job.n, job.out);
+}
+
+// Calls block(slots, count) for all rows of x, at most kSlots slots at a time.
+template <typename Block>
+static inline void for_slots(const LinearPart* parts, int64_t part_count, const Block& block) {
   Slot slots[kSlots];
+  int count = 0;
+  for (int64_t p = 0; p < part_count; ++p) {
+    for (int64_t r = parts[p].begin; r < parts[p].end; r += kTall) {
+      slots[count++] = {parts + p, r, static_cast<int>(parts[p].end - r < kTall ? parts[p].end - r : kTall)};
+      if (count < kSlots) continue;
+      block(slots, count);
+      count = 0;
+    }
+  }
+  if (count > 0) block(slots, count);
+}
+
+static void linear_packed(const LinearPacked& job, int64_t first_row, int64_t last_row) {
   for (int64_t row = first_row; row < last_row; row += kWide) {
     const int wide = static_cast<int>(last_row - row < kWide ? last_row - row : kWide);
-    int count = 0;
-    for (int64_t p = 0; p < job.part_count; ++p) {
-      const LinearPart& part = job.parts[p];
-      for (int64_t r = part.begin; r < part.end; r += kTall) {
-        slots[count++] = {&part, r, static_cast<int>(part.end - r < kTall ? part.end - r : kTall)};
-        if (count < kSlots) continue;
-        dot_block(job, slots, count, row, wide);
-        count = 0;
-      }
-    }
-    if (count > 0) dot_block(job, slots, count, row, wide);
+    for_slots(job.parts, job.part_count, [&](const Slot* slots, int count) { dot_block(job, slots, count, row, wide); });
   }
 }
 

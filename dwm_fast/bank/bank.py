@@ -15,7 +15,7 @@ from dwm_fast.bank import hub, sets
 from dwm_fast.bank.adopt import adopted
 from dwm_fast.bank.file import MaskFile
 from dwm_fast.bank.folder import load_domain, open_domain, place_of, read_rows
-from dwm_fast.bank.holdings import Holdings, holding
+from dwm_fast.bank.holdings import Holdings, ServedHolding, holding
 from dwm_fast.bank.mixed import mixed_twin
 from dwm_fast.bank.module import BankModule, Known
 from dwm_fast.bank.record import DomainMasks, MaskInfo, check_domain_name, make_domain
@@ -236,10 +236,11 @@ class MaskBank(BankModule):
 
     def _make_served(self, names: Sequence[str]) -> tuple[Served, int]:
         made = mixed_twin(self.backbone, [self._checked(name) for name in names], self._cache.budget // 2)
-        twin, nbytes = made if made is not None else (None, 0)
-        nbytes += _MODULE_NBYTES
+        twin, nbytes = (None, 0) if made is None else (made.module, made.nbytes)
         stamp = self._stamp
-        return Served(names, twin, self._run, lambda: self._net.stamp() == stamp, self._splits), nbytes
+        served = Served(names, twin, self._run, lambda: self._net.stamp() == stamp, self._splits)
+        served.stores = {} if made is None else made.stores
+        return served, nbytes + _MODULE_NBYTES
 
     def explain(self) -> Holdings:
         """What is in memory of each domain, in which form, with its bytes; print() shows it. Makes nothing.
@@ -252,7 +253,9 @@ class MaskBank(BankModule):
             record = entry.record if read is None else read[0]
             form = self.info(domain).form
             found.append(holding(domain, form, record, self._cache.peek(("patch", entry, stamp))))
-        return Holdings(tuple(found), self.hot_nbytes, self._cache.budget)
+        kept = [one for key, one in self._cache.items() if isinstance(key, tuple) and key[0] == "served"]
+        served = tuple(ServedHolding(one.names, nbytes, one.stores if one.layerwise else {}) for one, nbytes in kept)
+        return Holdings(tuple(found), self.hot_nbytes, self._cache.budget, served)
 
     def overlap(self, names: Sequence[str] | None = None, measure: str = "jaccard") -> Tensor:
         """How the masks of domains lie over one another, (D, D), for `names` or all domains in order.

@@ -55,6 +55,11 @@ class ByteLru(Generic[Value]):
         with self._lock:
             return self._values.get(key)
 
+    def items(self) -> list[tuple[Hashable, tuple[Value, int]]]:
+        """Every key with its value and the value's size in bytes, the least recently used first."""
+        with self._lock:
+            return list(self._values.items())
+
     def discard(self, wanted: Callable[[Hashable], bool]) -> None:
         """Drop every key that `wanted` says True to."""
         with self._lock:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dwm_fast.bank.record import DomainMasks
 from dwm_fast.bank.runner import Patch
+from dwm_fast.bank.stores import Store
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,31 @@ class Holding:
 
 
 @dataclass(frozen=True)
+class ServedHolding:
+    """Domains that are prepared for mixed batches.
+
+    Attributes:
+        names: the domains.
+        nbytes: what is held for them beside the backbone.
+        stores: by name, kept weights that few rows of a mixed batch are multiplied with in the place of a large weight.
+    """
+
+    names: tuple[str, ...]
+    nbytes: int
+    stores: Mapping[str, Store]
+
+    def __str__(self) -> str:
+        text = f"together {', '.join(self.names)}: {self.nbytes:,} bytes"
+        for name, one in self.stores.items():
+            what = "the union of their kept weights" if one.form == "union" else "kept weights of each"
+            read = (
+                f"{one.read.dense:,} of all weights, {one.read.separate:,} of each domain's, {one.read.union:,} of the"
+            )
+            text += f"; few rows of {name} from {what}, {one.nbytes:,} bytes (a product reads {read} union)"
+        return text
+
+
+@dataclass(frozen=True)
 class Holdings:
     """All domains of a bank, and the budget that what is kept for reuse stays under.
 
@@ -42,11 +68,13 @@ class Holdings:
         domains: in the bank's order.
         hot_nbytes: what is kept for reuse now: ready domains, domains read from disk, networks for mixed batches.
         memory_budget: the most of that.
+        served: sets of domains that are prepared for mixed batches.
     """
 
     domains: tuple[Holding, ...]
     hot_nbytes: int
     memory_budget: int
+    served: tuple[ServedHolding, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.hot_nbytes:,} bytes are kept for reuse, at most {self.memory_budget:,}"]
@@ -56,6 +84,7 @@ class Holdings:
             for names, source in ((one.from_kept, "kept weights"), (one.from_bits, "bits")):
                 text += f"; few rows from {source}: {', '.join(names)}" if names else ""
             lines.append(text)
+        lines += map(str, self.served)
         return "\n".join(lines)
 
 

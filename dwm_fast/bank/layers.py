@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from dwm_fast.ops.backends import forced_backend
 from dwm_fast.ops.bank import bank_conv2d, bank_linear, is_large, multiplies_bits
 from dwm_fast.ops.blocks import bias_of
 from dwm_fast.ops.conv2d import padded
+
+if TYPE_CHECKING:
+    from dwm_fast.bank.stores import Store
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -77,11 +81,13 @@ def _widened(x: Tensor, width: int) -> Tensor:
 class BankLinear:
     """A Linear whose weight is shared and masked per domain: bits (D, nbytes); bias (N,), (D, N) or None.
 
-    plain: the domains that have no mask for it; their bits are all ones.
+    plain: the domains that have no mask for it; their bits are all ones. store: kept weights for few rows, if any.
     """
 
-    def __init__(self, weight: Tensor, bits: Tensor, bias: Tensor | None, plain: Container[int]) -> None:
-        self.weight, self.bits, self.bias, self.plain = weight, bits, bias, plain
+    def __init__(
+        self, weight: Tensor, bits: Tensor, bias: Tensor | None, plain: Container[int], store: Store | None = None
+    ) -> None:
+        self.weight, self.bits, self.bias, self.plain, self.store = weight, bits, bias, plain, store
         self.large = is_large(weight)
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -91,6 +97,9 @@ class BankLinear:
         bias = _cast(self.bias, x)
         if x.device.type == "cpu" and not (self.large and multiplies_bits(self.weight)):
             return self._part_by_part(x, bias, batch)
+        y = None if self.store is None else self.store.product(x, self.weight, self.bits, bias, batch)
+        if y is not None:
+            return y
         y = bank_linear(x, self.weight, self.bits, bias, batch.offsets, batch.samples)
         if x.device.type == "cpu":
             for domain, part in batch.parts(x.shape[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dwm_fast import ops
 from dwm_fast.bank.layers import BankConv2d, BankLinear, BankNorm, Layer, OwnLinear, SameLayer
 from dwm_fast.bank.record import DomainMasks, network_bits
+from dwm_fast.bank.stores import Store, store
 from dwm_fast.nn.shell import Shell, aliases
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -19,13 +21,22 @@ _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Transfor
 _UNUSED_IN_EVAL = "num_batches_tracked"
 
 
-def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks], room: int = 0) -> tuple[nn.Module, int] | None:
-    """The twin that serves `domains` (in this order) together, and the bytes it holds beside the backbone.
+@dataclass(frozen=True)
+class Twin:
+    """A twin, the bytes that it holds beside the backbone, and its stores of kept weights by the weights' names."""
+
+    module: nn.Module
+    nbytes: int
+    stores: Mapping[str, Store]
+
+
+def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks], room: int = 0) -> Twin | None:
+    """The twin that serves `domains` (in this order) together.
 
     None when that cannot be done layer by layer: then the domains have to run one after the other. That is
     so for forms other than binary, and for masks or own tensors on anything but Linear, Conv2d and batch
-    norm layers. On a CPU it holds the masked filters of every domain, as far as `room` bytes go: they are made once,
-    and not in every call.
+    norm layers. On a CPU it holds the masked filters of every domain, and kept values of large linear weights where
+    these are fewer bytes, as far as `room` bytes go: they are made once, and not in every call.
     """
     if any(domain.info.form != "binary" for domain in domains):
         return None
@@ -45,7 +56,7 @@ def mixed_twin(model: nn.Module, domains: Sequence[DomainMasks], room: int = 0) 
                 shell.hide(name)
     if changed - builder.done:
         return None
-    return shell.module, builder.nbytes
+    return Twin(shell.module, builder.nbytes, builder.stores)
 
 
 def _tied_names(model: nn.Module) -> set[str]:
@@ -72,6 +83,7 @@ class _Builder:
         self._state = {name for domain in domains for name in domain.state}
         self.done = {name for name in self._state if name.endswith(_UNUSED_IN_EVAL)}
         self.nbytes = 0
+        self.stores: dict[str, Store] = {}
 
     def layer(self, path: str, module: nn.Module) -> Layer | None:
         """What takes the place of the module's forward; None leaves it alone."""
@@ -119,8 +131,17 @@ class _Builder:
         self.done.add(names["weight"])
         if isinstance(module, nn.Linear):
             plain = [i for i, d in enumerate(self._domains) if names["weight"] not in d.info.layout.names]
-            return BankLinear(weight, bits, bias, plain)
+            return BankLinear(weight, bits, bias, plain, None if plain else self._store(names["weight"], weight, bits))
         return BankConv2d(module, weight, bits, bias, self._filters(weight, bits))
+
+    def _store(self, name: str, weight: Tensor, bits: Tensor) -> Store | None:
+        """Kept weights for few rows, where they are fewer bytes and there is room for them."""
+        made = store(weight, bits, self._room)
+        if made is not None:
+            self._room -= made.nbytes
+            self.nbytes += made.nbytes
+            self.stores[name] = made
+        return made
 
     def _filters(self, weight: Tensor, bits: Tensor) -> list[Tensor] | None:
         """The weight under each domain, where there is room for all of them."""

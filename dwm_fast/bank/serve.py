@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dwm_fast.bank.layers import Batch, NotByLayer, current_batch
+from dwm_fast.bank.stores import Store
 from dwm_fast.errors import InputError
 
 RunOne = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -29,7 +31,10 @@ class Served:
     Attributes:
         names: the domains, in the order of their ids.
         layerwise: whether layers look domains up per sample.
+        stores: by name, kept weights that few rows are multiplied with in the place of a large weight.
     """
+
+    stores: Mapping[str, Store] = MappingProxyType({})
 
     def __init__(
         self,

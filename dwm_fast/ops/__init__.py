@@ -22,6 +22,7 @@ from dwm_fast.ops.patterns import pattern_mask
 from dwm_fast.ops.philox import advance, random_words, uniform
 from dwm_fast.ops.sample import penalty, sample
 from dwm_fast.ops.soft_mask import raise_importance, soft_masked_sgd
+from dwm_fast.ops.union import bank_linear_union, keep_union
 from dwm_fast.ops.update import frozen_adamw, frozen_sgd, mask_adam
 from dwm_fast.ops.ways import WAYS, use_way
 
@@ -35,6 +36,7 @@ __all__ = [
     "apply",
     "bank_conv2d",
     "bank_linear",
+    "bank_linear_union",
     "coded_adam",
     "combine",
     "conv2d",
@@ -45,6 +47,7 @@ __all__ = [
     "frozen_sgd",
     "is_faster_kept",
     "jaccard",
+    "keep_union",
     "keep_values",
     "kernel_soft",
     "linear",

@@ -24,10 +24,12 @@ from dwm_fast.ops.bank import segments  # noqa: E402
 from dwm_fast.ops.blocks import multiply_by_blocks  # noqa: E402
 from dwm_fast.ops.coding import LOGITS  # noqa: E402
 from dwm_fast.ops.draw import Draw  # noqa: E402
+from dwm_fast.ops.kept import expand_values, weight_like  # noqa: E402
 from dwm_fast.ops.layout import PACKABLE, in_orders, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.linear import activated  # noqa: E402
 from dwm_fast.ops.packing import COMBINATIONS, packed_nbytes  # noqa: E402 - only where the extension loads
 from dwm_fast.ops.problem import FLOATS, Problem, cpu_problem, rows_of  # noqa: E402
+from dwm_fast.ops.union import joined  # noqa: E402
 from dwm_fast.ops.ways import one_pass  # noqa: E402
 
 TensorList = Sequence[Tensor]
@@ -226,19 +228,44 @@ def linear_kept(
 def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> Tensor:
     rows = rows_of(x)
     y = x.new_empty((rows.shape[0], weight.shape[0]))
-    few: list[int] = []
-    many = []
-    reads = functools.cache(lambda count: one_pass(cpu_problem("linear_packed", x, weight, count)))
-    for domain, part in segments(offsets, rows.shape[0], samples):
-        if reads(part.stop - part.start):
-            few += [domain, part.start, part.stop]
-        else:
-            many.append((domain, part))
+    few, many = _few_and_many(rows, weight, offsets, samples)
     if few:
         _straight(rows, weight, bits, bias, few, y)
     if many:
         multiply_by_blocks(y, rows, weight, bits, bias, many)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _few_and_many(
+    rows: Tensor, weight: Tensor, offsets: Tensor, samples: int
+) -> tuple[list[int], list[tuple[int, slice]]]:
+    """Domains with so few rows that bits are read for them, as (domain, begin, end), flat; and the others."""
+    few: list[int] = []
+    many = []
+    reads = functools.cache(lambda count: one_pass(cpu_problem("linear_packed", rows, weight, count)))
+    for domain, part in segments(offsets, rows.shape[0], samples):
+        if reads(part.stop - part.start):
+            few += [domain, part.start, part.stop]
+        else:
+            many.append((domain, part))
+    return few, many
+
+
+def bank_linear_union(
+    x: Tensor, values: Tensor, row_starts: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int
+) -> Tensor:
+    rows, n = rows_of(x), row_starts.shape[0] - 1
+    if values.dtype != torch.float32:
+        raise Unsupported
+    y = x.new_empty((rows.shape[0], n))
+    few, many = _few_and_many(rows, weight_like(values, row_starts, x.shape[-1]), offsets, samples)
+    if few:
+        shift = None if bias is None else bias.float().contiguous()
+        _OPS.linear_union.default(rows.contiguous(), values.contiguous(), row_starts.contiguous(), bits, shift, few, y)
+    if many:
+        weight = expand_values(values, joined(bits), (n, x.shape[-1]))
+        multiply_by_blocks(y, rows, weight, bits, bias, many)
+    return y.view(*x.shape[:-1], n)
 
 
 def random_words(numel: int, rng_state: Tensor, layer: int, step_offset: int = 0, first: int = 0) -> Tensor:

@@ -60,6 +60,7 @@ def _cpp() -> dict[str, Implementation]:
         "linear_packed": _extension.linear_packed,
         "linear_kept": _extension.linear_kept,
         "bank_linear": _extension.bank_linear,
+        "bank_linear_union": _extension.bank_linear_union,
     }
 
 

@@ -193,7 +193,8 @@ torch.library.register_autograd("dwm_fast::bank_linear", _backward, setup_contex
 torch.library.register_autograd("dwm_fast::bank_conv2d", _backward, setup_context=_setup_context)
 
 
-def _check(rows: int, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> None:
+def check_bank(rows: int, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor, samples: int) -> None:
+    """InputError unless these fit each other as `bank_linear` and `bank_conv2d` say; of the weight the shape counts."""
     nbytes = packed_nbytes(weight.numel())
     if bits.dtype != torch.uint8 or bits.dim() != 2 or bits.shape[1] != nbytes or bits.stride(1) != 1:
         raise InputError(
@@ -230,7 +231,7 @@ def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, of
         (..., N) in x's dtype. On the CPU in fp32 it is bit for bit what `linear_packed` gives domain by
         domain.
     """
-    _check(x.numel() // max(x.shape[-1], 1), weight, bits, bias, offsets, samples)
+    check_bank(x.numel() // max(x.shape[-1], 1), weight, bits, bias, offsets, samples)
     result: Tensor = torch.ops.dwm_fast.bank_linear(x, weight, bits, bias, offsets, samples)
     return result
 
@@ -245,7 +246,7 @@ def bank_conv2d(
     x: (B, C, H, W), NCHW or channels_last, sorted by domain; weight: (O, C / groups, KH, KW); the rest as in
     `bank_linear` and torch's conv2d. Returns (B, O, H', W') in x's dtype and memory format.
     """
-    _check(x.shape[0], weight, bits, bias, offsets, samples)
+    check_bank(x.shape[0], weight, bits, bias, offsets, samples)
     geometry = Geometry(stride, padding, dilation, groups)
     result: Tensor = torch.ops.dwm_fast.bank_conv2d(x, weight, bits, bias, offsets, samples, *geometry.flat())
     return result

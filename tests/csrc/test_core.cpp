@@ -326,6 +326,41 @@ void check_kept(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep,
   }
 }
 
+// The weights that one of three domains keeps give bit for bit what all weights give; what does not fit is refused.
+void check_union(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep) {
+  std::srand(9);
+  Block<float> x(3 * m * width), w(n * width), bias(n), expected(3 * m * n), out(3 * m * n);
+  const int64_t stride = packed_nbytes(n * width);
+  Block<uint8_t> bits(3 * stride);
+  Block<int64_t> starts(n + 1);
+  std::vector<float> kept;
+  for (int64_t i = 0; i < x.size; ++i) x[i] = next_float();
+  for (int64_t i = 0; i < n; ++i) bias[i] = next_float();
+  for (int64_t e = 0; e < n * width; ++e) {
+    w[e] = next_float();
+    bool any = false;
+    for (int64_t d = 0; d < 3; ++d) {
+      const bool one = std::rand() % 10 < keep;
+      bits[d * stride + e / 8] = static_cast<uint8_t>(bits[d * stride + e / 8] | (one ? 1 : 0) << (e % 8));
+      any = any || one;
+    }
+    if (any) kept.push_back(w[e]);
+    starts[e / width + 1] = static_cast<int64_t>(kept.size());
+  }
+  Block<float> values(static_cast<int64_t>(kept.size()) + 16);
+  for (size_t i = 0; i < kept.size(); ++i) values[static_cast<int64_t>(i)] = kept[i];
+  const LinearPart parts[] = {{bits.get(), bias.get(), 0, m},
+                              {bits.get() + stride, nullptr, m, 2 * m},
+                              {bits.get() + 2 * stride, bias.get(), 2 * m, 3 * m}};
+  k.linear_packed({x.get(), w.get(), expected.get(), parts, 3, n, width}, 0, n);
+  const KeptUnion job{x.get(), values.get(), starts.get(), bits.get(), 3, stride, out.get(), parts, 3, n, width};
+  const int64_t middle = n / 2;
+  require(k.linear_union(job, 0, middle) && k.linear_union(job, middle, n), "bits that fit are taken", k.name);
+  require(std::memcmp(out.get(), expected.get(), static_cast<size_t>(3 * m * n) * 4) == 0, "a union is enough", k.name);
+  const int64_t last = starts[n]--;
+  require(!k.linear_union(job, 0, n) || last == starts[n - 1], "bits that do not fit the values are refused", k.name);
+}
+
 // Small integers: products and sums are exact, in whatever order they are formed.
 void check_filters(const Kernels& k, int64_t outer, int64_t inner, int64_t taps, bool last) {
   const int64_t kernels = outer * inner, numel = kernels * taps;
@@ -424,6 +459,10 @@ int main() {
         check_kept(*k, m, 3, width, 7, Type::f16);
       }
     }
+    for (const int64_t m : {1, 3, 6}) {
+      for (const int64_t width : {5, 24, 4101}) check_union(*k, m, 9, width, 3);
+    }
+    check_union(*k, 23, 21, 33, 2);  // more slots than are worked on at a time
     check_kept(*k, 1, 16, 24, 4, Type::f32);  // bits that end with the last row's last byte
     for (const int64_t taps : {1, 4, 9, 49}) {
       for (const bool last : {false, true}) {

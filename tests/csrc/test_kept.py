@@ -84,6 +84,13 @@ with ops.use_backend("cpp"), ops.use_way("one-pass"):
             for m in (1, 2, 3, 4, 9, 40):
                 x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
                 found.update(ops.linear_kept(x, values, starts, bits).numpy().tobytes())
+    for k in (33, 1100):
+        weight, _, bits, _, _ = problem(50, k, 0.3, torch.float32)
+        both = torch.stack([bits, problem(50, k, 0.3, torch.float32, seed=4)[2]])
+        x = torch.randn(11, k, generator=torch.Generator().manual_seed(k))
+        y = ops.bank_linear_union(x, *ops.keep_union(weight, both), both, None, torch.tensor([0, 4, 11]), 11)
+        assert torch.equal(y, ops.bank_linear(x, weight, both, None, torch.tensor([0, 4, 11]), 11))
+        found.update(y.numpy().tobytes())
 print(torch.ops.dwm_fast_cpu.instruction_set(), found.hexdigest())
 """
 
