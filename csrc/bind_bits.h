@@ -106,20 +106,6 @@ void overlap(Tensor a, Tensor b, Integers numels, Tensor out) {
   }
 }
 
-void combine(Tensor a, Tensor b, int64_t op, Tensor out) {
-  for (const Tensor* t : {&a, &b, &out}) {
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Byte && t->is_contiguous() && t->numel() == a.numel(),
-                    "dwm_fast: combine takes contiguous uint8 buffers of equal length");
-  }
-  STD_TORCH_CHECK(op >= kAnd && op <= kAndNot, "dwm_fast: unknown set operation");
-  const std::vector<BytePiece> pieces = byte_pieces({0}, a.numel());
-  parallel(static_cast<int64_t>(pieces.size()), a.numel() / kBytesPerThread, [&](int64_t i) {
-    const BytePiece& piece = pieces[static_cast<size_t>(i)];
-    kernels().combine(static_cast<int>(op), bytes(a) + piece.begin, bytes(b) + piece.begin, bytes(out) + piece.begin,
-                      piece.nbytes);
-  });
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dwm_fast_cpu, m) {
@@ -128,7 +114,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dwm_fast_cpu, m) {
   m.def("apply(Tensor bits, Tensor[] weights, Tensor(a!)[] masked) -> ()");
   m.def("count(Tensor bits, int[] numels, Tensor(a!) out) -> ()");
   m.def("overlap(Tensor a, Tensor b, int[] numels, Tensor(a!) out) -> ()");
-  m.def("combine(Tensor a, Tensor b, int op, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dwm_fast_cpu, CPU, m) {
@@ -137,5 +122,4 @@ STABLE_TORCH_LIBRARY_IMPL(dwm_fast_cpu, CPU, m) {
   m.impl("apply", TORCH_BOX(&apply));
   m.impl("count", TORCH_BOX(&count));
   m.impl("overlap", TORCH_BOX(&overlap));
-  m.impl("combine", TORCH_BOX(&combine));
 }

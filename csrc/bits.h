@@ -111,20 +111,4 @@ static void overlap_bits(const uint8_t* a, const uint8_t* b, int64_t nbytes, int
   *either = in_either;
 }
 
-static void combine_bits(int op, const uint8_t* a, const uint8_t* b, uint8_t* out, int64_t nbytes) {
-  switch (op) {
-    case kAnd:
-      for (int64_t i = 0; i < nbytes; ++i) out[i] = a[i] & b[i];
-      break;
-    case kOr:
-      for (int64_t i = 0; i < nbytes; ++i) out[i] = a[i] | b[i];
-      break;
-    case kXor:
-      for (int64_t i = 0; i < nbytes; ++i) out[i] = a[i] ^ b[i];
-      break;
-    default:
-      for (int64_t i = 0; i < nbytes; ++i) out[i] = static_cast<uint8_t>(a[i] & ~b[i]);
-  }
-}
-
 }  // namespace dwm::DWM_ISA

@@ -291,7 +291,6 @@ struct Kernels {
   void (*apply)(const ApplyTensor& t, int64_t begin, int64_t end);
   int64_t (*count)(const uint8_t* a, int64_t nbytes);
   void (*overlap)(const uint8_t* a, const uint8_t* b, int64_t nbytes, int64_t* both, int64_t* either);
-  void (*combine)(int op, const uint8_t* a, const uint8_t* b, uint8_t* out, int64_t nbytes);
   void (*frozen_adamw)(UpdateTypes types, const AdamWTensor& t, int64_t begin, int64_t end);
   void (*frozen_sgd)(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end);
   void (*mask_adam)(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end);

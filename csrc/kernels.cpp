@@ -37,7 +37,6 @@ const Kernels DWM_TABLE = {
     .apply = DWM_ISA::apply,
     .count = DWM_ISA::count_bits,
     .overlap = DWM_ISA::overlap_bits,
-    .combine = DWM_ISA::combine_bits,
     .frozen_adamw = DWM_ISA::frozen_adamw,
     .frozen_sgd = DWM_ISA::frozen_sgd,
     .mask_adam = DWM_ISA::mask_adam,

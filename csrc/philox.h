@@ -29,10 +29,54 @@ static inline Keys round_keys(uint64_t seed) {
   return keys;
 }
 
-// Blocks written beyond the last one asked for: the vector loop works on sixteen counters at a time.
-constexpr int64_t kBlockSlack = 16;
+// Blocks written beyond the last one asked for: a vector loop works on up to 32 counters at a time.
+constexpr int64_t kBlockSlack = 32;
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+
+// As below with 32 counters a turn; one instruction makes both exclusive ors of a word.
+DWM_NOINLINE static void philox_blocks(uint64_t first, int64_t blocks, uint32_t layer, uint32_t step,
+                                       const Keys& keys, uint32_t* out) {
+  constexpr int kChains = 4;
+  constexpr int kXor3 = 0x96;
+  const __m512i m0 = _mm512_set1_epi64(kMultiplier0);
+  const __m512i m1 = _mm512_set1_epi64(kMultiplier1);
+  const __m512i firsts = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0);
+  const __m512i seconds = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
+  for (int64_t i = 0; i < blocks; i += 8 * kChains, out += 32 * kChains) {
+    __m512i c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+    for (int h = 0; h < kChains; ++h) {
+      const __m512i base = _mm512_set1_epi64(static_cast<int64_t>(first + static_cast<uint64_t>(i + 8 * h)));
+      c0[h] = _mm512_add_epi64(base, _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+      c1[h] = _mm512_srli_epi64(c0[h], 32);
+      c2[h] = _mm512_set1_epi64(layer);
+      c3[h] = _mm512_set1_epi64(step);
+    }
+#pragma GCC unroll 10
+    for (int r = 0; r < kRounds; ++r) {
+      const __m512i k0 = _mm512_set1_epi64(keys.first[r]);
+      const __m512i k1 = _mm512_set1_epi64(keys.second[r]);
+#pragma GCC unroll 4
+      for (int h = 0; h < kChains; ++h) {
+        const __m512i p0 = _mm512_mul_epu32(c0[h], m0);
+        const __m512i p1 = _mm512_mul_epu32(c2[h], m1);
+        c0[h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[h], k0, kXor3);
+        c2[h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[h], k1, kXor3);
+        c1[h] = p1;
+        c3[h] = p0;
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < kChains; ++h) {
+      const __m512i a = _mm512_mask_blend_epi32(0xAAAA, c0[h], _mm512_slli_epi64(c1[h], 32));
+      const __m512i b = _mm512_mask_blend_epi32(0xAAAA, c2[h], _mm512_slli_epi64(c3[h], 32));
+      _mm512_storeu_si512(out + 32 * h, _mm512_permutex2var_epi64(a, firsts, b));
+      _mm512_storeu_si512(out + 32 * h + 16, _mm512_permutex2var_epi64(a, seconds, b));
+    }
+  }
+}
+
+#elif defined(__AVX2__)
 
 // Sixteen counters a turn, each 32-bit word in the low half of a 64-bit lane: the widening product needs no shuffle,
 // its low half may stay where it is, and four independent chains hide the multiplier's latency. The loop that GCC 12

@@ -56,17 +56,36 @@ DWM_NOINLINE static void sgd_run(const SgdRule& rule, const float* __restrict w,
   }
 }
 
+struct SgdLane {
+  float value, momentum;
+};
+
+static DWM_INLINE SgdLane sgd_momentum_lane(const SgdRule& rule, float w, float g, float m) {
+  const float gradient = rule.sign * g + pull(rule.decay, w);
+  const float rolled = rule.momentum * m + rule.dampening_complement * gradient;
+  const float velocity = rule.first ? gradient : rolled;
+  const float direction = rule.nesterov ? gradient + rule.momentum * velocity : velocity;
+  return {w * rule.shrink - rule.lr * direction, velocity};
+}
+
 DWM_NOINLINE static void sgd_momentum_run(const SgdRule& rule, const float* __restrict w, const float* __restrict g,
                                           float* __restrict m, const uint8_t* __restrict keep,
                                           float* __restrict moved, int n) {
   const SgdRule local = rule;
   for (int i = 0; i < n; ++i) {
-    const float gradient = local.sign * g[i] + pull(local.decay, w[i]);
-    const float rolled = local.momentum * m[i] + local.dampening_complement * gradient;
-    const float velocity = local.first ? gradient : rolled;
-    const float direction = local.nesterov ? gradient + local.momentum * velocity : velocity;
-    moved[i] = w[i] * local.shrink - local.lr * direction;
-    m[i] = keep[i] ? m[i] : velocity;
+    const SgdLane lane = sgd_momentum_lane(local, w[i], g[i], m[i]);
+    moved[i] = lane.value;
+    m[i] = keep[i] ? m[i] : lane.momentum;
+  }
+}
+
+DWM_NOINLINE static void sgd_momentum_run_f32(const SgdRule& rule, float* __restrict w, const float* __restrict g,
+                                              float* __restrict m, const uint8_t* __restrict keep, int n) {
+  const SgdRule local = rule;
+  for (int i = 0; i < n; ++i) {
+    const SgdLane lane = sgd_momentum_lane(local, w[i], g[i], m[i]);
+    w[i] = keep[i] ? w[i] : lane.value;
+    m[i] = keep[i] ? m[i] : lane.momentum;
   }
 }
 
@@ -184,16 +203,24 @@ static void compact_sgd(UpdateTypes types, const SgdTensor& t, int64_t begin, in
   });
 }
 
+// fp32 weights and gradients of any memory order, in place: step(at, n, weight, gradient, keep) for every run.
+template <typename Tensor, typename Step>
+static inline void update_in_place(const Tensor& t, int64_t begin, int64_t end, Step&& step) {
+  walk<Wanted{.bits_in = true}>(
+      t.shape, TileSource{.bits_in = t.bits}, begin, end,
+      [&](int64_t at, int64_t n, const uint32_t*, const uint8_t* keep) {
+        step(at, static_cast<int>(n), static_cast<float*>(t.weight) + at, static_cast<const float*>(t.grad) + at, keep);
+      });
+}
+
+static inline bool in_place(UpdateTypes types) { return types.weight == Type::f32 && types.grad == Type::f32; }
+
 static void frozen_adamw(UpdateTypes types, const AdamWTensor& t, int64_t begin, int64_t end) {
   if (t.ranks) return compact_adamw(types, t, begin, end);
-  if (types.weight == Type::f32 && types.grad == Type::f32) {
-    walk<Wanted{.bits_in = true}>(
-        t.shape, TileSource{.bits_in = t.bits}, begin, end,
-        [&](int64_t at, int64_t n, const uint32_t*, const uint8_t* keep) {
-          adamw_run_f32(t.rule, static_cast<float*>(t.weight) + at, static_cast<const float*>(t.grad) + at,
-                        t.exp_avg + at, t.exp_avg_sq + at, keep, static_cast<int>(n));
-        });
-    return;
+  if (in_place(types)) {
+    return update_in_place(t, begin, end, [&](int64_t at, int n, float* w, const float* g, const uint8_t* keep) {
+      adamw_run_f32(t.rule, w, g, t.exp_avg + at, t.exp_avg_sq + at, keep, n);
+    });
   }
   update_free(types, t, begin, end,
               [&](int64_t at, int n, const float* w, const float* g, const uint8_t* keep, float* moved) {
@@ -203,6 +230,11 @@ static void frozen_adamw(UpdateTypes types, const AdamWTensor& t, int64_t begin,
 
 static void frozen_sgd(UpdateTypes types, const SgdTensor& t, int64_t begin, int64_t end) {
   if (t.ranks && t.momentum) return compact_sgd(types, t, begin, end);
+  if (in_place(types) && t.momentum) {
+    return update_in_place(t, begin, end, [&](int64_t at, int n, float* w, const float* g, const uint8_t* keep) {
+      sgd_momentum_run_f32(t.rule, w, g, t.momentum + at, keep, n);
+    });
+  }
   update_free(types, t, begin, end,
               [&](int64_t at, int n, const float* w, const float* g, const uint8_t* keep, float* moved) {
                 if (t.momentum) {

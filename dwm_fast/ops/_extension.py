@@ -27,7 +27,7 @@ from dwm_fast.ops.draw import Draw  # noqa: E402
 from dwm_fast.ops.kept import expand_values, weight_like  # noqa: E402
 from dwm_fast.ops.layout import PACKABLE, in_orders, known, order_of, restored  # noqa: E402
 from dwm_fast.ops.linear import activated  # noqa: E402
-from dwm_fast.ops.packing import COMBINATIONS, packed_nbytes  # noqa: E402 - only where the extension loads
+from dwm_fast.ops.packing import packed_nbytes  # noqa: E402 - only where the extension loads
 from dwm_fast.ops.problem import FLOATS, Problem, cpu_problem, rows_of  # noqa: E402
 from dwm_fast.ops.union import joined  # noqa: E402
 from dwm_fast.ops.ways import one_pass  # noqa: E402
@@ -105,12 +105,6 @@ def count(bits: Tensor, numels: Sequence[int]) -> Tensor:
     ones = torch.empty(len(numels), dtype=torch.int64)
     _OPS.count.default(bits.contiguous(), numels, ones)
     return ones
-
-
-def combine(a: Tensor, b: Tensor, op: str) -> Tensor:
-    out = torch.empty(a.shape, dtype=torch.uint8)
-    _OPS.combine.default(a.contiguous(), b.contiguous(), COMBINATIONS[op], out)
-    return out
 
 
 def overlap(a: Tensor, b: Tensor, numels: Sequence[int]) -> Tensor:

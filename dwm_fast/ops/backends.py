@@ -47,7 +47,6 @@ def _cpp() -> dict[str, Implementation]:
         "unpack": _extension.unpack,
         "apply": _extension.apply,
         "count": _extension.count,
-        "combine": _extension.combine,
         "overlap": _extension.overlap,
         "mask_adam": _extension.mask_adam,
         "coded_adam": _extension.coded_adam,
