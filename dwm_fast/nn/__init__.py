@@ -9,6 +9,7 @@ from dwm_fast.nn.masking import mask_model
 from dwm_fast.nn.merge import merge
 from dwm_fast.nn.model import MaskedModel
 from dwm_fast.nn.packed import PackedConv2d, PackedLinear, pack
+from dwm_fast.nn.ranks import check_ranks
 from dwm_fast.nn.register import register_kind
 from dwm_fast.nn.schedule import LinearSchedule, TauSchedule
 from dwm_fast.nn.select import maskable_weights
@@ -41,6 +42,7 @@ __all__ = [
     "TauSchedule",
     "Threshold",
     "TopK",
+    "check_ranks",
     "explain",
     "kind_from_dict",
     "load_masked",

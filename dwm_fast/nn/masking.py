@@ -36,6 +36,7 @@ def mask_model(
     memory: str = "plain",
     logits: str = "fp32",
     noise: str = "shared",
+    process_group: Any = None,
 ) -> MaskedModel:
     """Wrap a network so that its weights are seen through learned masks.
 
@@ -52,7 +53,7 @@ def mask_model(
         kind: GumbelSigmoid(...), Threshold(...), Edit(...), KernelSoft(...) or SemiStructured(...).
         include, exclude: shell patterns of names of layers, or of masks where a module has several
             ("attention.in_proj_weight"), e.g. include=["layer*"], exclude=["fc"]; commas part several in one text.
-        mask_samples, batch_norm, seed, noise: see `MaskedModel`.
+        mask_samples, batch_norm, seed, noise, process_group: see `MaskedModel`.
         also: patterns of what is masked only by request: embeddings, and parameters of two dimensions or more of
             modules of any other class; a bias by its parameter's full name.
         tied: "refuse" a weight that has several names, or "share": one mask for all its places.
@@ -108,7 +109,8 @@ def mask_model(
                 raise InputError(f"layer '{name}': {error}") from error
     if memory == "streamed":
         return StreamedModel(shell.module, batch_norm=batch_norm, seed=seed, logits=logits)
-    return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed, noise=noise)
+    ranks = {"noise": noise, "process_group": process_group}
+    return MaskedModel(shell.module, mask_samples=mask_samples, batch_norm=batch_norm, seed=seed, **ranks)
 
 
 def _hosted(chosen: Mapping[str, MaskableWeight], places: Mapping[str, list[Place]]) -> list[str]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from dwm_fast import ops
 from dwm_fast.errors import InputError
@@ -17,6 +17,7 @@ from dwm_fast.nn.coverage import Coverage, left_out
 from dwm_fast.nn.hosts import MaskedParameter
 from dwm_fast.nn.kinds import MaskKind
 from dwm_fast.nn.layers import MaskedLayer, draw, new_rng_state, new_tau, stage
+from dwm_fast.nn.ranks import Ranks
 from dwm_fast.nn.recast import keep_dtype
 from dwm_fast.nn.select import literal
 from dwm_fast.nn.sharded import LaterDraw
@@ -64,7 +65,9 @@ class MaskedModel(nn.Module):
         seed: seed of the mask noise; from torch's generator by default.
         noise: with torch.distributed, "shared": all ranks draw the same masks; "per-rank": each rank its own, rank r's
             j-th sample that which one process with mask_samples x ranks draws as number r * mask_samples + j. What is
-            saved does not depend on the number of ranks. Ranks are those of the default process group.
+            saved does not depend on the number of ranks.
+        process_group: whose ranks those are: a ProcessGroup, or a DeviceMesh of one dimension; the default group by
+            default. It may be set later, and is not saved.
     """
 
     memory, logits = "plain", "fp32"
@@ -79,10 +82,13 @@ class MaskedModel(nn.Module):
         batch_norm: str = "frozen",
         seed: int | None = None,
         noise: str = "shared",
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         if noise not in NOISES:
             raise InputError(f"noise={noise!r}; expected 'shared' or 'per-rank'")
+        if process_group is not None and noise == "shared":
+            raise InputError("process_group with noise='shared', which all ranks draw; expected noise='per-rank'")
         if not isinstance(mask_samples, int) or mask_samples < 1:
             raise InputError(f"mask_samples={mask_samples!r}; expected a whole number of at least 1")
         if batch_norm not in ("frozen", "train"):
@@ -90,6 +96,7 @@ class MaskedModel(nn.Module):
         self.mask_samples = mask_samples
         self.batch_norm = batch_norm
         self.noise = noise
+        self._ranks = Ranks(process_group)
         self._layers = {mask_name(n, m): m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
         if not self._layers:
             raise InputError("the model has no masked layer; make one with dwm_fast.mask_model(model, kind)")
@@ -165,9 +172,17 @@ class MaskedModel(nn.Module):
 
     def _of_ranks(self) -> tuple[int, int]:
         """With noise="per-rank", the mask samples of a step over all ranks, and the first of this rank's."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self.mask_samples, 0
-        return self.mask_samples * distributed.get_world_size(), self.mask_samples * distributed.get_rank()
+        count, mine = self._ranks.count()
+        return self.mask_samples * count, self.mask_samples * mine
+
+    @property
+    def process_group(self) -> Any:
+        """Whose ranks draw masks of their own with noise="per-rank": what was given; None: the default group's."""
+        return self._ranks.given
+
+    @process_group.setter
+    def process_group(self, given: Any) -> None:
+        self._ranks = Ranks(given)
 
     def _still_differentiable(self, drawn: Tensor, versions: list[int], draws: list[Tensor]) -> bool:
         """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
@@ -334,7 +349,7 @@ class MaskedModel(nn.Module):
         return {**self.__dict__, "_drawn": None, "_recorder": None, "_observer": None, "_held": None, "_places": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_held": None, "noise": "shared", **state})  # type: ignore[no-untyped-call]
+        super().__setstate__({"_held": None, "noise": "shared", "_ranks": Ranks(), **state})  # type: ignore[no-untyped-call]
         front.dress(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
+from dwm_fast.nn.ranks import Ranks, check_ranks
 from dwm_fast.ops.sample import penalty
+from dwm_fast.ops.shards import is_shard
 from dwm_fast.ops.update import frozen_adamw, step_masks
 from dwm_fast.optim._bucket import Bucket
 from dwm_fast.optim._state import DeviceOptimizer, finite, non_negative, valid_betas
 from dwm_fast.optim.folded import FoldedGradient, Part
 from dwm_fast.optim.record import DrawRecorder, MaskSource
+from dwm_fast.optim.reduced import reduce_gradients
 
 
 class MaskAdam(DeviceOptimizer):
@@ -36,9 +39,14 @@ class MaskAdam(DeviceOptimizer):
             tensor on the device. Like weight decay it acts in the step alone: `.grad` is without it.
         decoupled_weight_decay: AdamW's decay (True) or Adam's.
         fold: False leaves the source alone: an ordinary gradient that outlives the step.
+        process_group: a torch.distributed ProcessGroup or DeviceMesh of one dimension, whose ranks each have a part of
+            the batch: `step` averages gradients over them, so the logits need no DistributedDataParallel. Where all
+            ranks draw the same masks it averages those of the masked weights, and the step stays one pass. All ranks
+            make the optimiser together; it compares their models (`dwm_fast.nn.check_ranks`).
 
     Raises:
-        InputError: no masked model, a number out of range, or coefficient with fold=False.
+        InputError: no masked model, a number out of range, coefficient with fold=False, process_group with shards or
+            with ranks whose models differ.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -54,6 +62,7 @@ class MaskAdam(DeviceOptimizer):
         coefficient: float | Tensor = 0.0,
         decoupled_weight_decay: bool = True,
         fold: bool = True,
+        process_group: Any = None,
     ) -> None:
         non_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         valid_betas(betas)
@@ -64,6 +73,8 @@ class MaskAdam(DeviceOptimizer):
         if not isinstance(coefficient, Tensor) and not finite(coefficient):
             raise InputError(f"coefficient is {coefficient!r}; expected a finite number")
         sources = _checked_sources(source)
+        self._ranks = None if process_group is None else Ranks(process_group)
+        _check_models(sources, self._ranks)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -73,17 +84,21 @@ class MaskAdam(DeviceOptimizer):
             "coefficient": coefficient,
         }
         self.fold = fold
+        self._averaged = False
+        self._same_masks = [getattr(one, "noise", "shared") == "shared" for one in sources]
         self._recorders: list[DrawRecorder] = []
         groups = [{"params": list(one.mask_parameters())} for one in sources]
         super().__init__(groups, defaults, keep=None, compact=False)
         if fold:
             for one in sources:
                 rule: int | None = getattr(getattr(one, "kind", None), "training_mode", None)
-                self._recorders.append(DrawRecorder(one.mask_parameters(), rule))
+                self._recorders.append(DrawRecorder(one.mask_parameters(), rule, self._ranks is not None))
                 one.attach_recorder(self._recorders[-1])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's, without its detours."""
+        if self._averaged:
+            self._close(averaged=False)
         if not set_to_none:
             super().zero_grad(set_to_none)
             return
@@ -91,7 +106,37 @@ class MaskAdam(DeviceOptimizer):
             for p in group["params"]:
                 p.grad = None
 
+    def reduce_gradients(self) -> None:
+        """Average the gradients over the ranks of `process_group`, once a step; without one it does nothing.
+
+        `step` does it where nobody has. Call it after the last backward() of a step where something is to read the
+        gradients before: clipping, a GradScaler's unscale_. All ranks have to call it. Gradients of several backward
+        passes (accumulation) are summed on each rank first, and averaged once.
+        """
+        if self._ranks is None or self._averaged:
+            return
+        for index, group in enumerate(self.param_groups):
+            same = index < len(self._same_masks) and self._same_masks[index]
+            reduce_gradients(group["params"], self._ranks.group, same)
+        self._close(averaged=True)
+
+    def _close(self, averaged: bool) -> None:
+        """Let backward passes of this step come (False), or be an error (True), for its gradients are averaged."""
+        self._averaged = averaged
+        for recorder in self._recorders:
+            recorder.averaged = averaged
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every logit that has a gradient; returns what `closure` returned, if given."""
+        loss = super().step(closure)
+        if self._averaged:
+            self._close(averaged=False)
+        return loss
+
+    step.hooked = True  # type: ignore[attr-defined]  # as DeviceOptimizer's, which it calls
+
     def update(self, group: dict[str, Any], bucket: Bucket) -> None:
+        self.reduce_gradients()
         active = [i for i, p in enumerate(bucket.params) if p.grad is not None]
         if not active:
             return
@@ -176,7 +221,11 @@ class MaskAdam(DeviceOptimizer):
         return penalty_terms(logits, mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fold": self.fold, "_recorders": []}
+        rest = {"fold": self.fold, "_recorders": [], "_ranks": self._ranks, "_same_masks": self._same_masks}
+        return {**super().__getstate__(), **rest, "_averaged": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_ranks": None, "_same_masks": [], "_averaged": False, **state})
 
 
 def penalty_terms(logits: Sequence[Tensor], mode: int) -> Sequence[Tensor]:
@@ -187,6 +236,22 @@ def penalty_terms(logits: Sequence[Tensor], mode: int) -> Sequence[Tensor]:
     if not total.requires_grad:  # a rule without a penalty
         return [torch.zeros_like(x) for x in logits]
     return torch.autograd.grad(total, leaves)
+
+
+def _check_models(sources: Sequence[Any], ranks: Ranks | None) -> None:
+    """InputError where ranks that learn these sources together hold different ones, or shards with `process_group`."""
+    for one in sources:
+        shard = next(filter(is_shard, one.mask_parameters()), None)
+        if shard is not None and ranks is not None:
+            raise InputError(
+                "process_group with logits that are shards (DTensor), which fully_shard averages; leave it out"
+            )
+        if ranks is not None and isinstance(one, torch.nn.Module):
+            check_ranks(one, ranks.group)
+        if shard is not None and isinstance(one, torch.nn.Module):
+            mesh: Any = shard.device_mesh
+            for dimension in range(mesh.ndim):
+                check_ranks(one, mesh.get_group(dimension))
 
 
 def _checked_sources(given: MaskSource | Sequence[MaskSource]) -> list[MaskSource]:

@@ -30,7 +30,14 @@ class MaskRecord:
         grads: gradient of each masked weight, in its dtype; None for a layer that was not reached.
         grad_penalty: gradient of the penalty, 0-dim fp32; None when the loss does not hold it.
         draw: how it was drawn; its rng_state a tensor of its own (`dwm_fast.ops.advance` gives one).
+
+    Attributes:
+        of_one_rank: whether the gradients are those of one rank of several, and are not averaged yet.
+        dtypes: of the masked weights; empty where nobody averages.
     """
+
+    of_one_rank = False
+    dtypes: Sequence[torch.dtype] = ()
 
     def __init__(
         self,
@@ -65,6 +72,13 @@ class MaskRecord:
             for g, w in zip(self.grads, self.weights, strict=True)
         ]
 
+    def whole(self) -> list[Tensor]:
+        """As `filled`, each in the dtype of its masked weight, which is the same on every rank."""
+        return [
+            torch.zeros_like(w, dtype=dtype, requires_grad=False) if g is None else g
+            for g, w, dtype in zip(self.grads, self.weights, self.dtypes, strict=True)
+        ]
+
     def require_unchanged(self) -> None:
         """InputError where logits, weights or temperature are no longer those of the backward pass."""
         if self.versions != _versions(self.logits, self.weights, self.draw):
@@ -85,6 +99,12 @@ class MaskRecord:
 
     def take(self, index: int) -> Tensor:
         """Gradient of logits `index`, for its one owner; the first call forms those of the whole network."""
+        if self.of_one_rank:
+            raise InputError(
+                "the gradient of these logits is that of this rank alone; call optimizer.reduce_gradients() after the "
+                "last backward() of a step and before clipping, unscaling or reading it, and let "
+                "DistributedDataParallel leave the logits out"
+            )
         if not self._found:
             self.require_unchanged()
             self._found = list(self.backward(True, False)[0])
@@ -104,14 +124,16 @@ class DrawRecorder:
     Args:
         owned: the logits that the optimiser steps.
         mode: rule of the draws that are to come, where it is known.
+        one_rank: whether gradients are those of one rank of several, which the optimiser averages.
 
     Attributes:
+        averaged: whether the optimiser has averaged them, and no backward may come before its step.
         mode: rule of the last draw; before it the one given.
         records: by layer, the gradient of an earlier step that may be used again; at most one of each.
     """
 
-    def __init__(self, owned: Iterable[Tensor], mode: int | None = None) -> None:
-        self.mode = mode
+    def __init__(self, owned: Iterable[Tensor], mode: int | None = None, one_rank: bool = False) -> None:
+        self.mode, self.one_rank, self.averaged = mode, one_rank, False
         self._owned = list(owned)
         self._shards = any(map(is_shard, self._owned))
         self.records: dict[int, FoldedGradient] = {}
@@ -150,7 +172,7 @@ class DrawRecorder:
             return call("sample", list(logits), list(weights), draw, dtype, pack)  # type: ignore[no-any-return]
         # Weights that do not train stay outside of the graph: each of its edges costs as much as a logit's.
         inside = weights if any(map(_TRAINS, weights)) else ()
-        *masked, bits, penalty = _RecordedDraw.apply(self.records, draw, list(weights), dtype, pack, *logits, *inside)
+        *masked, bits, penalty = _RecordedDraw.apply(self, draw, list(weights), dtype, pack, *logits, *inside)
         return masked, bits, penalty
 
     def _require_owned(self, logits: Sequence[Tensor]) -> None:
@@ -179,7 +201,7 @@ class _RecordedDraw(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        spares: dict[int, FoldedGradient],
+        recorder: DrawRecorder,
         draw: Draw,
         weights: list[Tensor],
         dtype: torch.dtype | None,
@@ -188,7 +210,8 @@ class _RecordedDraw(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         logits = list(tensors[: len(weights)])
         masked, bits, penalty = call("sample", logits, weights, draw, dtype, pack)
-        ctx.draw, ctx.logits, ctx.weights, ctx.spares = draw, logits, weights, spares
+        ctx.draw, ctx.logits, ctx.weights, ctx.recorder = draw, logits, weights, recorder
+        ctx.dtypes = [m.dtype for m in masked] if recorder.one_rank else ()
         # Where no hook looks at saved tensors, these are held as they are: to save and unpack one costs 1 us.
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         ctx.save_for_backward(draw.rng_state, draw.tau, *(logits + weights if hooked else ()))
@@ -211,12 +234,18 @@ class _RecordedDraw(torch.autograd.Function):
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 "logits or weights of masked layers were changed between the draw of their masks and backward()"
             )
+        record.of_one_rank, record.dtypes = ctx.recorder.one_rank, ctx.dtypes
+        if ctx.recorder.averaged and any(x.grad is not None for x in logits):
+            raise InputError(
+                "backward() came after reduce_gradients() and before step(): the sum would be averaged in part; call "
+                "reduce_gradients() once, after the last backward() of a step"
+            )
         needs = ctx.needs_input_grad[_LOGITS:]
         wanted = [i for i in range(count) if needs[i]]
         need_weights = any(needs[count:])
         nothing = (None,) * count
         if not (need_weights or torch.is_grad_enabled()) and _nobody_looks(ctx, logits, wanted):
-            _leave_parts(record, logits, wanted, ctx.spares)
+            _leave_parts(record, logits, wanted, ctx.recorder.records)
             return (None,) * len(ctx.needs_input_grad)
         dlogits, dweights = record.backward(bool(wanted), need_weights)
         found = (*(None,) * _LOGITS, *(dlogits or nothing), *(dweights or nothing))

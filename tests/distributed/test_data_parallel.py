@@ -6,7 +6,9 @@ Three gloo processes on the CPU, started once: two of them and all of them learn
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 import dwm_fast as dwm
 from dwm_fast.optim import MaskAdam
 
 ROWS, STEPS = 12, 20
+PAGE = Path(__file__).parents[2] / "docs/distributed.md"
 
 
 def _masked(**options: Any) -> dwm.MaskedModel:
@@ -32,16 +36,20 @@ def _masked(**options: Any) -> dwm.MaskedModel:
 
 
 class Learning:
-    """A masked model and MaskAdam on the rows of one rank; parts: backward passes of a step, the last one synced."""
+    """A masked model and MaskAdam on the rows of one rank; parts: backward passes of a step, the last one synced.
 
-    def __init__(self, masked: dwm.MaskedModel, group: Any = None) -> None:
+    With `ddp` DistributedDataParallel averages the gradients, else MaskAdam does; `clip`: the norm, None for no look.
+    """
+
+    def __init__(self, masked: dwm.MaskedModel, group: Any = None, ddp: bool = True) -> None:
         self.masked = masked
-        self.optimizer = MaskAdam(masked, lr=0.05, coefficient=2.0)
+        averages = group if not ddp else None
+        self.optimizer = MaskAdam(masked, lr=0.05, coefficient=2.0, process_group=averages)
         self.rank, self.ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        self.call = DistributedDataParallel(masked, process_group=group) if group is not None else masked
+        self.call = DistributedDataParallel(masked, process_group=group) if group is not None and ddp else masked
         self.drawn: list[Tensor] = []
 
-    def run(self, first: int, last: int, parts: int = 1, clip: float = 1.0) -> Learning:
+    def run(self, first: int, last: int, parts: int = 1, clip: float | None = 1.0) -> Learning:
         for i in range(first, last):
             self.optimizer.zero_grad()
             for part in range(parts):
@@ -51,7 +59,9 @@ class Learning:
                 with self.call.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
                     self.masked.observe(self._keep)
                     F.cross_entropy(self.call(x[mine]), torch.arange(ROWS)[mine] % 4).backward()
-            nn.utils.clip_grad_norm_(self.masked.mask_parameters(), clip)
+            if clip is not None:
+                self.optimizer.reduce_gradients()
+                nn.utils.clip_grad_norm_(self.masked.mask_parameters(), clip)
             self.optimizer.step()
         return self
 
@@ -66,6 +76,63 @@ class Learning:
 
     def found(self) -> dict[str, Tensor]:
         return {"logits": self.logits(), "drawn": torch.stack(self.drawn), "rng": self.masked.rng_state.clone()}
+
+
+def _told(ask: Callable[[], object]) -> str:
+    try:
+        return repr(ask())
+    except dwm.InputError as error:
+        return str(error)
+
+
+def _averaged(rank: int, two: Any) -> dict[str, Any]:
+    """What two ranks find where MaskAdam averages, and no DDP does."""
+    found: dict[str, Any] = {
+        "folded": Learning(_masked(), two, ddp=False).run(0, STEPS, clip=None).found(),
+        "clipped": Learning(_masked(), two, ddp=False).run(0, STEPS).found(),
+        "folded, accumulated": Learning(_masked(), two, ddp=False).run(0, 6, parts=3).found(),
+    }
+    own = _masked(noise="per-rank", process_group=two)
+    found["own noise of two"] = Learning(own, two, ddp=False).run(0, STEPS).found()
+    mesh = DeviceMesh.from_group(two, "cpu")
+    found["a copy's"] = Learning(copy.deepcopy(own), mesh.get_group(), ddp=False).run(0, 1).drawn[0]
+    found["the next"] = Learning(own, two).run(0, 1).drawn[0]
+    sent, all_reduce = [], dist.all_reduce
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "all_reduce", lambda x, **how: sent.append(x.numel()) or all_reduce(x, **how))
+        spent = Learning(_masked(), two, ddp=False).run(0, 1, clip=None)
+        Learning(_masked(), two, ddp=False).run(0, 1, parts=3, clip=None)
+    found["sent"] = sent
+    found["spent"] = _told(lambda: next(spent.masked.mask_parameters()).grad + 0)  # type: ignore[operator]
+    found["looked"] = _told(lambda: _backward(Learning(_masked(), two, ddp=False)).grad + 0)  # type: ignore[operator]
+    late = Learning(_masked(), two, ddp=False)
+    _backward(late)
+    late.optimizer.reduce_gradients()
+    found["under DDP"] = _told(lambda: _backward(_wrapped(Learning(_masked(), two, ddp=False), two)))
+    found["late"] = _told(lambda: _backward(late))
+    late.optimizer.zero_grad()
+    found["not late"] = _told(lambda: _backward(late))
+    moved = _masked()
+    with torch.no_grad():
+        next(moved.mask_parameters())[3, 5] += 1e-6 * rank
+    found["logits differ"] = _told(lambda: MaskAdam(moved, process_group=two))
+    torch.manual_seed(rank)
+    seeded = dwm.mask_model(nn.Linear(4, 4), dwm.Threshold(), seed=rank)
+    found["seeds and weights differ"] = _told(lambda: dwm.nn.check_ranks(seeded, mesh))
+    torch.manual_seed(0)
+    other = dwm.mask_model(nn.Linear(4, 4), dwm.Threshold(threshold=0.001 * rank), seed=0)
+    found["kinds differ"] = _told(lambda: dwm.nn.check_ranks(other, two))
+    return found
+
+
+def _wrapped(learning: Learning, group: Any) -> Learning:
+    learning.call = DistributedDataParallel(learning.masked, process_group=group)
+    return learning
+
+
+def _backward(learning: Learning) -> Tensor:
+    learning.call(torch.ones(2, 16)).sum().backward()
+    return next(learning.masked.mask_parameters())
 
 
 def _resumed(state: dict[str, Any], group: Any = None) -> Learning:
@@ -88,6 +155,9 @@ def _rank(rank: int, folder: str) -> None:
             dcp.save({"model": half.masked.state_dict()}, checkpoint_id=f"{folder}/dcp", process_group=two)
             found["two"] = half.run(STEPS // 2, STEPS).found()
             found["accumulated"] = Learning(_masked(), two).run(0, 6, parts=3).found()
+            found |= _averaged(rank, two)
+        else:
+            found["not in"] = _told(lambda: _masked(noise="per-rank", process_group=two))
         dist.barrier()
         state = torch.load(f"{folder}/half.pt")
         found["resumed"] = _resumed(state, three).run(STEPS // 2, STEPS).found()
@@ -95,6 +165,19 @@ def _rank(rank: int, folder: str) -> None:
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+    if rank < 2:
+        _run_the_page(rank, folder)
+
+
+def _run_the_page(rank: int, folder: str) -> None:
+    """The script of the page as two processes of torchrun run it, but for the address at which they meet."""
+    script = PAGE.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    init, meet = dist.init_process_group, f"file://{folder}/page"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RANK", str(rank))
+        patched.setattr(dist, "init_process_group", lambda way: init(way, init_method=meet, rank=rank, world_size=2))
+        patched.chdir(folder)
+        exec(compile(script, str(PAGE), "exec"), {"__name__": "__main__"})
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +198,20 @@ def _same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=20 * 0.05 * 2.0**-14)
 
 
-@pytest.mark.parametrize(("what", "parts", "steps"), [("two", 1, STEPS), ("accumulated", 3, 6)])
+CASES = [
+    ("two", 1, STEPS, 1.0),
+    ("accumulated", 3, 6, 1.0),
+    ("folded", 1, STEPS, None),
+    ("clipped", 1, STEPS, 1.0),
+    ("folded, accumulated", 3, 6, 1.0),
+]
+
+
+@pytest.mark.parametrize(("what", "parts", "steps", "clip"), CASES)
 def test_two_ranks_learn_what_one_process_learns_from_the_whole_batch(
-    ranks: Any, what: str, parts: int, steps: int
+    ranks: Any, what: str, parts: int, steps: int, clip: float | None
 ) -> None:
-    alone = Learning(_masked()).run(0, steps, parts=parts).found()
+    alone = Learning(_masked()).run(0, steps, parts=parts, clip=clip).found()
     start = Learning(_masked()).logits()
     assert (alone["logits"] - start).abs().max() > 0.1
     for rank in ranks[:2]:
@@ -127,6 +219,42 @@ def test_two_ranks_learn_what_one_process_learns_from_the_whole_batch(
         assert torch.equal(rank[what]["drawn"], alone["drawn"])
         assert torch.equal(rank[what]["logits"], ranks[0][what]["logits"])
         _same(rank[what]["logits"], alone["logits"])
+
+
+def test_a_step_averages_the_gradients_of_masked_weights_once_and_stays_folded(ranks: Any) -> None:
+    weights = 16 * 16 + 16 * 4
+    for rank in ranks[:2]:
+        assert rank["sent"] == [weights, weights]  # one draw, and three of a step, with all layers in one message
+        assert "went into the last step of MaskAdam" in rank["spent"]
+        assert "of this rank alone; call optimizer.reduce_gradients()" in rank["looked"]
+        assert "let DistributedDataParallel leave the logits out" in rank["under DDP"]
+        assert "backward() came after reduce_gradients()" in rank["late"]
+        assert rank["not late"].startswith("Parameter")
+
+
+def test_the_script_of_the_page_runs_in_two_processes(ranks: Any, folder: Path) -> None:
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+    assert 0.02 < dwm.load_masked(net, folder / "masked.safetensors").fraction_kept() < 0.5
+
+
+def test_ranks_with_other_values_are_told_so_and_which(ranks: Any) -> None:
+    for rank in ranks[:2]:
+        assert rank["logits differ"].startswith(
+            "ranks 1 start from other values than rank 0 in 'model.0.mask_logits': give"
+        )
+        assert "in 'rng_state', 'model.weight', 'model.bias': give" in rank["seeds and weights differ"]
+        assert rank["kinds differ"].startswith("ranks 1 hold another model than rank 0")
+    assert "a group that this process is not in" in ranks[2]["not in"]
+
+
+def test_the_ranks_of_a_smaller_group_are_its_mask_samples(ranks: Any) -> None:
+    alone = Learning(_masked(mask_samples=2)).run(0, STEPS).found()
+    for r, rank in enumerate(ranks[:2]):
+        assert torch.equal(rank["own noise of two"]["drawn"], alone["drawn"][r::2])
+        assert torch.equal(rank["own noise of two"]["rng"], alone["rng"])
+        _same(rank["own noise of two"]["logits"], alone["logits"])
+        assert torch.equal(rank["a copy's"], rank["the next"])
+    assert not torch.equal(ranks[0]["the next"], ranks[1]["the next"])
 
 
 def test_what_two_ranks_saved_goes_on_with_one_and_with_three(ranks: Any, folder: Path) -> None:
@@ -163,6 +291,12 @@ def test_noise_is_one_of_two_and_is_kept_in_files(tmp_path: Path) -> None:
         _masked(noise="own")
     with pytest.raises(dwm.InputError, match="noise='per-rank' with memory='streamed'"):
         dwm.mask_model(nn.Linear(4, 4), dwm.GumbelSigmoid(), memory="streamed", noise="per-rank")
+    with pytest.raises(dwm.InputError, match="process_group with noise='shared'"):
+        _masked(process_group="two")
+    with pytest.raises(dwm.InputError, match="process_group is a str; expected a torch"):
+        _masked(noise="per-rank", process_group="two")
+    with pytest.raises(dwm.InputError, match="process_group is a str"):
+        MaskAdam(_masked(), process_group="two")
     masked = dwm.mask_model(nn.Linear(4, 4), dwm.GumbelSigmoid(), noise="per-rank")
     dwm.save_masked(masked, tmp_path / "x.safetensors")
     assert dwm.load_masked(nn.Linear(4, 4), tmp_path / "x.safetensors").noise == "per-rank"
