@@ -85,6 +85,10 @@ GpusPerStage = Annotated[
     float | None,
     typer.Option(help="With --engine ray: GPUs of a stage, such as 0.25; by default 0.", rich_help_panel=_BY_STAGE),
 ]
+Alone = Annotated[
+    bool | None,
+    typer.Option("--alone", help="Train each later domain by itself too: the table has the forward transfer."),
+]
 TaskEpochs = Annotated[int | None, typer.Option(help="Epochs of every later domain, for every method.")]
 
 
@@ -219,6 +223,7 @@ def sequence(
     source_epochs: SourceEpochs = None,
     task_epochs: TaskEpochs = None,
     source_lr: SourceLr = None,
+    alone: Alone = None,
     amp: Amp = None,
     device: Device = None,
     threads: Threads = None,
@@ -240,7 +245,7 @@ def sequence(
 
 
 _LISTS = ("sequence", "sources", "targets", "methods", "inits", "seeds")
-_PLAIN = ("data", "splits", "validation", "backbone", "weights", "amp", "device", "threads")
+_PLAIN = ("data", "splits", "validation", "alone", "backbone", "weights", "amp", "device", "threads")
 _SIZES = ("image_size", "train_size", "crop_scale", "tune_size", "tune_scale", "batch_size")
 
 

@@ -51,6 +51,7 @@ class StudyConfig:
         own_methods: "file.py:Class" or "module:Class" of the methods from outside that `methods` may name.
         sequence: domains to learn one after the other with one backbone, instead of the grid of pairs; None for that.
         sequential: method -> options in place of its own defaults, for a sequence.
+        alone: with a sequence: train a network for each later domain by itself too, for the forward transfer.
         batch_size: images a step.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         amp: "auto" (bf16 on a GPU), "bf16" or "off".
@@ -90,6 +91,7 @@ class StudyConfig:
     own_methods: tuple[str, ...] = field(default=(), metadata={"later": True})
     sequence: tuple[str, ...] | None = None
     sequential: of_sequences.Options = field(default_factory=dict)
+    alone: bool = field(default=False, metadata={"later": True})
     batch_size: Annotated[int, whole(1)] = 32
     device: str = "auto"
     amp: Annotated[str, Rule("auto, bf16 or off", ("auto", "bf16", "off").__contains__)] = "auto"
@@ -100,6 +102,8 @@ class StudyConfig:
             of_sequences.check_sequence(self.sequence)
             default = {f.name: f.default for f in dataclasses.fields(self)}
             _exclude(name for name in ("sources", "targets", "inits") if getattr(self, name) != default[name])
+        elif self.alone:
+            raise InputError("alone=True without a sequence; it gives a sequence's forward transfer: give sequence too")
         offered = of_pairs.offered() if self.sequence is None else tuple(of_sequences.offered())
         for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
             if not values or set(values) - set(allowed):

@@ -13,7 +13,7 @@ from dwm_fast.pacs.config_values import merged, method_options, named, replace
 Options = Mapping[str, Mapping[str, Any]]
 """Method -> options in place of its own defaults."""
 
-ENTRIES = ("sequence", "sequential")
+ENTRIES = ("sequence", "sequential", "alone")
 """Entries that only the study of sequences reads."""
 SEQUENTIAL = ("none", "piggyback", "ksm", "spg", "packnet", "binary")
 """What a sequence runs by default; the other methods and presets such as "piggyback-paper" are offered beside them."""

@@ -34,6 +34,7 @@ def _label(method: str, view: str) -> Cell:
 
 def _final(rows: Sequence[SequenceRow]) -> Table:
     best = max((row.average.rank for row in rows), default=0.0)
+    transfer = any(row.forward_transfer.mean is not None for row in rows)
     body = [
         [
             _label(row.method, row.view),
@@ -43,13 +44,14 @@ def _final(rows: Sequence[SequenceRow]) -> Table:
             Cell(row.forgetting, signed=True),
             row.incremental_average,
             Cell(row.weighted_forgetting, signed=True),
+            *([Cell(row.forward_transfer, signed=True)] if transfer else []),
             storage(row.bits_added),
             MISSING if row.seconds.mean is None else f"{row.seconds.mean:.1f}",
         ]
         for row in rows
     ]
     domains = list(rows[0].final) if rows else []
-    later = ["incremental average", "forgetting by size"]
+    later = ["incremental average", "forgetting by size", *(["forward transfer"] if transfer else [])]
     names = ["method", *domains, "average", "backward transfer", "forgetting", *later, "added per domain", "seconds"]
     return Table(names, body, note=f"{note(rows)} Bold is the highest average.")
 

@@ -26,7 +26,7 @@ class SequenceStudy(Study):
         return SequenceLab(self.config, self.data, self.folder, self.device)
 
     def sources(self) -> list[str]:
-        return [self.lab.sequence[0]]
+        return list(self.lab.sequence if self.config.alone else self.lab.sequence[:1])
 
     def _cells(self) -> Iterator[tuple[str, int, int]]:
         """(method, position, seed) of every task stage, in order."""
@@ -38,6 +38,8 @@ class SequenceStudy(Study):
         first = self.lab.sequence[0]
         for seed in self.config.seeds:
             yield self.source_stage(first, seed, f"network of {first}, seed {seed}")
+        for seed, domain in itertools.product(self.config.seeds, self.sources()[1:]):
+            yield self.source_stage(domain, seed, f"network of {domain} alone, seed {seed}")
         yield from itertools.starmap(self._task_stage, self._cells())
 
     def _task_stage(self, method: str, position: int, seed: int) -> Stage:
@@ -56,6 +58,9 @@ class SequenceStudy(Study):
             for row in one["rows"]
         ]
         tasks = [_task(one, learned) for one in learned]
+        sizes = {domain: len(self.data.domains[domain].test) for domain in sequence}
+        alone = [self.lab.source(d, seed).figures for seed in self.config.seeds for d in self.sources()[1:]]
+        own = {(one["source"], one["seed"]): one["accuracy"] for one in alone}
         options = {m: recorded(self.config.sequential_method(m)) for m in methods}
         return {
             "format": 1,
@@ -66,7 +71,8 @@ class SequenceStudy(Study):
                 sources=[self.lab.source(sequence[0], seed).figures for seed in self.config.seeds],
                 tasks=tasks,
                 rows=rows,
-                measures=table.measures(sequence, rows, tasks, {d: len(self.data.domains[d].test) for d in sequence}),
+                measures=table.measures(sequence, rows, tasks, sizes, own or None),
+                **({"alone": alone} if alone else {}),
             ),
         }
 

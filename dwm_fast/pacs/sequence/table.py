@@ -7,6 +7,8 @@ With a[i][j] the accuracy on task j after task i was learned, and n tasks:
     backward transfer  mean over j < n-1 of a[n-1][j] - a[j][j]                      Lopez-Paz and Ranzato 2017
     incremental        mean over i of the mean over j <= i of a[i][j]                Rebuffi et al. 2017
     weighted           forgetting, each task counted by its number of test images
+    forward transfer   mean over 0 < j of a[j][j] - b[j], b[j] the accuracy of a network trained on task j alone:
+                       intransigence of Chaudhry et al. 2018 with its sign turned round
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 RAW_COLUMNS = ("method", "seed", "view", "position", "after", "on", "accuracy", "loss")
 METRICS = ("average", "backward_transfer", "forgetting", "bits_added", "seconds")
-LATER_METRICS = ("incremental_average", "weighted_forgetting")
-"""What runs of earlier releases have not recorded."""
+LATER_METRICS = ("incremental_average", "weighted_forgetting", "forward_transfer")
+"""What runs of earlier releases, or those without networks of single domains, have not recorded."""
 
 _BITS_IN_MB = 8e6
 
@@ -55,11 +57,22 @@ def backward_transfer(matrix: Sequence[Sequence[float]]) -> float:
     return fmean(matrix[last][j] - matrix[j][j] for j in range(last))
 
 
+def forward_transfer(matrix: Sequence[Sequence[float]], alone: Sequence[float]) -> float:
+    """Mean over all tasks but the first of the accuracy just after learning minus that of a network of its own.
+
+    Args:
+        matrix: as above.
+        alone: accuracy on each task but the first of a network that was trained on it alone.
+    """
+    return fmean(matrix[j][j] - own for j, own in enumerate(alone, start=1))
+
+
 def measures(
     sequence: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     tasks: Sequence[Mapping[str, Any]],
     sizes: Mapping[str, int],
+    alone: Mapping[tuple[str, int], float] | None = None,
 ) -> list[dict[str, Any]]:
     """One entry per method, view and seed.
 
@@ -68,11 +81,12 @@ def measures(
         rows: one per method, seed, view and pair of domains "after" and "on", with "accuracy".
         tasks: one per method, seed and "position", with "bits" and "seconds" of that domain.
         sizes: number of test images of every domain.
+        alone: (domain, seed) -> accuracy of a network trained on it alone, for every domain but the first.
 
     Returns:
-        "final" (domain -> accuracy), "average", "forgetting", "backward_transfer", "incremental_average" and
-        "weighted_forgetting"; "bits_added" and "seconds" are means over the domains that were added to the first one,
-        "bits_total" the sum over all.
+        "final" (domain -> accuracy), "average", "forgetting", "backward_transfer", "incremental_average",
+        "weighted_forgetting" and, with `alone`, "forward_transfer"; "bits_added" and "seconds" are means over
+        the domains that were added to the first one, "bits_total" the sum over all.
     """
     accuracy = {(r["method"], r["view"], r["seed"], r["after"], r["on"]): r["accuracy"] for r in rows}
     found = []
@@ -94,12 +108,24 @@ def measures(
                 "backward_transfer": backward_transfer(matrix),
                 "incremental_average": incremental_average(matrix),
                 "weighted_forgetting": forgetting(matrix, [sizes[domain] for domain in sequence]),
+                **_forward(sequence, matrix, seed, alone),
                 "bits_added": fmean(task["bits"] for task in added),
                 "bits_total": sum(task["bits"] for task in own),
                 "seconds": fmean(task["seconds"] for task in added),
             }
         )
     return found
+
+
+def _forward(
+    sequence: Sequence[str],
+    matrix: Sequence[Sequence[float]],
+    seed: int,
+    alone: Mapping[tuple[str, int], float] | None,
+) -> dict[str, float]:
+    if alone is None:
+        return {}
+    return {"forward_transfer": forward_transfer(matrix, [alone[domain, seed] for domain in sequence[1:]])}
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,7 @@ class SequenceRow:
     seconds: Stat
     incremental_average: Stat
     weighted_forgetting: Stat
+    forward_transfer: Stat
     seeds: int
 
 
@@ -170,6 +197,8 @@ def to_markdown(rows: Sequence[SequenceRow]) -> str:
     domains = list(rows[0].final)
     later = any(row.incremental_average.mean is not None for row in rows)
     more = ["incremental average", "forgetting by size"] if later else []
+    transfer = any(row.forward_transfer.mean is not None for row in rows)
+    more += ["forward transfer"] if transfer else []
     header = ["method", "view", *domains, "average", "backward transfer", "forgetting", *more, "bits added", "seconds"]
     body = [
         [
@@ -180,6 +209,7 @@ def to_markdown(rows: Sequence[SequenceRow]) -> str:
             number(row.backward_transfer, True),
             number(row.forgetting, True),
             *([number(row.incremental_average), number(row.weighted_forgetting, True)] if later else []),
+            *([number(row.forward_transfer, True)] if transfer else []),
             MISSING if row.bits_added.mean is None else f"{row.bits_added.mean:,.0f}",
             number(row.seconds, digits=1),
         ]

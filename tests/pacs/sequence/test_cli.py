@@ -54,6 +54,15 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
     return found
 
 
+def test_alone_is_asked_for_by_a_flag_and_belongs_to_sequences(ask: Ask, configured: list[StudyConfig]) -> None:
+    ask("pacs", "sequence", "photo,sketch", "--alone")
+    ask("pacs", "sequence", "photo,sketch")
+    assert [config.alone for config in configured] == [True, False]
+    assert "alone" not in configured[1].to_dict()
+    with pytest.raises(InputError, match="alone=True without a sequence"):
+        from_dict({"alone": True}, builtin_defaults())
+
+
 def test_a_sequence_runs_to_its_table(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(monkeypatch)
     draw_nothing(monkeypatch)

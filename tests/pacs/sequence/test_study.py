@@ -82,6 +82,24 @@ def test_results_have_the_documented_entries(finished: Any, toys: None) -> None:
     )
 
 
+def test_with_alone_each_domain_has_a_network_of_its_own_and_measures_the_forward_transfer(
+    tmp_path: Path, toys: None
+) -> None:
+    study = SequenceStudy(sequence_config(methods=["none"], alone=True), tmp_path)
+    assert [stage.name for stage in study.stages()][:3] == [f"source-{domain}-seed0" for domain in SEQUENCE]
+    results = study.run()
+    own = {one["source"]: one["accuracy"] for one in results["alone"]}
+    assert list(own) == ["sketch", "art"]
+    learned = {r["on"]: r["accuracy"] for r in results["rows"] if r["after"] == r["on"] and r["view"] == "shared"}
+    expected = sum(learned[domain] - own[domain] for domain in ("sketch", "art")) / 2
+    (measured,) = (m for m in results["measures"] if m["view"] == "shared")
+    assert measured["forward_transfer"] == pytest.approx(expected)
+    assert "forward transfer" in (tmp_path / "table.md").read_text()
+    assert "trained on it alone" in (tmp_path / "report.html").read_text()
+    assert results["config"]["alone"] is True
+    assert len(results["sources"]) == 1
+
+
 def test_after_every_task_every_domain_seen_is_evaluated_in_every_view(finished: Any) -> None:
     rows = finished[1]["rows"]
     cells = [(r["method"], r["seed"], r["view"], r["after"], r["on"]) for r in rows]

@@ -13,6 +13,7 @@ from dwm_fast.pacs.sequence.table import (
     LATER_METRICS,
     backward_transfer,
     forgetting,
+    forward_transfer,
     incremental_average,
     measures,
     rows_csv,
@@ -51,6 +52,11 @@ def test_forgetting_by_size_counts_tasks_by_their_images() -> None:
     assert forgetting([[0.9], [0.95, 0.8], [0.70, 0.8, 0.6]], [300, 100, 7]) == pytest.approx(0.1875)
 
 
+def test_forward_transfer_is_from_a_network_of_its_own_to_just_after_learning() -> None:
+    # art 0.8 where it alone gives 0.7, sketch 0.6 where it alone gives 0.9: (0.1 - 0.3) / 2
+    assert forward_transfer([[0.9], [0.95, 0.8], [0.70, 0.8, 0.6]], [0.7, 0.9]) == pytest.approx(-0.1)
+
+
 def test_measures_of_every_method_view_and_seed() -> None:
     found = {(m["method"], m["view"], m["seed"]): m for m in results()["measures"]}
     assert set(found) == set(MATRICES)
@@ -86,6 +92,22 @@ def test_measures_need_nothing_but_their_rows() -> None:
         "bits_total": 8,
         "seconds": 1,
     }
+
+
+def test_with_networks_of_single_domains_every_method_has_its_forward_transfer() -> None:
+    given = results()
+    alone = {("art", 0): 0.5, ("sketch", 0): 1.0, ("art", 1): 0.7, ("sketch", 1): 0.7}
+    found = measures(SEQUENCE, given["rows"], given["tasks"], dict.fromkeys(SEQUENCE, 10), alone)
+    transfers = {(m["method"], m["view"], m["seed"]): m["forward_transfer"] for m in found}
+    # none: 0.7 - 0.5 and 0.8 - 1.0; its seed 1: 0.7 - 0.7 and 0.9 - 0.7; binary: 0.8 - 0.5 and 0.7 - 1.0
+    assert transfers["none", "shared", 0] == pytest.approx(0)
+    assert transfers["none", "shared", 1] == pytest.approx(0.1)
+    assert transfers["binary", "masked", 0] == pytest.approx(0)
+    rows = sequence_table({**given, "measures": found})
+    assert rows[0].forward_transfer.mean == pytest.approx(0.05)
+    header = next(line for line in to_markdown(rows).splitlines() if line.startswith("|"))
+    assert "| forgetting by size | forward transfer | bits added |" in header
+    assert "forward transfer" not in to_markdown(sequence_table(given))
 
 
 def test_table_has_a_row_per_method_and_view_with_mean_and_spread_over_seeds() -> None:
