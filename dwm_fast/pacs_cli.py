@@ -21,12 +21,35 @@ pacs_app = typer.Typer(invoke_without_command=True)
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Real PACS: a folder (domain/class, kfold or Dassl layout) or a Hugging Face parquet file or folder. "
-        "Without it: built-in procedural images, which are not PACS."
+        help="Real images: a folder (domain/class or class), a Hugging Face data set on disk, torchvision:NAME, or "
+        "PACS in any layout. Without it: built-in procedural images, which are not PACS."
     ),
 ]
-Splits = Annotated[str | None, typer.Option(help="Folder of the official train and crossval lists.")]
-Download = Annotated[bool, typer.Option("--download", help="Fetch flwrlabs/pacs into the folder --data names first.")]
+Splits = Annotated[str | None, typer.Option(help="Folder of lists: PACS' train and crossval, or DOMAIN_train.txt.")]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch what --data names first: torchvision's set, or PACS into that folder."),
+]
+_OTHERS = "Data sets other than PACS"
+DataRoot = Annotated[
+    str | None, typer.Option(help="Folder where torchvision keeps its data sets.", rich_help_panel=_OTHERS)
+]
+SplitClasses = Annotated[
+    str | None,
+    typer.Option(help="Cut one domain by class: 10, or pets=cat+dog,wheels=car+van.", rich_help_panel=_OTHERS),
+]
+OwnClasses = Annotated[
+    str | None,
+    typer.Option("--classes", help="same: every domain has all; own: each has its own.", rich_help_panel=_OTHERS),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Of a Hugging Face set: image=NAME,label=NAME,domain=NAME.", rich_help_panel=_OTHERS),
+]
+Holdout = Annotated[
+    float | None,
+    typer.Option(help="Fraction of each class to test on, where nothing else says.", rich_help_panel=_OTHERS),
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -98,6 +121,11 @@ def pairs(
     data: Data = None,
     splits: Splits = None,
     download: Download = False,
+    data_root: DataRoot = None,
+    split_classes: SplitClasses = None,
+    classes: OwnClasses = None,
+    columns: Columns = None,
+    holdout: Holdout = None,
     out: Out = None,
     config: Config = None,
     settings: Annotated[
@@ -201,10 +229,15 @@ def bank(
 @pacs_app.command()
 def sequence(
     context: typer.Context,
-    domains: Annotated[str, typer.Argument(help="At least two, comma-separated, in the order of learning.")],
+    domains: Annotated[str, typer.Argument(help="At least two, comma-separated, in the order of learning; or all.")],
     data: Data = None,
     splits: Splits = None,
     download: Download = False,
+    data_root: DataRoot = None,
+    split_classes: SplitClasses = None,
+    classes: OwnClasses = None,
+    columns: Columns = None,
+    holdout: Holdout = None,
     out: Out = None,
     config: Config = None,
     methods: Annotated[
@@ -245,7 +278,8 @@ def sequence(
 
 
 _LISTS = ("sequence", "sources", "targets", "methods", "inits", "seeds")
-_PLAIN = ("data", "splits", "validation", "alone", "backbone", "weights", "amp", "device", "threads")
+_IMAGES = ("split_classes", "classes", "columns", "holdout")
+_PLAIN = ("data", "data_root", "splits", "validation", "alone", "backbone", "weights", "amp", "device", "threads")
 _SIZES = ("image_size", "train_size", "crop_scale", "tune_size", "tune_scale", "batch_size")
 
 
@@ -253,12 +287,16 @@ def _base(given: dict[str, Any]) -> StudyConfig:
     """What flags are put over: the file of --config, or the defaults for the images; `given` has its data ready."""
     from dwm_fast.pacs.config import builtin_defaults, from_dict, load_config, real_defaults
     from dwm_fast.pacs.data import download_pacs
+    from dwm_fast.pacs.data.vision import PREFIX, download_torchvision
     from dwm_fast.pacs.pairs.search import read_settings
 
     if given["download"]:
         if given["data"] is None:
-            raise InputError("--download needs --data FOLDER, the folder to put the images in")
-        given["data"] = str(download_pacs(given["data"]))
+            raise InputError("--download needs --data FOLDER to put PACS in, or --data torchvision:NAME")
+        if given["data"].startswith(PREFIX):
+            download_torchvision(given["data"], given["data_root"])
+        else:
+            given["data"] = str(download_pacs(given["data"]))
     base = builtin_defaults() if given["data"] is None else real_defaults()
     if given["config"] is not None:
         base = load_config(given["config"], None if given["data"] is None else base)
@@ -268,7 +306,8 @@ def _base(given: dict[str, Any]) -> StudyConfig:
 def _run(base: StudyConfig, given: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:
     from dwm_fast.pacs.config import from_dict
 
-    sections = {"source": {"epochs": given["source_epochs"], "lr": given["source_lr"]}, **sections}
+    images = {name: given[name] for name in _IMAGES}
+    sections = {"source": {"epochs": given["source_epochs"], "lr": given["source_lr"]}, "images": images, **sections}
     entries: dict[str, Any] = {name: given.get(name) for name in (*_PLAIN, *_SIZES)}
     entries |= {name: _comma(given.get(name)) for name in _LISTS}
     entries |= {k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()}

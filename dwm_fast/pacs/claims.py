@@ -16,7 +16,7 @@ from dwm_fast.pacs.config import StudyConfig
 FOLDER = ".locks"
 _CONFIG = "study.json"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-_PLACES = ("data", "splits", "weights", "device")
+_PLACES = ("data", "data_root", "splits", "weights", "device")
 """Entries that may differ from machine to machine: stages compare what lies there."""
 _GRID = ("sources", "targets", "methods", "inits", "seeds")
 """Entries that may grow while a folder is used."""

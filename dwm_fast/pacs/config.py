@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -15,6 +15,8 @@ from dwm_fast.errors import InputError
 from dwm_fast.methods import INITS, EditMask, LearnedMask, Method, SequentialMethod, TrainOptions, load_method
 from dwm_fast.pacs.config_values import read_file, replace, sequence, typed
 from dwm_fast.pacs.data import DOMAINS, canonical_domain
+from dwm_fast.pacs.data.any import ImageOptions, is_other
+from dwm_fast.pacs.data.listed import domain_name
 from dwm_fast.pacs.pairs import config as of_pairs
 from dwm_fast.pacs.pairs.config import METHODS
 from dwm_fast.pacs.sequence import config as of_sequences
@@ -29,8 +31,10 @@ class StudyConfig:
     """One study. Lists make the grid; everything else is the same for every cell.
 
     Attributes:
-        data: path of real PACS, or None for the built-in procedural images.
-        splits: folder of the official train and crossval lists, or None.
+        data: path of PACS or of any other data set, or "torchvision:NAME"; None for the built-in procedural images.
+        data_root: folder in which torchvision looks for its data sets.
+        splits: folder of lists that say which images train and which test, or None.
+        images: how a data set that is not PACS becomes domains.
         validation: fraction of each class of the training images to evaluate on, in place of the test images, which are
             then never looked at; None for the test images.
         backbone: "small" or a torchvision classifier by name.
@@ -39,7 +43,8 @@ class StudyConfig:
         train_size: side of the crops trained on, in pixels.
         crop_scale: smallest fraction of an image's area that a training crop covers.
         tune_size, tune_scale: the same two for fine-tuning on the target; tune_size None is image_size.
-        sources, targets, methods, inits, seeds: the grid; a pair of equal domains is left out.
+        sources, targets, methods, inits, seeds: the grid; a pair of equal domains is left out; sources or
+            targets () are all domains of the data.
         source: how the source network is trained.
         binary, edit: how the masks are learned.
         deviations: threshold of `naive`; edit_threshold: threshold of `edit`; both in standard deviations.
@@ -49,7 +54,8 @@ class StudyConfig:
             first of "none" is the baseline.
         pairwise: method of pairs -> options in place of its own defaults, for those that have no entry above.
         own_methods: "file.py:Class" or "module:Class" of the methods from outside that `methods` may name.
-        sequence: domains to learn one after the other with one backbone, instead of the grid of pairs; None for that.
+        sequence: domains to learn one after the other with one backbone, or "all" that the data have, instead of the
+            grid of pairs; None for that.
         sequential: method -> options in place of its own defaults, for a sequence.
         alone: with a sequence: train a network for each later domain by itself too, for the forward transfer.
         batch_size: images a step.
@@ -61,6 +67,8 @@ class StudyConfig:
 
     data: str | None = None
     splits: str | None = None
+    data_root: str | None = field(default=None, metadata={"later": True})
+    images: ImageOptions = field(default=ImageOptions(), metadata={"later": True})
     validation: Annotated[float | None, FRACTION] = field(default=None, metadata={"later": True})
     backbone: str = "small"
     weights: str | None = None
@@ -101,21 +109,22 @@ class StudyConfig:
         if self.sequence is not None:
             of_sequences.check_sequence(self.sequence)
             default = {f.name: f.default for f in dataclasses.fields(self)}
-            _exclude(name for name in ("sources", "targets", "inits") if getattr(self, name) != default[name])
+            _exclude(name for name in ("sources", "targets", "inits") if getattr(self, name) not in (default[name], ()))
         elif self.alone:
             raise InputError("alone=True without a sequence; it gives a sequence's forward transfer: give sequence too")
         offered = of_pairs.offered() if self.sequence is None else tuple(of_sequences.offered())
         for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
             if not values or set(values) - set(allowed):
                 raise InputError(f"{name}: given {', '.join(values) or 'none'}; expected some of {', '.join(allowed)}")
-        if not self.seeds or not self.pairs():
+        if not self.seeds or not (self.pairs() or self._all_domains()):
             raise InputError(
                 f"nothing to do: seeds {list(self.seeds)}, sources {list(self.sources)}, targets {list(self.targets)}; "
                 "expected a seed and a pair of two different domains"
             )
         check_options(self, "{name}={value}; expected {wanted}")
-        if self.splits is not None and self.data is None:
-            raise InputError(f"splits={self.splits} without data; the lists belong to real PACS: give --data PATH too")
+        for name in ("splits", "data_root"):
+            if getattr(self, name) is not None and self.data is None:
+                raise InputError(f"{name}={getattr(self, name)} without data; give --data PATH too")
         of_pairs.check_ways(self.tune)
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -136,9 +145,31 @@ class StudyConfig:
         for reference in self.own_methods:
             load_method(reference)
 
+    def _all_domains(self) -> bool:
+        """Whether the data say which domains there are."""
+        if self.sequence is not None:
+            return self.sequence == of_sequences.ALL
+        return self.data is not None and not (self.sources and self.targets)
+
     def domains(self) -> tuple[str, ...]:
-        """Every domain that is trained on or evaluated, by name."""
-        return self.sequence or tuple(sorted({*self.sources, *self.targets}))
+        """Every domain that is trained on or evaluated, by name; () for all that the data have."""
+        return () if self._all_domains() else self.sequence or tuple(sorted({*self.sources, *self.targets}))
+
+    def with_domains(self, there: Sequence[str]) -> StudyConfig:
+        """The same study with the names of its domains, of those that are `there`, in place of "all".
+
+        Raises InputError for a domain that is not there, and where one alone is.
+        """
+        unknown = next((domain for domain in self.domains() if domain not in there), None)
+        if unknown is not None:
+            raise InputError(f"unknown domain '{unknown}'; the data have {', '.join(there)}")
+        if not self._all_domains():
+            return self
+        if len(there) < 2:
+            raise InputError(f"the data have one domain, {there[0]}; cut it by class with --split-classes, such as 10")
+        if self.sequence is not None:
+            return dataclasses.replace(self, sequence=tuple(there))
+        return dataclasses.replace(self, sources=self.sources or tuple(there), targets=self.targets or tuple(there))
 
     def sequential_method(self, name: str) -> SequentialMethod:
         """A method of sequences by name, with the configuration's options."""
@@ -193,12 +224,18 @@ def real_defaults() -> StudyConfig:
 def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
     """`base` with the entries of `data` in place of its own. Unknown entries and wrong values: InputError."""
     data = _with_own_methods(data, base)
+    other = is_other(data.get("data", base.data))
     changes: dict[str, Any] = {}
+    if other:
+        changes |= {key: () for key in ("sources", "targets") if getattr(base, key) == DOMAINS}
     hints = get_type_hints(StudyConfig)
     for key, value in data.items():
         if key not in hints:
             raise InputError(f"config: unknown entry '{key}'; expected some of {', '.join(hints)}")
-        changes[key] = _read(key, value, getattr(base, key), hints[key])
+        if key in ("sequence", "sources", "targets"):
+            changes[key] = None if value is None else _domains(key, sequence(value), other)
+        else:
+            changes[key] = _read(key, value, getattr(base, key), hints[key])
     if changes.get("sequence", base.sequence) is not None:
         _exclude(key for key in of_pairs.ENTRIES if key in data)
         if "methods" not in data and base.sequence is None and base.methods == METHODS:
@@ -226,26 +263,33 @@ def _with_own_methods(data: Mapping[str, Any], base: StudyConfig) -> Mapping[str
 
 
 def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
-    if key == "sequence":
-        return None if value is None else tuple(canonical_domain(str(v)) for v in sequence(value))
     if key == "sequential":
         return of_sequences.read_options(value, old)
     if key == "pairwise":
         return of_pairs.read_options(value, old)
-    if key in ("sources", "targets"):
-        return tuple(dict.fromkeys(canonical_domain(str(v)) for v in sequence(value)))
     if key in ("methods", "inits"):
         return tuple(dict.fromkeys(str(v) for v in sequence(value)))
     if key == "seeds":
         return tuple(dict.fromkeys(typed("seeds", v, int) for v in sequence(value)))
-    if key in ("data", "splits", "weights"):
+    if key in ("data", "data_root", "splits", "weights"):
         path = typed(key, value, hint)
         return None if path is None else os.path.expanduser(path)
     if key == "tune":
         return of_pairs.read_tunes(value, old)
-    if isinstance(old, (TrainOptions, LearnedMask)):
+    if key == "images" and isinstance(value, Mapping) and isinstance(value.get("split_classes"), int):
+        value = {**value, "split_classes": str(value["split_classes"])}
+    if isinstance(old, (TrainOptions, LearnedMask, ImageOptions)):
         return replace(key, value, old)
     return typed(key, value, hint)
+
+
+def _domains(key: str, values: Sequence[Any], other: bool) -> tuple[str, ...]:
+    """Names of domains as the data have them: `other` data than PACS are asked when they are loaded."""
+    texts = [str(value) for value in values]
+    if key == "sequence" and tuple(texts) == of_sequences.ALL:
+        return of_sequences.ALL if other else DOMAINS
+    names = [domain_name(text) if other else canonical_domain(text) for text in texts]
+    return tuple(names if key == "sequence" else dict.fromkeys(names))
 
 
 def _exclude(entries: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from dwm_fast.pacs.backbones import LoadReport, load_weights
 from dwm_fast.pacs.claims import check_folder
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data import PacsData, load_pacs, validation_part
+from dwm_fast.pacs.data.any import ImageOptions, Place, is_other, load_any
 from dwm_fast.pacs.data.procedural import procedural
 from dwm_fast.pacs.engines import Engine, Told, in_order
 from dwm_fast.pacs.lab import Lab, Planned
@@ -33,6 +34,8 @@ from dwm_fast.pacs.stages import device_name
 if TYPE_CHECKING:
     from rich.table import Table
 
+LATER_WORDS = ("images", "split", "classes_of")
+"""What results of earlier releases do not say of their images."""
 _IN_DEVICE_MEMORY = 0.25
 """Largest fraction of the device's free memory that the decoded images may take there."""
 
@@ -63,9 +66,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_data(config: StudyConfig) -> PacsData:
-    """The images a configuration asks for: real PACS from `config.data`, or the built-in procedural ones."""
+    """The images a configuration asks for: PACS or another data set from `config.data`, or the built-in ones."""
+    wanted, validation, options = config.domains() or None, config.validation, config.images
+    if config.data is not None and is_other(config.data):
+        place = Place(config.data, config.data_root, config.splits)
+        return load_any(place, options, config.image_size, wanted, validation)
+    what = "PACS" if config.data is not None else "the built-in images"
+    for name in ("classes", "split_classes", "columns"):
+        if getattr(options, name) != getattr(ImageOptions(), name):
+            raise InputError(f"images.{name} does not go with {what}, whose classes are known; leave it out")
     if config.data is not None:
-        return load_pacs(config.data, config.splits, config.image_size, config.domains(), validation=config.validation)
+        return load_pacs(
+            config.data, config.splits, config.image_size, wanted, holdout=options.holdout, validation=validation
+        )
     data = procedural(image_size=config.image_size)
     return data if config.validation is None else validation_part(data, config.validation)
 
@@ -127,11 +140,13 @@ class Study:
         return super().__new__(_wing(config) if cls is Study else cls)
 
     def __init__(self, config: StudyConfig, folder: Path | str, data: PacsData | None = None) -> None:
-        self.config = config
         self.folder = Path(folder)
-        check_folder(self.folder, config)
+        if config.domains():
+            check_folder(self.folder, config)
         self.device = choose_device(config.device)
         data = load_data(config) if data is None else data
+        self.config = config = config.with_domains(tuple(data.domains))
+        check_folder(self.folder, config)
         self.data = data.to(self.device) if self._fits(data) else data
         self.lab = self.make_lab()
         for name, settings in (planned for stage in self.stages() for planned in stage.planned):
@@ -280,6 +295,9 @@ class Study:
             "image_size": data.image_size,
             "fingerprint": data.fingerprint,
             "counts": {n: {"train": len(d.train), "test": len(d.test)} for n, d in data.domains.items()},
+            "images": sum(len(d.labels) for d in data.domains.values()),
+            "split": data.split,
+            "classes_of": {name: list(data.classes_of(name)) for name in data.domains},
         }
         return {"data": described, "config": self.config.to_dict(), "versions": versions(self.device), **what}
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from dwm_fast._screen import Screen
 from dwm_fast.pacs.config import StudyConfig
+from dwm_fast.pacs.data.any import is_other
 from dwm_fast.pacs.engines import Engine
 from dwm_fast.pacs.pairs.search import RECORD, Search, read_grid
 from dwm_fast.pacs.study import Stage, Study
+from dwm_fast.pacs.words import said_of
 
 _SECONDS_BETWEEN_FIGURES = 0.5
 
@@ -91,8 +93,11 @@ def collect(config: StudyConfig, folder: Path) -> None:
 
 def _opened(console: Screen, config: StudyConfig, folder: Path) -> Study:
     """The study, after lines that say what it is made of."""
-    _line(console, f"images: {f'real PACS from {config.data}' if config.data else 'procedural stand-in (not PACS)'}")
+    kind = "real images" if is_other(config.data) else "real PACS"
+    _line(console, f"images: {f'{kind} from {config.data}' if config.data else 'procedural stand-in (not PACS)'}")
     study = Study(config, folder)
+    if is_other(config.data):
+        _line(console, f"images: {said_of(study.data)}")
     study.lab.stages.waits = lambda name: _line(console, f"{name}: another process is at it; waiting")
     if study.data.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(study.data.left_out.items()))

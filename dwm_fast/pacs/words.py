@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dwm_fast.pacs.data import PacsData
+
 
 def data_name(results: Mapping[str, Any]) -> str:
     """The data set as it stands in a sentence: 'PACS', 'the procedural stand-in (not PACS)'."""
     name = str(results["data"]["name"])
     return name if results["data"]["real"] else f"the {name}"
+
+
+def said_of(data: PacsData) -> str:
+    """What images there are, in one line: 'CIFAR100, 60000 images, 100 classes, 1 domain; the set's own parts'."""
+    count = sum(len(domain.labels) for domain in data.domains.values())
+    domains = f"{len(data.domains)} domain{'s' * (len(data.domains) != 1)}"
+    return f"{data.name}, {count} images, {len(data.classes)} classes, {domains}; {data.split}"
 
 
 def limits(results: Mapping[str, Any], seeds: int, rivals: int, first: str, of: str, order: str = "") -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dwm_fast.pacs.config import builtin_defaults, load_config
 from dwm_fast.pacs.data import CLASSES, DomainSet, PacsData, fingerprint
 from dwm_fast.pacs.sequence.table import LATER_METRICS
-from dwm_fast.pacs.study import Study
+from dwm_fast.pacs.study import LATER_WORDS, Study
 
 OLD = Path(__file__).parent / "old_runs"
 """Folders as commit f17b24a left them, without figures and pages: images by formula, the network of `TwoLayers`."""
@@ -64,7 +64,9 @@ def without_machine(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_later(results: dict[str, Any]) -> dict[str, Any]:
-    """Without the measures that came after the old runs."""
+    """Without the measures and the words on the images that came after the old runs."""
+    data = {key: value for key, value in results["data"].items() if key not in LATER_WORDS}
+    results = {**results, "data": data}
     plain = [{k: v for k, v in one.items() if k not in LATER_METRICS} for one in results.get("measures", [])]
     return {**results, "measures": plain} if plain else results
 

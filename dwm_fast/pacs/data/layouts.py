@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from dwm_fast.errors import DataError, InputError
 
@@ -34,14 +36,14 @@ class Record:
     """One image before decoding.
 
     ``name`` is ``<domain folder>/<class>/<file>`` in every layout, so that the same images sort alike and
-    match the same list lines wherever they lie; ``source`` is a path or the encoded bytes; ``origin`` says
-    where for messages.
+    match the same list lines wherever they lie; ``source`` is a path, the encoded bytes, or what opens the image;
+    ``origin`` says where for messages.
     """
 
     domain: str
     label: int
     name: str
-    source: Path | bytes
+    source: Path | bytes | Callable[[], Image.Image]
     origin: str
     has_file_name: bool = True
 
@@ -118,7 +120,7 @@ def _recognise(path: Path, domains: Sequence[str]) -> Layout:
             if folders:
                 left_out: Counter[str] = Counter()
                 return Layout(kind, root, _read_folders(base, folders, domains, left_out), lists, left_out)
-        files = _parquet_files(root)
+        files = parquet_files(root)
         if files:
             return Layout("parquet", root, _read_parquet(files, domains), lists)
     raise DataError(f"{path}: no PACS images found; looked for {LAYOUTS}")
@@ -128,15 +130,17 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
+def _named_like_domains(base: Path) -> list[Path]:
+    """Folders under `base` that are named like a domain."""
+    inside = _visible(base) if base.is_dir() else []
+    return [folder for folder in inside if find_domain(folder.name) is not None and folder.is_dir()]
+
+
 def _domain_folders(base: Path) -> dict[str, Path]:
-    """Folders under `base` that are named like a domain, by short name."""
+    """The same by short name."""
     found: dict[str, Path] = {}
-    if not base.is_dir():
-        return found
-    for folder in _visible(base):
-        domain = find_domain(folder.name)
-        if domain is None or not folder.is_dir():
-            continue
+    for folder in _named_like_domains(base):
+        domain = canonical_domain(folder.name)
         if domain in found:
             raise DataError(f"{folder}: a second folder of domain {domain!r} beside {found[domain].name}; keep one")
         found[domain] = folder
@@ -177,7 +181,37 @@ def _read_domain_folder(domain: str, folder: Path, left_out: Counter[str]) -> It
                 left_out["folders inside a class" if file.is_dir() else f"'{file.suffix.lower()}' files"] += 1
 
 
-def _parquet_files(root: Path) -> list[Path]:
+def holds_pacs(path: Path) -> bool:
+    """Whether a folder or file has the look of PACS: its domains and, most of what lies in them, its classes."""
+    for root in (path, path / "PACS", path / "pacs"):
+        for base in (root, root / "kfold", root / "images"):
+            folders = _named_like_domains(base)
+            seen = {p.name.lower() for folder in folders for p in _visible(folder) if p.is_dir()}
+            if folders and 2 * len(seen & set(CLASSES)) >= len(seen):
+                return True
+        files = parquet_files(root) if root.is_dir() else [root] if root.suffix.lower() == ".parquet" else []
+        if files and root.exists():
+            return _parquet_of_pacs(files[0])
+    return False
+
+
+def _parquet_of_pacs(file: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            names = class_label_names(table.schema_arrow.metadata)
+            if not {"domain", "label"} <= set(table.schema_arrow.names):
+                return False
+            domains = names.get("domain") or pq.read_table(file, columns=["domain"])["domain"].unique().to_pylist()
+    except (pa.ArrowException, OSError):
+        return False
+    named = all(isinstance(domain, str) and find_domain(domain) is not None for domain in domains)
+    return named and {name.lower() for name in names.get("label", ())} <= set(CLASSES)
+
+
+def parquet_files(root: Path) -> list[Path]:
     """Parquet files up to two folders down, as on the hub; a wrong path is not searched to its bottom."""
     files = {p for depth in ("", "*/", "*/*/") for p in root.glob(f"{depth}*.parquet") if p.is_file()}
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts))
@@ -208,38 +242,38 @@ def _read_parquet_file(file: Path, domains: Sequence[str]) -> Iterator[Record]:
                     f"{file}: expected the columns image{{bytes, path}}, domain and label; "
                     f"found {', '.join(f'{f.name}: {f.type}' for f in schema)}"
                 )
-            names = _class_label_names(schema.metadata)
+            names = class_label_names(schema.metadata)
             size = file.stat().st_size
-            _check_inflation(file, size, _unpacked(table.metadata))
-            row = unpacked = 0
+            check_inflation(file, size, unpacked(table.metadata))
+            row = taken = 0
             for batch in table.iter_batches(batch_size=64, columns=["image", "domain", "label"]):
-                unpacked += batch.nbytes
-                _check_inflation(file, size, unpacked)
+                taken += batch.nbytes
+                check_inflation(file, size, taken)
                 for item in batch.to_pylist():
                     record = _parquet_record(file, row, item, names)
                     row += 1
                     if record.domain in domains:
                         yield record
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable parquet file ({_first_line(error)}); fetch it again") from error
+        raise DataError(f"{file}: not a readable parquet file ({first_line(error)}); fetch it again") from error
 
 
-def _unpacked(metadata: Any) -> int:
+def unpacked(metadata: Any) -> int:
     """Bytes that a parquet file's columns say they take unpacked."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     return sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
 
 
-def _check_inflation(file: Path, size: int, unpacked: int) -> None:
+def check_inflation(file: Path, size: int, taken: int) -> None:
     """Raise DataError for a parquet file that unpacks to far more than its size: encoded images hardly shrink."""
-    if unpacked > _INFLATION * size + (1 << 20):
+    if taken > _INFLATION * size + (1 << 20):
         raise DataError(
             f"{file}: {size:,} bytes that unpack to more than {_INFLATION} times as many, which encoded images do not; "
             "fetch it again"
         )
 
 
-def _class_label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+def class_label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     """Names of the ClassLabel columns, from the metadata that the `datasets` package writes."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
@@ -295,5 +329,6 @@ def _parquet_label(origin: str, value: Any, names: Sequence[str] | None) -> int:
     raise DataError(f"{origin}: label {value!r}; expected 0 (dog) to 6 (person) or a class name{hint}")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -143,7 +143,8 @@ def load_pacs(
             names=[r.name for r in records],
         )
     name = "PACS" if validation is None else f"PACS{VALIDATION}"
-    return PacsData(name, True, sets, CLASSES, image_size, fingerprint(sets), layout.left_out)
+    split = f"{holdout:g} of each class held out for testing" if lists is None else "the official lists"
+    return PacsData(name, True, sets, CLASSES, image_size, fingerprint(sets), layout.left_out, split)
 
 
 def validation_part(data: PacsData, fraction: float, seed: int = 0) -> PacsData:

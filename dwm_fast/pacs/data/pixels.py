@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,9 +51,9 @@ def decode_all(records: Sequence[Record], image_size: int, progress: Progress | 
 
 def _decode(record: Record, image_size: int) -> NDArray[np.uint8]:
     """RGB pixels (image_size, image_size, 3) of one record."""
-    source = record.source if isinstance(record.source, Path) else io.BytesIO(record.source)
+    source = io.BytesIO(record.source) if isinstance(record.source, bytes) else record.source
     try:
-        with Image.open(source, formats=FORMATS) as opened:
+        with source() if callable(source) else Image.open(source, formats=FORMATS) as opened:
             if opened.width * opened.height > LARGEST:
                 raise ValueError(f"{opened.width} x {opened.height} pixels; at most {LARGEST:,} are decoded")
             image = as_rgb(opened)

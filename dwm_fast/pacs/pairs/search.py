@@ -25,6 +25,8 @@ from dwm_fast.methods import INITS
 from dwm_fast.pacs.config import StudyConfig, builtin_defaults, from_dict, real_defaults
 from dwm_fast.pacs.config_values import read_file
 from dwm_fast.pacs.data import PacsData, canonical_domain
+from dwm_fast.pacs.data.any import is_other
+from dwm_fast.pacs.data.listed import domain_name
 from dwm_fast.pacs.pairs.config import METHODS
 from dwm_fast.pacs.pairs.lab import PairLab, Run
 from dwm_fast.pacs.stages import StageFolder
@@ -106,10 +108,12 @@ def read_grid(path: str | Path, flags: Mapping[str, Any] | None = None) -> tuple
         raise InputError(f"{path}: no section 'search' with a list 'trials'; see docs/study.md for one")
     given = dict(section)
     trials = tuple(itertools.chain.from_iterable(map(_expand, given.pop("trials"))))
-    pairs = tuple(_pair(pair) for pair in given.pop("pairs", []))
+    texts = [_pair(pair) for pair in given.pop("pairs", [])]
     if given.keys() - {"validation", "tolerance"}:
         raise InputError(f"{path}: search: unknown entry '{min(given)}'; expected trials, pairs, validation, tolerance")
     base = builtin_defaults() if entries.get("data") is None else real_defaults()
+    name = domain_name if is_other(entries.get("data")) else canonical_domain
+    pairs = tuple((name(source), name(target)) for source, target in texts)
     grid = Grid(trials, pairs, **given)
     domains = {"sources": [s for s, _ in pairs], "targets": [t for _, t in pairs]} if pairs else {}
     return replace(from_dict({**entries, **domains}, base), validation=grid.validation), grid
@@ -119,7 +123,7 @@ def _pair(text: Any) -> tuple[str, str]:
     source, arrow, target = str(text).partition("->")
     if not arrow:
         raise InputError(f"search: pairs: '{text}'; expected 'photo->sketch'")
-    return canonical_domain(source), canonical_domain(target)
+    return source, target
 
 
 def _expand(given: Any) -> list[Trial]:
@@ -162,12 +166,12 @@ class Search:
     """
 
     def __init__(self, config: StudyConfig, grid: Grid, folder: Path | str, data: PacsData | None = None) -> None:
-        self.config = config
         self.grid = grid
         self.folder = Path(folder)
         self.device = choose_device(config.device)
         self.data = (load_data(config) if data is None else data).to(self.device)
-        self.pairs = list(grid.pairs or config.pairs())
+        self.config = config.with_domains(tuple(self.data.domains))
+        self.pairs = list(grid.pairs or self.config.pairs())
         self.labs = [self._lab(trial) for trial in grid.trials]
         self.outcomes: list[dict[str, Any]] = [{"status": "pending"} for _ in grid.trials]
         for trial, lab in zip(grid.trials, self.labs, strict=True):

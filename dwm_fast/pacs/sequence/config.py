@@ -15,6 +15,8 @@ Options = Mapping[str, Mapping[str, Any]]
 
 ENTRIES = ("sequence", "sequential", "alone")
 """Entries that only the study of sequences reads."""
+ALL = ("all",)
+"""In place of a sequence: every domain of the data, in their order."""
 SEQUENTIAL = ("none", "piggyback", "ksm", "spg", "packnet", "binary")
 """What a sequence runs by default; the other methods and presets such as "piggyback-paper" are offered beside them."""
 BUILTIN: Options = {
@@ -38,6 +40,8 @@ BUILTIN: Options = {
 
 def check_sequence(domains: Sequence[str]) -> None:
     """Raise InputError for domains that are no sequence."""
+    if tuple(domains) == ALL:
+        return
     if len(domains) < 2:
         given = ", ".join(domains) or "none"
         raise InputError(f"sequence: given {given}; expected at least two domains, such as photo,art")
