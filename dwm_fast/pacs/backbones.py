@@ -82,6 +82,21 @@ def build_backbone(name: str, classes: int) -> nn.Module:
     return network
 
 
+def last_linear(model: nn.Module) -> str:
+    """Name of the network's last Linear, its head, of which every domain may have its own.
+
+    Raises InputError for a network that ends in something else.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    last = next(reversed(layers), "")
+    if not isinstance(layers.get(last), nn.Linear):
+        raise InputError(
+            f"{type(model).__name__} does not end in a Linear layer, of which every domain would get its own; choose "
+            "another --backbone, such as resnet18"
+        )
+    return last
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What a checkpoint gave: state_dict names loaded, left at their fresh values, and not used."""

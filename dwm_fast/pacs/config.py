@@ -116,7 +116,7 @@ class StudyConfig:
         for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
             if not values or set(values) - set(allowed):
                 raise InputError(f"{name}: given {', '.join(values) or 'none'}; expected some of {', '.join(allowed)}")
-        if not self.seeds or not (self.pairs() or self._all_domains()):
+        if not self.seeds or not (self.pairs() or self.sequence or self._all_domains()):
             raise InputError(
                 f"nothing to do: seeds {list(self.seeds)}, sources {list(self.sources)}, targets {list(self.targets)}; "
                 "expected a seed and a pair of two different domains"

@@ -5,13 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dwm_fast.pacs.data import PacsData
+from dwm_fast.pacs.data import CLASSES, DOMAINS, PacsData
 
 
 def data_name(results: Mapping[str, Any]) -> str:
     """The data set as it stands in a sentence: 'PACS', 'the procedural stand-in (not PACS)'."""
     name = str(results["data"]["name"])
     return name if results["data"]["real"] else f"the {name}"
+
+
+def of_pacs(results: Mapping[str, Any]) -> bool:
+    """Whether the images are PACS, which alone can be held against the published figures."""
+    data = results["data"]
+    return bool(data["real"]) and tuple(data["classes"]) == CLASSES and set(data["domains"]) <= set(DOMAINS)
+
+
+def classes_differ(results: Mapping[str, Any]) -> bool:
+    """Whether some domains have other classes than others."""
+    return len({tuple(own) for own in results["data"].get("classes_of", {}).values()}) > 1
+
+
+def classes_of(results: Mapping[str, Any], domain: str) -> list[str]:
+    """Names of a domain's classes."""
+    data = results["data"]
+    return list(data.get("classes_of", {}).get(domain, data["classes"]))
 
 
 def said_of(data: PacsData) -> str:

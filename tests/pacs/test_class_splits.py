@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
+from dwm_fast.cli import app
+from dwm_fast.errors import InputError
 from dwm_fast.methods import sequential_methods
+from dwm_fast.pacs.config import StudyConfig, builtin_defaults, load_config
 from dwm_fast.pacs.data import DomainSet, PacsData, fingerprint, validation_part
+from dwm_fast.pacs.pairs.banking import bank_of
+from dwm_fast.pacs.pairs.study import PairStudy
 from dwm_fast.pacs.sequence import SequenceStudy
+from dwm_fast.pacs.study import Study
 
-from .sequence_for_tests import BASE
-from .study_for_tests import tiny, tiny_data
+from .data.test_any import write_rows
+from .study_for_tests import CONFIG, tiny, tiny_data
 
 SPLITS = {"lit": (0, 1), "round": (2, 3, 4), "others": (5, 6)}
 """Domain -> its classes by their numbers in the built-in images."""
@@ -59,13 +72,115 @@ def test_a_validation_part_keeps_the_classes_of_its_domains() -> None:
     assert part.domains["round"].labels.unique().tolist() == [0, 1, 2]
 
 
-def test_every_method_of_a_sequence_learns_domains_with_classes_of_their_own(tmp_path: Path) -> None:
-    names = tuple(sequential_methods())
-    config = dataclasses.replace(BASE, sequence=tuple(SPLITS), methods=names).with_task_epochs(1)
-    study = SequenceStudy(config, tmp_path, split_data())
+@pytest.fixture(scope="module")
+def cifar_shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven classes of 32 x 32 pixels as the hub has CIFAR-100: parquet files, columns img and fine_label."""
+    folder = tmp_path_factory.mktemp("shaped")
+    names = {"fine_label": [f"kind{k}" for k in range(7)]}
+    for part, each in (("train", 4), ("test", 2)):
+        write_rows(folder / f"{part}-00000-of-00001.parquet", noise_rows(7, each), names, pq.write_table)
+    return folder
+
+
+def noise_rows(classes: int, each: int) -> list[dict[str, Any]]:
+    generator = np.random.default_rng(classes * each)
+    rows = []
+    for label in range(classes):
+        for _ in range(each):
+            out = io.BytesIO()
+            Image.fromarray(generator.integers(0, 40 * label + 9, (32, 32, 3), dtype=np.uint8)).save(out, "png")
+            rows.append({"img": {"bytes": out.getvalue(), "path": None}, "fine_label": label})
+    return rows
+
+
+def typed(*words: str, data: Path, out: Path) -> dict[str, Any]:
+    """The results of a command on the CIFAR-shaped images, split into three domains."""
+    tiny_flags = "--backbone small --image-size 16 --train-size 16 --batch-size 4 --source-epochs 1 --device cpu"
+    images = ["--data", str(data), "--columns", "label=fine_label", "--split-classes", "3", "--out", str(out)]
+    answer = CliRunner().invoke(app, ["pacs", *words, *images, *tiny_flags.split()], catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    results = json.loads((out / "results.json").read_text())
+    count, classes = results["data"]["images"], len(results["data"]["classes"])
+    assert f"{count} images, {classes} classes" in " ".join(answer.output.split())
+    assert results["data"]["split"] == "the data set's own train and test parts"
+    return results  # type: ignore[no-any-return]
+
+
+def test_every_method_of_a_sequence_learns_split_cifar_shaped_images(cifar_shaped: Path, tmp_path: Path) -> None:
+    names = ",".join(sequential_methods())
+    results = typed("sequence", "all", "--methods", names, "--task-epochs", "1", data=cifar_shaped, out=tmp_path)
+    domains = ["classes-0-2", "classes-3-4", "classes-5-6"]
+    assert (results["sequence"], results["config"]["sequence"]) == (domains, domains)
+    assert set(results["methods"]) == set(sequential_methods())
+    assert (results["data"]["images"], len(results["data"]["classes"])) == (42, 7)
+    study = Study(load_config(tmp_path / "config.json", builtin_defaults()), tmp_path)
+    assert isinstance(study, SequenceStudy)
+    for method in results["methods"]:
+        learner = study.lab.learner(method, 2, 0)
+        widths = [learner.network(name)(torch.zeros(1, 3, 16, 16)).shape[1] for name in domains]
+        assert widths == [3, 2, 2], method
+    name = f"{cifar_shaped.name}, classes split into 3 domains"
+    assert results["data"]["name"] == name
+    assert results["data"]["classes_of"]["classes-3-4"] == ["kind3", "kind4"]
+    assert all(name in (tmp_path / file).read_text() for file in ("table.md", "table.csv", "report.html"))
+
+
+def test_pairs_of_split_cifar_shaped_images_run_and_become_a_bank(cifar_shaped: Path, tmp_path: Path) -> None:
+    pair = "--sources classes-0-2,classes-3-4 --targets classes-3-4,classes-0-2 --methods none,naive --inits S_end"
+    results = typed(*pair.split(), "--tune-epochs", "1", data=cifar_shaped, out=tmp_path)
+    assert {(r["source"], r["target"]) for r in results["rows"]} == {
+        ("classes-0-2", "classes-3-4"),
+        ("classes-3-4", "classes-0-2"),
+    }
+    assert "published" not in (tmp_path / "report.html").read_text().lower()
+    bank = bank_of(tmp_path, "naive", 0)
+    study = Study(load_config(tmp_path / "config.json", builtin_defaults()), tmp_path)
+    assert isinstance(study, PairStudy)
+    for mask in results["masks"]:
+        bank.activate(mask["source"])
+        assert study.lab.evaluate(bank, mask["source"])[0] == mask["masked_accuracy"]
+    assert [bank(torch.zeros(1, 3, 16, 16), domains=[name]).shape[1] for name in bank.domains] == [3, 2]
+
+
+def pair_config(**changes: Any) -> StudyConfig:
+    """lit -> round and round -> lit, of two and three classes, fine-tuned for no epoch."""
+    ways = {method: (dataclasses.replace(CONFIG.tune[method][0], epochs=0),) for method in ("none", "binary", "naive")}
+    own = {"sources": ("lit", "round"), "targets": ("lit", "round"), "methods": ("none", "binary", "naive")}
+    return dataclasses.replace(CONFIG, **{**own, "inits": ("S_end",), "tune": ways, **changes})
+
+
+def test_in_a_pair_the_source_is_judged_with_its_own_head(tmp_path: Path) -> None:
+    """After no epoch of fine-tuning from S_end the network is the source's but for the head."""
+    study = PairStudy(pair_config(), tmp_path, split_data())
     results = study.run()
-    assert set(results["methods"]) == set(names)
-    for method in names:
-        learner = study.lab.learner(method, len(SPLITS) - 1, 0)
-        widths = [learner.network(name)(torch.zeros(1, 3, 16, 16)).shape[1] for name in SPLITS]
-        assert widths == [len(labels) for labels in SPLITS.values()], method
+    masked = {(m["source"], m["method"]): m["masked_accuracy"] for m in results["masks"]}
+    assert {(r["source"], r["target"]) for r in results["rows"]} == {("lit", "round"), ("round", "lit")}
+    for row in results["rows"]:
+        wanted = row["source_before"] if row["view"] == "shared" else masked[row["source"], row["method"]]
+        assert row["source_after"] == wanted, row
+    assert results["data"]["classes_of"]["round"] == ["triangle", "square", "star"]
+    assert "different classes" in (tmp_path / "report.html").read_text()
+
+
+def test_in_a_pair_the_target_has_a_head_of_its_own_that_no_mask_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(model: Any, *_: Any, keep: Any = None, **__: Any) -> None:
+        if keep is not None:
+            seen.append((keep, model.fc.weight.detach().clone()))
+        model.eval()
+
+    monkeypatch.setattr("dwm_fast.pacs.pairs.lab.train", spy)
+    study = PairStudy(pair_config(targets=("round",), sources=("lit",)), tmp_path, split_data())
+    study.run()
+    assert len(seen) == 2  # binary and naive
+    assert all("fc" in study.lab.mask("lit", method, 0).found.keep for method in ("binary", "naive"))
+    assert all("fc" not in keep and len(keep) > 3 and head.shape == (3, 32) for keep, head in seen)
+    assert torch.equal(seen[0][1], seen[1][1])  # one for all methods
+
+
+def test_a_method_that_sees_the_target_is_refused_where_classes_differ(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'fggm' looks at the target.*lit and round have different classes"):
+        PairStudy(pair_config(methods=("none", "fggm")), tmp_path, split_data())

@@ -156,7 +156,7 @@ def _labels(name: str, dataset: Any) -> list[int]:
     wrong = next((v for v in values if not isinstance(v, int) or isinstance(v, bool) or v < 0), None)
     if wrong is not None or not values:
         raise DataError(f"torchvision {name}: a label is {wrong!r}; expected one class an image, as in CIFAR100")
-    return values
+    return list(values)
 
 
 def _class_names(dataset: Any, highest: int) -> list[str]:

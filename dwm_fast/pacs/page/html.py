@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from dwm_fast.pacs.page.figure_style import colour
 from dwm_fast.pacs.tables import MISSING, Stat, number
+from dwm_fast.pacs.words import classes_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,13 @@ def render(template: str, results: Mapping[str, Any], drawn: Mapping[str, bytes]
     figures = {stem: _data_uri(name, drawn[name]) for stem, name in chosen.items()}
     data = results["data"]
     counts = Table(
-        ["domain", "training images", "test images"],
+        ["domain", "classes", "training images", "test images"],
         [
-            [name, *(str(data["counts"][name][part]) for part in ("train", "test"))]
+            [
+                name,
+                str(len(classes_of(results, name))),
+                *(str(data["counts"][name][part]) for part in ("train", "test")),
+            ]
             for name in data["domains"]
             if name in data["counts"]
         ],

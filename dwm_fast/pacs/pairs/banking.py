@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from dwm_fast.bank import MaskBank
 from dwm_fast.errors import InputError
+from dwm_fast.pacs.backbones import last_linear
 from dwm_fast.pacs.config import builtin_defaults, load_config
 from dwm_fast.pacs.pairs.lab import PairLab
 from dwm_fast.pacs.study import Study
@@ -44,15 +45,20 @@ def bank_of(run: Path, method: str, seed: int) -> MaskBank:
     for planned in (p for s in sources for p in (lab.source_stage(s, seed), lab.mask_stage(s, method, seed))):
         if not lab.stages.check(*planned):
             raise InputError(f"stage {planned[0]} is not done in {run}; run the study to its end first")
+    apart = len({study.data.classes_of(source) for source in sources}) > 1
+    head = last_linear(lab.network()) if apart else ""  # of different widths, so each is a domain's own, masked already
     bank = MaskBank(lab.network(lab.source(sources[0], seed).start, lab.classes(sources[0])))
     for source in sources:
         found = lab.mask(source, method, seed).found
         trained = lab.network(lab.source(source, seed).end, lab.classes(source))
         assert found.keep is not None
-        masked = {f"{layer}.weight" for layer in found.keep}
+        keep = {layer: mask for layer, mask in found.keep.items() if layer != head}
+        masked = {f"{layer}.weight" for layer in keep}
         own = MaskBank(trained)
         state = {name: value for name, value in trained.state_dict().items() if name not in masked}
-        own.add(source, found.keep, form="kept", state=state, method=method, classes=study.data.classes_of(source))
+        if head in found.keep:
+            state[f"{head}.weight"] = state[f"{head}.weight"] * found.keep[head].to(study.device)
+        own.add(source, keep, form="kept", state=state, method=method, classes=study.data.classes_of(source))
         bank.add_record(own.record(source))
     return bank
 

@@ -10,7 +10,7 @@ from typing import Any
 from dwm_fast.pacs.pairs import published
 from dwm_fast.pacs.pairs.table import Cell, Key, ambiguous, baseline_key, cell, in_order, key_order, row_key
 from dwm_fast.pacs.tables import Stat, number
-from dwm_fast.pacs.words import data_name, limits
+from dwm_fast.pacs.words import classes_differ, data_name, limits
 
 EQUAL = 0.02  # target accuracies within two points count as equal
 
@@ -192,4 +192,9 @@ def _limits(
     said = [f"These numbers average {top.coverage}."]
     if common != {_run(run) for run in results["rows"]}:
         said.append("Only the runs that every configuration has are compared here; the table shows all of them.")
+    if classes_differ(results):
+        said.append(
+            "Source and target have different classes: the target gets a new head, and the source is judged with its "
+            "own head on the fine-tuned network."
+        )
     return said + limits(results, top.seeds, len(cells), "winner", "configurations")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dwm_fast import ops
 from dwm_fast._options import recorded
@@ -28,7 +30,7 @@ from dwm_fast.methods import (
     train,
 )
 from dwm_fast.nn import Edit, GumbelSigmoid, maskable_weights
-from dwm_fast.pacs.backbones import build_backbone
+from dwm_fast.pacs.backbones import build_backbone, last_linear
 from dwm_fast.pacs.lab import Lab, Planned, stage_seed
 from dwm_fast.pacs.stages import Finished
 
@@ -156,16 +158,31 @@ class PairLab(Lab):
             for options in self.config.ways(run.method)
         ]
 
+    def classes_differ(self, source: str, target: str) -> bool:
+        """Whether the source's head has to be replaced for the target."""
+        return self.data.classes_of(source) != self.data.classes_of(target)
+
+    def _with_fresh_head(self, original: nn.Module, head: str, run: Run) -> nn.Module:
+        """The source network with a new head for the target's classes, one for all methods."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(stage_seed("head", run.source, run.target, run.seed))
+            fresh = build_backbone(self.config.backbone, self.classes(run.target)).state_dict()
+        own = {key: value for key, value in fresh.items() if key.startswith(f"{head}.")}
+        return self.network({**original.state_dict(), **own}, self.classes(run.target))
+
     def _fine_tune(self, name: str, settings: dict[str, Any], run: Run, options: TrainOptions) -> Finished:
         trained = self.source(run.source, run.seed)
         seen = self.seen(run.method, run.target)
         found = self.mask(run.source, run.method, run.seed, seen).found if run.method != "none" else None
         begun = time.perf_counter()
         torch.manual_seed(stage_seed(name))
-        original, model = (self.network(trained.end, self.classes(run.source)) for _ in range(2))
-        keep = None
+        original = self.network(trained.end, self.classes(run.source))
+        head = last_linear(original) if self.classes_differ(run.source, run.target) else None
+        model = copy.deepcopy(original) if head is None else self._with_fresh_head(original, head, run)
+        keep = whole = None
         if found is not None and found.keep is not None:
-            keep = {layer: mask.to(self.device) for layer, mask in found.keep.items()}
+            whole = {layer: mask.to(self.device) for layer, mask in found.keep.items()}
+            keep = {layer: mask for layer, mask in whole.items() if layer != head}
             start = {k: v.to(self.device) for k, v in trained.start.items()}
             reinitialise(model, keep, run.init, start, stage_seed(name))  # type: ignore[arg-type]
         train(
@@ -185,9 +202,18 @@ class PairLab(Lab):
             "target_after": self.accuracy(name, model, run.target),
             "fraction_kept": found.fraction_kept if found is not None else 0.0,
         }
-        views = {"shared": source_view(model, original, options.batch_norm)}
-        if keep is not None:
-            views["masked"] = masked_view(model, original, keep)
+        of_source = model if head is None else _with_head_of(model, original, head)
+        views = {"shared": source_view(of_source, original, options.batch_norm)}
+        if whole is not None:
+            views["masked"] = masked_view(of_source, original, whole)
         rows = [{**row, "view": v, "source_after": self.accuracy(name, net, run.source)} for v, net in views.items()]
         seconds = time.perf_counter() - begun
         return self.stages.write(name, {}, {"rows": [{**r, "seconds": seconds} for r in rows]}, settings, begun)
+
+
+def _with_head_of(tuned: nn.Module, source: nn.Module, head: str) -> nn.Module:
+    """The fine-tuned network with the source's own head in place of the target's."""
+    network = copy.deepcopy(source)
+    state = {key: value for key, value in tuned.state_dict().items() if not key.startswith(f"{head}.")}
+    network.load_state_dict(state, strict=False)
+    return network.eval()

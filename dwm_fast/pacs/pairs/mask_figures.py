@@ -87,6 +87,7 @@ def chance_overlap(results: Mapping[str, Any], method: str, a: str, b: str) -> f
     """Jaccard index of two independent masks that keep as many weights of each layer as those of `a` and `b`.
 
     With n weights in a layer, fractions p, q kept: sum n p q / sum n (p + q - p q); mean over the seeds.
+    Layers of different sizes, which only heads have, are left out.
     """
     masks = {(m["source"], m["seed"]): m["layers"] for m in results["masks"] if m["method"] == method and m["layers"]}
     indices = []
@@ -95,6 +96,8 @@ def chance_overlap(results: Mapping[str, Any], method: str, a: str, b: str) -> f
             continue
         both = either = 0.0
         for one, other in zip(layers, masks[b, seed], strict=True):
+            if one["total"] != other["total"]:  # heads of domains with different classes
+                continue
             common = one["kept"] * other["kept"] / one["total"]
             both += common
             either += one["kept"] + other["kept"] - common

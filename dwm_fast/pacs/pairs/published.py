@@ -9,6 +9,7 @@ from typing import Any
 
 from dwm_fast.pacs.pairs.table import Key, baseline_key, cell, row_key
 from dwm_fast.pacs.tables import MISSING, Stat, markdown, number
+from dwm_fast.pacs.words import of_pacs
 
 # The one published table, (S gain, T drop) by re-initialisation and domain.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
@@ -31,7 +32,7 @@ def beside_published(results: Mapping[str, Any]) -> str:
     """
     runs = [run for run in results["rows"] if run["method"] == "binary" and run["view"] == "shared"]
     domains = list(PUBLISHED["S_start"])
-    if not results["data"]["real"] or {run["source"] for run in runs} != set(domains):
+    if not of_pacs(results) or {run["source"] for run in runs} != set(domains):
         return ""
     body = []
     for init, published in PUBLISHED.items():
@@ -59,7 +60,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     seeds that all of them have, in the view `shared`.
     """
     chosen = _best_of_each(results)
-    if not results["data"]["real"] or not {"none", "binary"} <= set(chosen):
+    if not of_pacs(results) or not {"none", "binary"} <= set(chosen):
         return []
     pairs = {method: _by_pair(runs) for method, runs in chosen.items()}
     count = len(pairs["none"])

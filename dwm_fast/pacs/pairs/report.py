@@ -26,6 +26,7 @@ from dwm_fast.pacs.pairs.table import (
 )
 from dwm_fast.pacs.pairs.table import Cell as Measured
 from dwm_fast.pacs.tables import MISSING, Stat
+from dwm_fast.pacs.words import classes_of, of_pacs
 
 NEAR_CHANCE = 1.25
 """Accuracies up to so many times that of guessing are called chance."""
@@ -49,7 +50,7 @@ def page(results: Mapping[str, Any], drawn: Mapping[str, bytes], command: str) -
         shared=_gains([row for row in rows if row.view == "shared" and not row.baseline], uneven),
         masked=_gains(masked_once(rows), uneven),
         coverage=coverage_note(rows),
-        published=_published() if results["data"]["real"] else None,
+        published=_published() if of_pacs(results) else None,
         accuracies=_accuracies(rows),
         masks=_masks(results),
     )
@@ -132,9 +133,9 @@ def _accuracies(rows: Sequence[TableRow]) -> Table:
 
 def _masks(results: Mapping[str, Any]) -> Table:
     """One line per source and method: how the source does, what the mask keeps, if it met its budget."""
-    chance = NEAR_CHANCE / len(results["data"]["classes"])
     body: list[list[Any]] = []
     for source in in_order(results, (entry["source"] for entry in results["sources"])):
+        chance = NEAR_CHANCE / len(classes_of(results, source))
         alone = [entry for entry in results["sources"] if entry["source"] == source]
         masks = [mask for mask in results["masks"] if mask["source"] == source]
         whole = stat(alone, "accuracy")

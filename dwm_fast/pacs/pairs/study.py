@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dwm_fast import ops
 from dwm_fast.bank import fingerprint, make_domain, write_mask_file
 from dwm_fast.bank.adopt import weight_names
+from dwm_fast.errors import InputError
 from dwm_fast.pacs.pairs import figures, report, table
 from dwm_fast.pacs.pairs.finding import finding
 from dwm_fast.pacs.pairs.lab import Mask, PairLab, Run
@@ -24,7 +25,15 @@ class PairStudy(Study):
     lab: PairLab
 
     def make_lab(self) -> PairLab:
-        return PairLab(self.config, self.data, self.folder, self.device)
+        lab = PairLab(self.config, self.data, self.folder, self.device)
+        for source, target in self.config.pairs():
+            for method in self._masking() if lab.classes_differ(source, target) else []:
+                if lab.seen(method, target) is not None:
+                    raise InputError(
+                        f"method '{method}' looks at the target through the source's head, and {source} and {target} "
+                        "have different classes; leave the method out, or take domains with the same classes"
+                    )
+        return lab
 
     def sources(self) -> list[str]:
         return list(dict.fromkeys(s for s, _ in self.config.pairs()))
@@ -153,6 +162,6 @@ def _with_gains(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
 def _jaccard(a: Mask, b: Mask) -> float:
     assert a.found.keep is not None
     assert b.found.keep is not None
-    names = list(a.found.keep)
+    names = [n for n, mask in a.found.keep.items() if mask.shape == b.found.keep[n].shape]  # heads may differ
     bits_a, bits_b = (ops.pack([keep[n] for n in names]) for keep in (a.found.keep, b.found.keep))
     return ops.jaccard(bits_a, bits_b, [a.found.keep[n].numel() for n in names])

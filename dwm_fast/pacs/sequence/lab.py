@@ -10,28 +10,13 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dwm_fast._options import recorded
-from dwm_fast.errors import InputError
 from dwm_fast.methods.sequence import Learner, Task
+from dwm_fast.pacs.backbones import last_linear
 from dwm_fast.pacs.lab import Lab, Planned, stage_seed
 from dwm_fast.pacs.stages import Finished
-
-
-def last_linear(model: nn.Module) -> str:
-    """Name of the network's last Linear, of which every domain gets its own.
-
-    Raises InputError for a network that ends in something else.
-    """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    last = next(reversed(layers), "")
-    if not isinstance(layers.get(last), nn.Linear):
-        raise InputError(
-            f"sequence: {type(model).__name__} does not end in a Linear layer, of which every domain would get its "
-            "own; choose another --backbone, such as resnet18"
-        )
-    return last
 
 
 class SequenceLab(Lab):

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from dwm_fast.errors import InputError
+from dwm_fast.pacs.backbones import last_linear
 from dwm_fast.pacs.config import from_dict
 from dwm_fast.pacs.sequence import SequenceStudy
-from dwm_fast.pacs.sequence.lab import SequenceLab, last_linear
+from dwm_fast.pacs.sequence.lab import SequenceLab
 
 from ..killing import Runner
 from ..sequence_for_tests import BASE, SEQUENCE, draw_nothing, offer_toys, sequence_config
