@@ -227,12 +227,12 @@ class MaskedLayer(nn.Module):
 _PARAMETER = frozenset({nn.Parameter})
 
 
-def _unusual(learned: Sequence[Tensor]) -> bool:
+def _unusual(tensors: Sequence[Tensor]) -> bool:
     """Whether a draw may be one that is refused: of other tensors than parameters, or under a transform."""
     if torch.compiler.is_dynamo_compiling():
         return False
     under = torch._C._functorch.maybe_current_level() is not None or torch._C._is_tracing()
-    return under or torch.compiler.is_exporting() or not _PARAMETER.issuperset(map(type, learned))
+    return under or torch.compiler.is_exporting() or not _PARAMETER.issuperset(map(type, tensors))
 
 
 def draw(
@@ -247,9 +247,9 @@ def draw(
     """
     # Past nn.Module's __getattr__, which costs 1 us a layer.
     learned: list[Any] = [layer._parameters["mask_logits"] for layer in layers]
-    weights = [layer.frozen_weight for layer in layers]
-    if _unusual(learned):
-        refuse_transforms(learned)
+    weights: list[Any] = [layer.frozen_weight for layer in layers]
+    if _unusual(learned + weights):
+        refuse_transforms(learned, weights)
     of_each: dict[str, Any] = {
         "layers": [layer.layer_index for layer in layers],
         "thresholds": [layer.unit for layer in layers],

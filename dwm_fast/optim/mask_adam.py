@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -241,6 +241,7 @@ def penalty_terms(logits: Sequence[Tensor], mode: int) -> Sequence[Tensor]:
 def _check_models(sources: Sequence[Any], ranks: Ranks | None) -> None:
     """InputError where ranks that learn these sources together hold different ones, or shards with `process_group`."""
     for one in sources:
+        _reshard(one)
         shard = next(filter(is_shard, one.mask_parameters()), None)
         if shard is not None and ranks is not None:
             raise InputError(
@@ -252,6 +253,20 @@ def _check_models(sources: Sequence[Any], ranks: Ranks | None) -> None:
             mesh: Any = shard.device_mesh
             for dimension in range(mesh.ndim):
                 check_ranks(one, mesh.get_group(dimension))
+
+
+def _reshard(source: Any) -> None:
+    """Let parts of a sharded network that still hold whole parameters, after an evaluation, hold their shards again."""
+    modules: Iterable[Any] = source.modules() if isinstance(source, torch.nn.Module) else ()
+    for module in modules:
+        if hasattr(module, "set_reshard_after_forward"):  # an FSDPModule, whose own module takes long to import
+            module.reshard()
+    layers = source.mask_layers().values() if hasattr(source, "mask_layers") else ()
+    if any(is_shard(layer.frozen_weight) and not is_shard(layer.mask_logits) for layer in layers):
+        raise InputError(
+            "weights of masked layers are shards (DTensor) and their logits are not; let fully_shard have both, "
+            "without ignored_params"
+        )
 
 
 def _checked_sources(given: MaskSource | Sequence[MaskSource]) -> list[MaskSource]:

@@ -46,16 +46,18 @@ class _Net(nn.Module):
         return self.last(self.middle(x[:, None])[:, 0])  # type: ignore[no-any-return]
 
 
-def _masked() -> dwm.MaskedModel:
-    return dwm.mask_model(_Net(), dwm.GumbelSigmoid(init=0.0), seed=0)
+def _masked(**options: Any) -> dwm.MaskedModel:
+    return dwm.mask_model(_Net(), dwm.GumbelSigmoid(init=0.0), seed=0, **options)
 
 
 PARTS = ("first", "middle", "last")
 
 
-def _by_layers(mesh: Any, whole: bool, parts: tuple[str, ...] = PARTS) -> dwm.MaskedModel:
+def _by_layers(
+    mesh: Any, whole: bool, parts: tuple[str, ...] = PARTS, masked: dwm.MaskedModel | None = None
+) -> dwm.MaskedModel:
     """Each part sharded by itself; `whole`: what is left of the model too, with its shards gathered by the root."""
-    masked = _masked()
+    masked = masked or _masked()
     for part in parts:
         fully_shard(masked.model.get_submodule(part), mesh=mesh)
     return fully_shard(masked, mesh=mesh) if whole else masked
@@ -98,10 +100,19 @@ def _refusals(mesh: Any, masked: dwm.MaskedModel, folder: str) -> dict[str, Call
         fully_shard(own, mesh=mesh)
         return own(torch.ones(1, 16))
 
+    def weights_alone() -> object:
+        own = _masked()
+        logits = set(own.mask_parameters())
+        fully_shard(own.model.first, mesh=mesh, ignored_params=logits)
+        with pytest.raises(dwm.InputError, match="a draw of masks needs whole tensors"):
+            own(torch.ones(1, 16))
+        return MaskAdam(own)
+
     return {
         "a draw of masks needs whole": a_mask_alone,
         "the penalty of a layer that was sharded by itself": the_penalty_alone,
         "other tensors than when MaskAdam was made": made_before,
+        "let fully_shard have both": weights_alone,
         "keep_masks needs whole": masked.fraction_kept,
         "sparsity_penalty needs whole": masked.sparsity_penalty,
         "save_masked needs whole": lambda: dwm.save_masked(masked, f"{folder}/x.safetensors"),
@@ -122,8 +133,13 @@ def _learned(masked: dwm.MaskedModel, rows: slice) -> dict[str, Any]:
 class Learning:
     """A masked model and MaskAdam on the rows of one rank, clipped; whole without a mesh, else sharded by layers."""
 
-    def __init__(self, mesh: Any = None) -> None:
-        self.masked = _masked() if mesh is None else _by_layers(mesh, whole=True, parts=PARTS[:2])
+    def __init__(self, mesh: Any = None, **options: Any) -> None:
+        self.masked = _masked(**options)
+        if mesh is not None:
+            _by_layers(mesh, whole=True, parts=PARTS[:2], masked=self.masked)
+            with torch.no_grad():
+                self.masked.eval()(torch.ones(1, 16))  # leaves the root's parameters whole
+            self.masked.train()
         self.optimizer = MaskAdam(self.masked, lr=0.05, coefficient=2.0)
         self.rank, self.ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
 
@@ -215,6 +231,7 @@ def _rank(rank: int, folder: str) -> None:
         dist.barrier()
         mesh = init_device_mesh("cpu", (3,))
         found["resumed"] = Learning(mesh).load(folder).run(10, 20).logits()
+        found["own noise"] = Learning(mesh, noise="per-rank").run(0, 20).logits()
         found["frozen"] = {how: _tuned(how, mesh) for how in FROZEN}
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
@@ -263,6 +280,7 @@ def test_mask_adam_steps_shards_and_its_distributed_checkpoint_goes_on_with_one_
     for rank in ranks:
         _same(rank["MaskAdam"], expected)
         _same(rank["resumed"], expected)
+        _same(rank["own noise"], Learning(mask_samples=3).run(0, 20).logits())
     _same(Learning().load(str(folder), no_dist=True).run(10, 20).logits(), expected)
 
 
