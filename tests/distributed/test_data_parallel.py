@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 import dwm_fast as dwm
-from dwm_fast.optim import MaskAdam
+from dwm_fast.optim import MaskAdam, reduced
 
 ROWS, STEPS = 12, 20
 PAGE = Path(__file__).parents[2] / "docs/distributed.md"
@@ -85,6 +85,12 @@ def _told(ask: Callable[[], object]) -> str:
         return str(error)
 
 
+def _of_many_sorts() -> list[Tensor]:
+    """More than one message, in two dtypes and a memory format; small whole numbers, so means of two are exact."""
+    images = torch.arange(96.0).view(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    return [torch.ones(5, dtype=torch.bfloat16), torch.arange(8.0), images, torch.tensor(4.0), torch.empty(0, 3)]
+
+
 def _averaged(rank: int, two: Any) -> dict[str, Any]:
     """What two ranks find where MaskAdam averages, and no DDP does."""
     found: dict[str, Any] = {
@@ -103,6 +109,9 @@ def _averaged(rank: int, two: Any) -> dict[str, Any]:
         spent = Learning(_masked(), two, ddp=False).run(0, 1, clip=None)
         Learning(_masked(), two, ddp=False).run(0, 1, parts=3, clip=None)
     found["sent"] = sent
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reduced, "BUCKET_BYTES", 40)
+        found["means"] = reduced.mean_over_ranks([t * (rank + 1) for t in _of_many_sorts()], two)
     found["spent"] = _told(lambda: next(spent.masked.mask_parameters()).grad + 0)  # type: ignore[operator]
     found["looked"] = _told(lambda: _backward(Learning(_masked(), two, ddp=False)).grad + 0)  # type: ignore[operator]
     late = Learning(_masked(), two, ddp=False)
@@ -230,6 +239,13 @@ def test_a_step_averages_the_gradients_of_masked_weights_once_and_stays_folded(r
         assert "let DistributedDataParallel leave the logits out" in rank["under DDP"]
         assert "backward() came after reduce_gradients()" in rank["late"]
         assert rank["not late"].startswith("Parameter")
+
+
+def test_a_mean_over_ranks_keeps_dtypes_and_memory_formats(ranks: Any) -> None:
+    for rank in ranks[:2]:
+        for found, one in zip(rank["means"], _of_many_sorts(), strict=True):
+            assert (found.dtype, found.stride()) == (one.dtype, one.stride())
+            assert torch.equal(found, one * 1.5)
 
 
 def test_the_script_of_the_page_runs_in_two_processes(ranks: Any, folder: Path) -> None:
