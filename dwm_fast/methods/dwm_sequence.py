@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dwm_fast.errors import InputError
 from dwm_fast.methods.binary import Binary
 from dwm_fast.methods.learner import SequenceLearner, Tensors, as_source, norm_names, seeded, train_task
 from dwm_fast.methods.sequence import Task
@@ -33,6 +34,10 @@ class BinarySequence:
     binary: Binary = field(default_factory=Binary)
     options: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=3, lr=1e-3, batch_norm="frozen"))
     name: ClassVar[str] = "binary"
+
+    def __post_init__(self) -> None:
+        if self.binary.options.biases:
+            raise InputError("binary.options.biases is True; expected False: in a sequence weights alone have masks")
 
     def learner(self, network: Callable[[int], nn.Module], head: str) -> BinaryLearner:
         """A learner that has seen nothing."""

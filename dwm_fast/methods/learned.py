@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwm_fast._options import EPOCHS, RATE, Rule, above, at_least, check_options, whole
+from dwm_fast.errors import InputError
 from dwm_fast.methods._loop import FastStep
 from dwm_fast.methods.base import FoundMask, SourceTask
 from dwm_fast.methods.budget import SourceBudget
-from dwm_fast.nn import GumbelSigmoid, MaskedModel, MaskKind, mask_model
+from dwm_fast.nn import GumbelSigmoid, MaskedModel, MaskKind, mask_model, maskable_weights
+from dwm_fast.nn.select import literal
 from dwm_fast.optim import MaskAdam
 
 _TRIALS = 7
@@ -44,6 +46,10 @@ class LearnedMask:
             KL(p || q) with p the unmasked network's class probabilities and q the masked one's, a mean over images: the
             information-theoretic mask that the DWM paper leaves to future work. It reads no label; the source budget
             is measured in cross-entropy all the same.
+        regulariser: "mean-sigmoid", the mean of sigmoid(l) over all masked weights (ours), or "sum-logits", the sum
+            of l over the batch size (Csordas et al. 2021): the same slope for every logit, 1 / batch size. Its
+            coefficient is fixed (code: 2e-5 to 3e-4).
+        biases: whether the biases of the masked layers have masks too (Csordas et al.: yes).
     """
 
     epochs: Annotated[int, EPOCHS] = 12
@@ -58,9 +64,16 @@ class LearnedMask:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     objective: Literal["labels", "unmasked"] = field(default="labels", metadata={"later": True})
+    regulariser: Literal["mean-sigmoid", "sum-logits"] = field(default="mean-sigmoid", metadata={"later": True})
+    biases: bool = field(default=False, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.regulariser == "sum-logits" and self.coefficient is None:
+            raise InputError(
+                "regulariser is 'sum-logits' without a coefficient; expected one, such as 1e-4: the control of "
+                "source_budget is made for 'mean-sigmoid'"
+            )
 
     def rate(self, step: int, steps: int) -> float:
         """Adam's rate at a step, counted from 0, of `steps`."""
@@ -74,6 +87,10 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     Under a source budget a mask whose loss on training images ends above it is loosened until it is within
     (`_meet_budget`).
     """
+    if options.regulariser == "sum-logits" and not isinstance(kind, GumbelSigmoid):
+        raise InputError(
+            f"regulariser is 'sum-logits' for {type(kind).__name__}; expected GumbelSigmoid, which has logits"
+        )
     masked = _masked(model, kind, options, task.seed)
     model.eval()
     device = next(iter(masked.mask_layers().values())).weight.device
@@ -82,12 +99,12 @@ def learn_mask(model: nn.Module, kind: MaskKind, options: LearnedMask, task: Sou
     if options.coefficient is None:
         control = SourceBudget(options.source_budget, device=device)
         coefficient = control.coefficient
-    fold = options.clip_norm is None
+    fold = options.clip_norm is None and options.regulariser == "mean-sigmoid"
     rate = torch.tensor(options.lr, device=device)
     optimizer = MaskAdam(masked, rate, eps=options.eps, coefficient=coefficient if fold else 0.0, fold=fold)
     objective = _objective(masked, model, options, task)
     training = FastStep(
-        lambda images, labels: _step(masked, optimizer, objective(images, labels), coefficient, options),
+        lambda images, labels: _step(masked, optimizer, objective(images, labels), coefficient, options, len(images)),
         restore=(masked, optimizer),
     )
     history = []
@@ -126,7 +143,22 @@ def _masked(model: nn.Module, kind: MaskKind, options: LearnedMask, seed: int) -
             exclude=options.exclude,
             mask_samples=options.mask_samples,
             seed=seed,
+            also=_biases(model, options) if options.biases else (),
         )
+
+
+def _biases(model: nn.Module, options: LearnedMask) -> list[str]:
+    """Patterns of the biases of the layers that have masks."""
+    layers = {there.path: there.module for there in maskable_weights(model, options.include, options.exclude).values()}
+    with_bias = [path for path, layer in layers.items() if isinstance(getattr(layer, "bias", None), nn.Parameter)]
+    return [literal(f"{path}.bias") for path in with_bias]
+
+
+def _regulariser(masked: MaskedModel, options: LearnedMask, batch: int) -> Tensor:
+    """What the coefficient multiplies, for a batch of so many images."""
+    if options.regulariser == "mean-sigmoid":
+        return masked.sparsity_penalty()
+    return torch.stack([logits.sum() for logits in masked.mask_parameters()]).sum() / batch
 
 
 def _objective(
@@ -147,13 +179,16 @@ def _objective(
     return objective
 
 
-def _step(masked: MaskedModel, optimizer: MaskAdam, loss: Tensor, coefficient: Tensor, options: LearnedMask) -> Tensor:
+def _step(
+    masked: MaskedModel, optimizer: MaskAdam, loss: Tensor, coefficient: Tensor, options: LearnedMask, batch: int
+) -> Tensor:
     optimizer.zero_grad()
     if optimizer.fold:
         loss.backward()  # type: ignore[no-untyped-call]
     else:
-        (loss + coefficient * masked.sparsity_penalty()).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(list(masked.mask_parameters()), options.clip_norm or float("inf"))
+        (loss + coefficient * _regulariser(masked, options, batch)).backward()  # type: ignore[no-untyped-call]
+        if options.clip_norm is not None:
+            nn.utils.clip_grad_norm_(list(masked.mask_parameters()), options.clip_norm)
     optimizer.step()
     return loss.detach()
 

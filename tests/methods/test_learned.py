@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import dwm_fast as dwm
 from dwm_fast.errors import InputError
-from dwm_fast.methods import Binary, EditMask, LearnedMask
+from dwm_fast.methods import Binary, BinarySequence, EditMask, LearnedMask, TrainOptions, masked_view, train
 from dwm_fast.methods.learned import _meet_budget, _objective, learn_mask
 
 from .toys import USED, conv_net, image_batches, trained_mlp, under_mask, vector_task
@@ -258,3 +258,52 @@ def test_a_mask_learned_without_labels_keeps_to_its_budget(model):
     loss = vector_task().loss
     assert loss(under_mask(model, found.keep)) <= loss(model) + OPTIONS.source_budget
     assert found.fraction_kept < 0.7
+
+
+def test_the_sum_of_logits_has_the_slope_of_its_coefficient_over_the_batch():
+    """All weights 0, so nothing else pulls at a logit. Adam's step under a constant gradient g is lr g / (g + eps); eps
+    is what g has to be, 0.01 / 64, so that a step is lr / 2: after 20 steps a logit stands at 2 - 10 lr."""
+    dead = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.Linear(8, 4))
+    for parameter in dead.parameters():
+        torch.nn.init.zeros_(parameter)
+
+    def kept(lr):
+        options = LearnedMask(1, lr, decay=0.0, eps=0.01 / 64, coefficient=0.01, regulariser="sum-logits")
+        return learn_mask(dead, dwm.GumbelSigmoid(init=2.0), options, vector_task()).fraction_kept
+
+    assert (kept(0.199), kept(0.201)) == (1.0, 0.0)
+
+
+def test_biases_have_masks_by_request_and_one_that_harms_is_dropped(model):
+    spoiled = copy.deepcopy(model)
+    spoiled[2].bias.data = torch.tensor([9.0, 0.5, -0.5, 0.25])
+    options = dataclasses.replace(OPTIONS, coefficient=0.0, source_budget=0.01, epochs=3, biases=True)
+    found = learn_mask(spoiled, dwm.GumbelSigmoid(), options, vector_task())
+    assert {name: tuple(mask.shape) for name, mask in found.keep.items()} == {
+        "0": (48, 24),
+        "2": (4, 48),
+        "0.bias": (48,),
+        "2.bias": (4,),
+    }
+    assert not found.keep["2.bias"][0]
+    assert list(binary(model, epochs=1).keep) == ["0", "2"]
+    assert list(binary(model, epochs=1, biases=True, exclude=["2"]).keep) == ["0", "0.bias"]
+
+    under = masked_view(spoiled, spoiled, found.keep)
+    expected = [torch.where(found.keep[f"{i}.bias"], spoiled[i].bias.detach(), 0.0) for i in (0, 2)]
+    assert all(torch.equal(under[i].bias, bias) for i, bias in zip((0, 2), expected, strict=True))
+    tuned = train(copy.deepcopy(spoiled), vector_task().batches, 20, TrainOptions(1, 0.01), keep=found.keep)
+    for i in (0, 2):
+        changed = tuned[i].bias != spoiled[i].bias
+        assert not changed[found.keep[f"{i}.bias"]].any()
+        assert changed[~found.keep[f"{i}.bias"]].all()
+
+
+def test_the_other_regulariser_wants_a_coefficient_and_logits(model):
+    with pytest.raises(InputError, match="regulariser is 'sum-logits' without a coefficient"):
+        LearnedMask(regulariser="sum-logits")
+    options = LearnedMask(coefficient=1e-4, regulariser="sum-logits")
+    with pytest.raises(InputError, match="'sum-logits' for Edit; expected GumbelSigmoid"):
+        learn_mask(model, dwm.Edit(), options, vector_task())
+    with pytest.raises(InputError, match=r"binary\.options\.biases is True; expected False"):
+        BinarySequence(Binary(options=LearnedMask(biases=True)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from dwm_fast.bank import MaskBank
+from dwm_fast.bank.adopt import weight_names
 from dwm_fast.errors import InputError
 from dwm_fast.pacs.backbones import last_linear
 from dwm_fast.pacs.config import builtin_defaults, load_config
@@ -52,12 +53,11 @@ def bank_of(run: Path, method: str, seed: int) -> MaskBank:
         found = lab.mask(source, method, seed).found
         trained = lab.network(lab.source(source, seed).end, lab.classes(source))
         assert found.keep is not None
-        keep = {layer: mask for layer, mask in found.keep.items() if layer != head}
-        masked = {f"{layer}.weight" for layer in keep}
+        masks = weight_names(found.keep, trained.state_dict())
+        keep = {name: mask for name, mask in masks.items() if not name.startswith(f"{head}.")}
         own = MaskBank(trained)
-        state = {name: value for name, value in trained.state_dict().items() if name not in masked}
-        if head in found.keep:
-            state[f"{head}.weight"] = state[f"{head}.weight"] * found.keep[head].to(study.device)
+        state = {name: value for name, value in trained.state_dict().items() if name not in keep}
+        state |= {name: state[name] * masks[name].to(study.device) for name in masks if name not in keep}
         own.add(source, keep, form="kept", state=state, method=method, classes=study.data.classes_of(source))
         bank.add_record(own.record(source))
     return bank

@@ -90,8 +90,12 @@ class PairLab(Lab):
         return Mask(found, figures)
 
     def _shapes(self, source: str) -> list[tuple[str, int, torch.Size]]:
+        """Name, elements and shape of every tensor that may have a mask: weights, and the biases beside them."""
         weights = maskable_weights(build_backbone(self.config.backbone, self.classes(source)))
-        return [(name, there.weight.numel(), there.weight.shape) for name, there in weights.items()]
+        biases = {f"{there.path}.bias": getattr(there.module, "bias", None) for there in weights.values()}
+        found = {name: there.weight for name, there in weights.items()}
+        found |= {name: bias for name, bias in biases.items() if isinstance(bias, nn.Parameter)}
+        return [(name, tensor.numel(), tensor.shape) for name, tensor in found.items()]
 
     def _find_mask(self, planned: Planned, source: str, method: str, seed: int, target: str | None) -> Finished:
         name, settings = planned

@@ -17,11 +17,14 @@ from dwm_fast.pacs.study import Study
 from ..study_for_tests import config, tiny
 
 
-def test_a_bank_of_a_study_is_its_sources_under_their_own_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_bank_of_a_study_is_its_sources_under_their_own_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, biases: bool
+) -> None:
     tiny(monkeypatch)
     monkeypatch.setattr("dwm_fast.pacs.pairs.figures.draw_all", lambda results: {})
     run, out = tmp_path / "run", tmp_path / "domains"
-    study = Study(config(methods=["none", "binary"]), run)
+    study = Study(config(methods=["none", "binary"], binary={"biases": biases}), run)
     with pytest.raises(InputError, match=r"no config\.json; expected the run folder of a finished study"):
         bank_of(run, "binary", 0)
     results = study.run()
@@ -32,6 +35,7 @@ def test_a_bank_of_a_study_is_its_sources_under_their_own_bits(tmp_path: Path, m
     for mask in results["masks"]:
         trained = study.lab.network(study.lab.source(mask["source"], 0).end)
         keep = study.lab.mask(mask["source"], "binary", 0).found.keep  # type: ignore[attr-defined]
+        assert any(name.endswith(".bias") for name in keep) is biases
         bank.activate(mask["source"])
         with torch.no_grad():
             assert torch.equal(bank(x), masked_view(trained, trained, keep)(x))
