@@ -21,6 +21,7 @@ from dwm_fast.ops.blocks import bias_of
 from dwm_fast.ops.conv2d import padded
 
 if TYPE_CHECKING:
+    from dwm_fast.bank.filters import DomainFilters
     from dwm_fast.bank.stores import Store
 
 Layer = Callable[[Tensor], Tensor]
@@ -136,7 +137,7 @@ class BankConv2d:
     """
 
     def __init__(
-        self, conv: nn.Conv2d, weight: Tensor, bits: Tensor, bias: Tensor | None, filters: list[Tensor] | None
+        self, conv: nn.Conv2d, weight: Tensor, bits: Tensor, bias: Tensor | None, filters: list[DomainFilters] | None
     ) -> None:
         self.conv, self.weight, self.bits, self.bias, self.filters = conv, weight, bits, bias, filters
 
@@ -147,7 +148,7 @@ class BankConv2d:
         bias, filters = _cast(self.bias, x), self.filters
         if filters is not None and x.dtype == self.weight.dtype and forced_backend() is None:
             how = (self.conv.stride, padding, self.conv.dilation, self.conv.groups)
-            return by_part(x, lambda domain, part: F.conv2d(part, filters[domain], bias_of(bias, domain), *how))
+            return by_part(x, lambda domain, part: filters[domain].conv2d(part, bias_of(bias, domain), how))
         return bank_conv2d(
             x,
             self.weight,

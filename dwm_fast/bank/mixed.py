@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwm_fast import ops
+from dwm_fast.bank.filters import DomainFilters
 from dwm_fast.bank.layers import BankConv2d, BankLinear, BankNorm, Layer, OwnLinear, SameLayer
 from dwm_fast.bank.record import DomainMasks, network_bits
 from dwm_fast.bank.stores import Store, store
@@ -143,13 +143,14 @@ class _Builder:
             self.stores[name] = made
         return made
 
-    def _filters(self, weight: Tensor, bits: Tensor) -> list[Tensor] | None:
+    def _filters(self, weight: Tensor, bits: Tensor) -> list[DomainFilters] | None:
         """The weight under each domain, where there is room for all of them."""
         nbytes = len(bits) * weight.numel() * weight.element_size()
         if weight.device.type != "cpu" or nbytes > self._room:
             return None
         self._room -= nbytes
-        return [self._count(ops.apply(row, [weight])[0]) for row in bits]
+        self.nbytes += nbytes
+        return [DomainFilters(weight, row) for row in bits]
 
     def _own_linear(self, names: Mapping[str, str], module: Any) -> Layer | None:
         if names["weight"] in self._masks:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dwm_fast import ops
 from dwm_fast.ops import backends, ways
-from dwm_fast.ops.filters import Filters, How, fit
+from dwm_fast.ops.filters import Blocked, Filters, How, fit, fit_blocked
 from dwm_fast.ops.layout import order_of
 
 BUDGET = 256 << 20
@@ -29,28 +29,38 @@ def kept_bytes() -> int:
     return _nbytes
 
 
-class Baked:
-    """The masked weight of one layer, and what it was made of: laid out for the vendor where `x` is given, or plain."""
+Form = type[Filters] | type[Blocked] | None
 
-    def __init__(self, weight: Tensor, bits: Tensor, dtype: torch.dtype, x: Tensor | None, how: How) -> None:
+
+class Baked:
+    """The masked weight of one layer, and what it was made of: laid out for the vendor, or plain.
+
+    form: the class that lays it out for inputs like `x`, None for plain.
+    """
+
+    def __init__(
+        self, weight: Tensor, bits: Tensor, dtype: torch.dtype, form: Form, x: Tensor | None, how: How
+    ) -> None:
         self._weight, self._bits, self._marks = weight, bits, _marks(weight, bits, dtype)
         flat = weight.detach().as_strided((weight.numel(),), (1,))
         self._sampled = flat[:: max(1, weight.numel() // _SAMPLES)]
         self._samples = self._sampled.clone()
         masked = ops.apply(bits, [weight.detach()])[0].to(dtype)
-        self._form = masked if x is None else Filters(masked, x, how)
-        self.nbytes = masked.numel() * dtype.itemsize if x is None else self._form.nbytes
+        self._form = masked if form is None or x is None else form(masked, x, how)
+        self.nbytes = masked.numel() * dtype.itemsize if isinstance(self._form, Tensor) else self._form.nbytes
 
-    def is_current(self, weight: Tensor, bits: Tensor, dtype: torch.dtype) -> bool:
-        """Whether weight, bits and dtype are still those that it was made of."""
+    def is_current(self, weight: Tensor, bits: Tensor, dtype: torch.dtype, how: Any) -> bool:
+        """Whether weight, bits, dtype and, where it counts, stride and padding are still those that it was made of."""
         same = self._weight is weight and self._bits is bits and self._marks == _marks(weight, bits, dtype)
+        same = same and (type(self._form) is not Blocked or self._form.how == how)
         return same and torch.equal(self._sampled, self._samples)
 
     def conv2d(self, x: Tensor, bias: Tensor | None, how: How) -> Tensor:
         """The convolution of x, in the compute dtype."""
-        if isinstance(self._form, Filters):
-            return self._form.conv2d(x, bias, how)
-        return F.conv2d(x, self._form, bias, *how)
+        form = self._form
+        if isinstance(form, Tensor):
+            return F.conv2d(x, form, bias, *how)
+        return form.conv2d(x) if isinstance(form, Blocked) else form.conv2d(x, bias, how)
 
     def plain(self) -> Tensor:
         """The masked weight, where it is not laid out."""
@@ -84,38 +94,41 @@ def _obstacle_ever(weight: Tensor, bits: Tensor) -> str:
 
 
 class Kept:
-    """What one layer keeps: its filters laid out (for channels_last inputs), its plain masked weight, or both."""
+    """What one layer keeps: filters laid out for channels_last inputs or for others, its plain weight, or all."""
 
     def __init__(self) -> None:
-        self._baked: dict[bool, Baked] = {}
+        self._baked: dict[Form, Baked] = {}
 
     def conv2d(self, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, how: How) -> Tensor | None:
         """The convolution of x, in the compute dtype as `bias` is, by what is kept; None where nothing may be."""
         if _obstacle_now(weight):
             return None
-        laid = fit(x, weight, bias, how)
-        found = self._current(weight, bits, x.dtype, x if laid else None, how)
+        laid: Form = Filters if fit(x, weight, bias, how) else Blocked if fit_blocked(x, weight, bias, how) else None
+        found = self._current(weight, bits, x.dtype, laid, x, how)
         return None if found is None else found.conv2d(x, bias, how)
 
     def masked(self, weight: Tensor, bits: Tensor) -> Tensor | None:
         """The plain masked weight in the weight's dtype, by what is kept; None where nothing may be."""
         if _obstacle_now(weight):
             return None
-        found = self._current(weight, bits, weight.dtype, None, ())
+        found = self._current(weight, bits, weight.dtype, None, None, ())
         return None if found is None else found.plain()
 
-    def _current(self, weight: Tensor, bits: Tensor, dtype: torch.dtype, x: Tensor | None, how: Any) -> Baked | None:
-        found = self._baked.get(x is not None)
-        if found is None or not found.is_current(weight, bits, dtype):
-            found = None if _obstacle_ever(weight, bits) else self._make(weight, bits, dtype, x, how)
+    def _current(
+        self, weight: Tensor, bits: Tensor, dtype: torch.dtype, laid: Form, x: Tensor | None, how: Any
+    ) -> Baked | None:
+        found = self._baked.get(laid)
+        if found is None or not found.is_current(weight, bits, dtype, how):
+            found = None if _obstacle_ever(weight, bits) else self._make(weight, bits, dtype, laid, x, how)
         return found
 
-    def _make(self, weight: Tensor, bits: Tensor, dtype: torch.dtype, x: Tensor | None, how: Any) -> Baked | None:
-        laid = x is not None
+    def _make(
+        self, weight: Tensor, bits: Tensor, dtype: torch.dtype, laid: Form, x: Tensor | None, how: Any
+    ) -> Baked | None:
         self._baked.pop(laid, None)  # its bytes are free for what takes its place
         # Under inference mode it would be a tensor that no later call can take a gradient through.
         with torch.inference_mode(False), torch.no_grad():
-            made = Baked(weight, bits, dtype, x, how) if _has_room(weight, dtype) else None
+            made = Baked(weight, bits, dtype, laid, x, how) if _has_room(weight, dtype) else None
         if made is None or not _take(made):
             return None
         self._baked[laid] = made

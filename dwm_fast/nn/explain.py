@@ -118,7 +118,7 @@ def _choice(op: str, layer: MaskedLayer | PackedLayer, shape: Sequence[int], dty
         nbytes = weight.numel() * weight.element_size()
         return Choice(STAGED, f"its masked weight is kept from the first call on, {nbytes:,} bytes of a budget of "
                               f"{BUDGET:,} for the process; in fp32 laid out for oneDNN where the input is "
-                              "channels_last")  # fmt: skip
+                              "channels_last, or the channels come in blocks of 16")  # fmt: skip
     try:
         backend = backends.chosen(op, weight.device.type)
     except BackendUnavailable as error:

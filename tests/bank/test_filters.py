@@ -7,6 +7,8 @@ import torch
 
 from dwm_fast import ops
 from dwm_fast.bank import MaskBank, layers
+from dwm_fast.bank.filters import DomainFilters
+from dwm_fast.ops.filters import Blocked
 
 from . import nets
 
@@ -66,3 +68,46 @@ def test_a_forced_backend_and_another_dtype_take_the_bits(from_bits):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         served(X, ids=IDS)
     assert len(from_bits) == 4
+
+
+def test_filters_are_laid_out_once_two_calls_in_a_row_want_that_and_the_bits_stay():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(48, 32, 3, 3, generator=generator)
+    mask = torch.rand(weight.shape, generator=generator) < 0.5
+    filters = DomainFilters(weight, ops.pack([mask]))
+    plain, how = torch.where(mask, weight, 0.0), ((2, 2), (1, 1), (1, 1), 1)
+
+    def form_after(rows: int) -> type:
+        x = torch.randn(rows, 32, 6, 5, generator=generator)
+        assert torch.equal(filters.conv2d(x, None, how), torch.nn.functional.conv2d(x, plain, None, *how))
+        return type(filters._form)
+
+    # a batch of one is not given to oneDNN by torch
+    assert [form_after(rows) for rows in (3, 1, 3, 3, 2, 1, 4, 1, 1, 5)] == [
+        *[torch.Tensor] * 3,
+        *[Blocked] * 5,
+        *[torch.Tensor] * 2,
+    ]
+    assert filters.nbytes == 4 * weight.numel()
+    bias, last = torch.randn(48), torch.randn(3, 32, 6, 5).contiguous(memory_format=torch.channels_last)
+    for x, shift in ((last, None), (torch.randn(3, 32, 6, 5), bias)):
+        expected = torch.nn.functional.conv2d(x, plain, shift, *how)
+        assert torch.equal(filters.conv2d(x, shift, how), expected)
+
+
+def test_a_mixed_batch_with_filters_laid_out_gives_the_bits_of_a_domain_alone():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(32, 48, 3, stride=2, bias=False)
+    ).eval()
+    made = MaskBank(net)
+    for i, name in enumerate(NAMES):
+        made.add(name, nets.masks_for(net, i, names=("0.weight", "2.weight")))
+    served = made.serve(NAMES)
+    for _ in range(3):
+        y = served(X, ids=IDS)
+        for i, name in enumerate(NAMES):
+            made.activate(name)
+            assert torch.equal(y[i == IDS], made(X[i == IDS]))
+    held = vars(served._twin.get_submodule("2"))["forward"].filters
+    assert {type(one._form) for one in held} == {Blocked}

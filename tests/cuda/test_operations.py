@@ -276,6 +276,11 @@ def test_no_filters_are_laid_out_for_onednn_on_a_gpu(gpu, monkeypatch):
     how = ((1, 1), (0, 0), (1, 1), 1)
     assert filters.fit(x, weight, None, how)  # the device alone decides
     assert not any(filters.fit(*where, None, how) for where in (on_gpu, (x, on_gpu[1]), (on_gpu[0], weight)))
+    x, weight = torch.randn(2, 16, 5, 5), torch.randn(16, 16, 3, 3)
+    on_gpu = x.to("cuda:0"), weight.to("cuda:0")
+    monkeypatch.setattr(filters, "_has_prepacked", lambda: True)
+    assert filters.fit_blocked(x, weight, None, how)
+    assert not any(filters.fit_blocked(*where, None, how) for where in (on_gpu, (x, on_gpu[1]), (on_gpu[0], weight)))
 
 
 def test_a_product_from_kept_weights_has_a_way_on_a_gpu(gpu):

@@ -12,6 +12,7 @@ from torch import nn
 import dwm_fast as dwm
 from dwm_fast import ops
 from dwm_fast.nn import baked
+from dwm_fast.ops.filters import Blocked
 
 X = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1))
 LAST = X.contiguous(memory_format=torch.channels_last)
@@ -96,6 +97,30 @@ def test_every_change_is_noticed(change, x):
     y = layer(x)
     assert torch.equal(y, reference(layer, x))
     assert not torch.equal(y, before)
+
+
+def test_blocks_of_channels_are_laid_out_once_and_padding_and_stride_are_those_of_the_call(unpacked):
+    torch.manual_seed(0)
+    layer = dwm.MaskedConv2d(32, 48, 3, kind=dwm.Threshold(), padding=1, bias=False).eval()
+    with torch.no_grad():
+        layer.mask_logits.normal_()
+    layer = dwm.PackedConv2d.from_masked(layer)
+    weight, x = layer.weight, torch.randn(3, 32, 6, 5)
+    unpacked.clear()
+    for rows in (3, 3, 2, 7):
+        x = torch.randn(rows, 32, 6, 5)
+        assert torch.equal(layer(x), nn.functional.conv2d(x, weight, padding=1))
+    assert list(layer._kept._baked) == [Blocked]
+    assert len(unpacked) == 1
+    layer.stride = (2, 2)
+    assert torch.equal(layer(x), nn.functional.conv2d(x, weight, padding=1, stride=2))
+    assert len(unpacked) == 2
+    alone = torch.randn(1, 32, 6, 5)  # torch itself gives that to another library
+    assert torch.equal(layer(alone), nn.functional.conv2d(alone, weight, padding=1, stride=2))
+    before = baked.kept_bytes()
+    del layer
+    gc.collect()
+    assert before - baked.kept_bytes() == 2 * 4 * weight.numel()
 
 
 def test_dtypes_autocast_moves_and_copies():
