@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dwm_fast._options import EPOCHS, RATE, Rule, above, at_least, check_options, whole
 from dwm_fast.methods._loop import FastStep
-from dwm_fast.methods.learner import SequenceLearner, Tensors, norm_names, seeded
+from dwm_fast.methods.learner import SequenceLearner, Tensors, cloned, norm_names, seeded
 from dwm_fast.methods.sequence import Task
 from dwm_fast.methods.transfer import BatchNormPolicy, freeze_norms
 from dwm_fast.nn.model import NORM_LAYERS
@@ -29,8 +29,11 @@ class SPG:
         epochs: passes over a task's images.
         lr: first rate. (Ours; paper: 0.25 and a plateau schedule, many epochs.)
         schedule: "cosine" (ours: to 0 over all steps) or "plateau": x `factor` when the loss on the task's own sample
-            has not fallen for more than `patience` epochs, until the rate is below `min_lr` (paper).
-        factor, patience, min_lr: of "plateau"; patience and min_lr are ours.
+            has not fallen for more than `patience` epochs (paper).
+        factor, patience, min_lr: of "plateau" (code: 1/3, 4, 1e-3).
+        stop_after: how "plateau" ends. None (ours): when the rate falls below `min_lr`. A number (code: 5): the rate is
+            held at `min_lr`, it ends after so many epochs there without a lower loss, and the weights of the lowest
+            loss are taken back.
         head_clip: bound on the gradient's norm over the head (code: 1e4).
         head_factor: rate of the head over that of everything else (ours; paper: 1). A head is new with every task,
             and mean importance slows it down with all that was learned before.
@@ -47,6 +50,7 @@ class SPG:
     head_clip: Annotated[float, above(0, "a norm")] = 1e4
     head_factor: Annotated[float, above(0, "a factor")] = 5.0
     batch_norm: BatchNormPolicy = "per-domain"
+    stop_after: Annotated[int | None, whole(1)] = field(default=None, metadata={"later": True})
     name: ClassVar[str] = "spg"
 
     def __post_init__(self) -> None:
@@ -57,8 +61,9 @@ class SPG:
         return SPGLearner(network, head, self)
 
 
-SPG_PAPER = SPG(epochs=1000, lr=0.25, schedule="plateau", head_factor=1.0)
-"""spg-paper: SGD 0.25, x1/3 on a plateau; batches of 64 are the caller's. It ends when the rate is below min_lr."""
+SPG_PAPER = SPG(epochs=500, lr=0.25, schedule="plateau", patience=4, head_factor=1.0, stop_after=5)
+"""spg-paper: the authors' configuration: SGD 0.25, x1/3 on a plateau of more than 4 epochs, at least 1e-3, at most 500
+epochs, the best weights; batches of 64 are the caller's."""
 
 
 class SPGLearner(SequenceLearner):
@@ -144,11 +149,12 @@ class SPGLearner(SequenceLearner):
                 task.progress({"loss": training(images, labels)})
                 done += 1
             if method.schedule == "plateau":
-                lr.fill_(plateau.after(task.loss(network)))
-                if float(lr) < method.min_lr:
-                    return epoch + 1
+                lr.fill_(plateau.after(task.loss(network), network))
+                if plateau.over:
+                    break
+        plateau.take_back(network)
         network.zero_grad(set_to_none=True)
-        return method.epochs
+        return epoch + 1 if method.epochs else 0
 
     def mean_importance(self) -> Tensor:
         """Mean of gamma over every parameter of the extractor, 0-dim fp32: it slows the heads down."""
@@ -199,18 +205,47 @@ class SPGLearner(SequenceLearner):
 
 
 class _Plateau:
-    """Rate x factor when the loss has not fallen (by a ten-thousandth of itself) for more than `patience` epochs."""
+    """Rate x factor when the loss has not fallen (by a ten-thousandth of itself) for more than `patience` epochs.
+
+    Attributes:
+        over: whether training has ended, by `SPG.stop_after`.
+    """
 
     def __init__(self, method: SPG) -> None:
+        self._method = method
         self._parameter = torch.zeros(1, requires_grad=True)
         self._optimizer = torch.optim.SGD([self._parameter], lr=method.lr)
         self._schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self._optimizer, factor=method.factor, patience=method.patience
+            self._optimizer,
+            factor=method.factor,
+            patience=method.patience,
+            min_lr=0.0 if method.stop_after is None else method.min_lr,
         )
+        self._lowest = math.inf
+        self._best: Tensors = {}
+        self._in_vain = 0
+        self.over = False
 
-    def after(self, loss: float) -> float:
+    def after(self, loss: float, network: nn.Module) -> float:
         """The rate after an epoch that ended at `loss`."""
+        at_last_rate = self._rate() <= self._method.min_lr
         self._schedule.step(loss)
+        if self._method.stop_after is None:
+            self.over = self._rate() < self._method.min_lr
+            return self._rate()
+        lower = loss < self._lowest
+        self._in_vain = self._in_vain + 1 if at_last_rate and not lower else 0
+        if lower:
+            self._lowest, self._best = loss, cloned(network.state_dict())
+        self.over = self._in_vain >= self._method.stop_after
+        return self._rate()
+
+    def take_back(self, network: nn.Module) -> None:
+        """Give the network the weights of the lowest loss, where they were kept."""
+        if self._best:
+            network.load_state_dict(self._best)
+
+    def _rate(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dwm_fast.errors import InputError
-from dwm_fast.methods import SPG, FineTuning, Task, TrainOptions, presets
+from dwm_fast.methods import SPG, FineTuning, Task, TrainOptions, presets, spg
 
 from .toys import INPUTS, conv_maker, conv_net, image_task, images_for_tests, vector_batches
 
@@ -204,6 +204,36 @@ def test_plateau_cuts_the_rate_by_a_third_until_it_is_too_low():
     assert (figures["epochs"], len(told)) == (7, 7)
 
 
+def test_the_authors_end_holds_the_lowest_rate_and_takes_the_best_weights_back():
+    """Patience 1; after 5 and 4 only epoch 9 is lower. Rates: 0.9 to epoch 4, 0.3 to epoch 6, then 0.1, held."""
+    losses = iter([5.0, 4.0, 4.5, 4.5, 4.5, 4.5, 4.5, 4.5, 3.0, 3.5, 3.5, 3.5, 3.5])
+    seen, rates = [], []
+
+    def loss(network):
+        seen.append({key: value.clone() for key, value in network.state_dict().items()})
+        return next(losses)
+
+    real = spg.soft_masked_sgd
+
+    def told(weights, gradients, gammas, lr):
+        rates.append(float(lr))
+        real(weights, gradients, gammas, lr)
+
+    flat = task("bb", steps=1)
+    method = SPG(epochs=100, lr=0.9, schedule="plateau", patience=1, min_lr=0.1, stop_after=3)
+    learner = method.learner(make, "head")
+    learner.begin(task("a"), net())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spg, "soft_masked_sgd", told)
+        figures = learner.learn(Task(flat.name, 2, flat.batches, 1, loss, 0))
+    # at 0.1 from epoch 7 on: epochs 7 and 8 in vain, 9 is the best, 10 to 12 are three in vain
+    assert figures["epochs"] == 12
+    assert rates == pytest.approx([0.9] * 4 + [0.3] * 2 + [0.1] * 6)
+    ended = learner.network("bb").state_dict()
+    assert all(torch.equal(ended[key], seen[8][key]) for key in ended)
+    assert not all(torch.equal(ended[key], seen[11][key]) for key in ended)
+
+
 def test_it_forgets_less_than_plain_fine_tuning():
     """Two tasks that want the same weights: SPG's first task is worse off by less than plain SGD's would be."""
 
@@ -258,6 +288,7 @@ def test_domains_of_a_bank_predict_the_same_bits():
         {"head_clip": 0.0},
         {"head_factor": 0.0},
         {"batch_norm": "none"},
+        {"stop_after": 0},
     ],
 )
 def test_options_out_of_range_are_named(wrong):
@@ -267,5 +298,5 @@ def test_options_out_of_range_are_named(wrong):
 
 def test_the_papers_preset():
     paper = presets()["spg-paper"]
-    assert (paper.lr, paper.schedule, paper.factor) == (0.25, "plateau", 1 / 3)
-    assert (paper.head_clip, paper.head_factor) == (1e4, 1)
+    assert (paper.lr, paper.schedule, paper.factor, paper.patience, paper.min_lr) == (0.25, "plateau", 1 / 3, 4, 1e-3)
+    assert (paper.epochs, paper.stop_after, paper.head_factor, paper.head_clip) == (500, 5, 1.0, 1e4)
