@@ -234,7 +234,7 @@ class MaskedModel(nn.Module):
         if self.training and self._recorder is not None:
             options["sample"] = self._recorder.sample
         options |= {"training": self.training, "step_offset": first + sample}
-        plain = _PARAMETER.issuperset(map(type, learned)) or torch.compiler.is_compiling()
+        plain = torch.compiler.is_compiling() or _PARAMETER.issuperset(map(type, learned))
         later = None if plain or not any(map(is_shard, learned)) else LaterDraw(layers, state, tau, **options)
         if later is None:
             masked, _, penalty = draw(layers, state, tau, **options)

@@ -225,7 +225,9 @@ class MaskAdam(DeviceOptimizer):
         return {**super().__getstate__(), **rest, "_averaged": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_ranks": None, "_same_masks": [], "_averaged": False, **state})
+        super().__setstate__(state)
+        for name, missing in (("_ranks", None), ("_same_masks", []), ("_averaged", False)):
+            self.__dict__.setdefault(name, missing)  # of an older release; torch's load_state_dict comes here too
 
 
 def penalty_terms(logits: Sequence[Tensor], mode: int) -> Sequence[Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -144,8 +145,8 @@ def _backward(learning: Learning) -> Tensor:
     return next(learning.masked.mask_parameters())
 
 
-def _resumed(state: dict[str, Any], group: Any = None) -> Learning:
-    learning = Learning(_masked(), group)
+def _resumed(state: dict[str, Any], group: Any = None, ddp: bool = True) -> Learning:
+    learning = Learning(_masked(), group, ddp)
     learning.masked.load_state_dict(state["model"])
     learning.optimizer.load_state_dict(state["optimizer"])
     return learning
@@ -170,6 +171,7 @@ def _rank(rank: int, folder: str) -> None:
         dist.barrier()
         state = torch.load(f"{folder}/half.pt")
         found["resumed"] = _resumed(state, three).run(STEPS // 2, STEPS).found()
+        found["resumed, averaged"] = _resumed(state, three, ddp=False).run(STEPS // 2, STEPS).found()
         found["own noise"] = Learning(_masked(noise="per-rank"), three).run(0, STEPS).found()
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
@@ -276,10 +278,10 @@ def test_the_ranks_of_a_smaller_group_are_its_mask_samples(ranks: Any) -> None:
 def test_what_two_ranks_saved_goes_on_with_one_and_with_three(ranks: Any, folder: Path) -> None:
     alone = Learning(_masked()).run(0, STEPS).found()
     _same(_resumed(torch.load(folder / "half.pt")).run(STEPS // 2, STEPS).logits(), alone["logits"])
-    for rank in ranks:
-        assert torch.equal(rank["resumed"]["logits"], ranks[0]["resumed"]["logits"])
-        assert torch.equal(rank["resumed"]["drawn"], alone["drawn"][STEPS // 2 :])
-        _same(rank["resumed"]["logits"], alone["logits"])
+    for rank, how in itertools.product(ranks, ("resumed", "resumed, averaged")):
+        assert torch.equal(rank[how]["logits"], ranks[0][how]["logits"])
+        assert torch.equal(rank[how]["drawn"], alone["drawn"][STEPS // 2 :])
+        _same(rank[how]["logits"], alone["logits"])
 
 
 def test_a_distributed_checkpoint_of_two_ranks_is_read_by_one_process(folder: Path) -> None:
