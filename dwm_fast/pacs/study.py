@@ -286,8 +286,13 @@ class Study:
 
     def measured(self, **what: Any) -> dict[str, Any]:
         """Results: `what` was measured, after what it was measured on and with."""
+        config = self.config.to_dict()
+        return {"data": self.described(), "config": config, "versions": versions(self.device), **what}
+
+    def described(self) -> dict[str, Any]:
+        """What the images are, as results have it."""
         data = self.data
-        described = {
+        return {
             "name": data.name,
             "real": data.real,
             "domains": list(data.domains),
@@ -299,7 +304,6 @@ class Study:
             "split": data.split,
             "classes_of": {name: list(data.classes_of(name)) for name in data.domains},
         }
-        return {"data": described, "config": self.config.to_dict(), "versions": versions(self.device), **what}
 
     def command(self) -> str:
         """A command line that repeats the study."""

@@ -97,7 +97,7 @@ def _opened(console: Screen, config: StudyConfig, folder: Path) -> Study:
     _line(console, f"images: {f'{kind} from {config.data}' if config.data else 'procedural stand-in (not PACS)'}")
     study = Study(config, folder)
     if is_other(config.data):
-        _line(console, f"images: {said_of(study.data)}")
+        _line(console, f"images: {said_of(study.described())}")
     study.lab.stages.waits = lambda name: _line(console, f"{name}: another process is at it; waiting")
     if study.data.left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(study.data.left_out.items()))

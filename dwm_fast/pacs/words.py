@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dwm_fast.pacs.data import CLASSES, DOMAINS, PacsData
+from dwm_fast.pacs.data import CLASSES, DOMAINS
 
 
 def data_name(results: Mapping[str, Any]) -> str:
@@ -31,11 +31,17 @@ def classes_of(results: Mapping[str, Any], domain: str) -> list[str]:
     return list(data.get("classes_of", {}).get(domain, data["classes"]))
 
 
-def said_of(data: PacsData) -> str:
-    """What images there are, in one line: 'CIFAR100, 60000 images, 100 classes, 1 domain; the set's own parts'."""
-    count = sum(len(domain.labels) for domain in data.domains.values())
-    domains = f"{len(data.domains)} domain{'s' * (len(data.domains) != 1)}"
-    return f"{data.name}, {count} images, {len(data.classes)} classes, {domains}; {data.split}"
+def said_of(data: Mapping[str, Any]) -> str:
+    """What images results have as `data`: 'CIFAR100: 60000 images, 100 classes, 1 domain; test images: ...'.
+
+    Results of earlier releases, which did not count them, have their name alone.
+    """
+    if "images" not in data:
+        return str(data["name"])
+    count = len(data["domains"])
+    split = f"; test images: {data['split']}" if data["split"] else ""
+    domains = f"{count} domain{'s' * (count != 1)}"
+    return f"{data['name']}: {data['images']} images, {len(data['classes'])} classes, {domains}{split}"
 
 
 def limits(results: Mapping[str, Any], seeds: int, rivals: int, first: str, of: str, order: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import io
 import json
 from pathlib import Path
@@ -101,8 +102,11 @@ def typed(*words: str, data: Path, out: Path) -> dict[str, Any]:
     assert answer.exit_code == 0, answer.output
     results = json.loads((out / "results.json").read_text())
     count, classes = results["data"]["images"], len(results["data"]["classes"])
-    assert f"{count} images, {classes} classes" in " ".join(answer.output.split())
-    assert results["data"]["split"] == "the data set's own train and test parts"
+    about = (
+        f"{count} images, {classes} classes, {len(results['data']['domains'])} domains; test images: the data set's own"
+    )
+    for text in (answer.output, *((out / file).read_text() for file in ("table.md", "report.html"))):
+        assert about in html.unescape(" ".join(text.split()))
     return results  # type: ignore[no-any-return]
 
 

@@ -110,6 +110,7 @@ def load_any(
         domain: _halves(domain, _Group(*groups[domain], classes[domain]), options.holdout, validation, seed)
         for domain in groups
     }
+    _check_memory(sum(len(records) for records, _, _ in chosen.values()), image_size)
     pixels = decode_all([r for records, _, _ in chosen.values() for r in records], image_size, progress)
     sets: dict[str, DomainSet] = {}
     start = 0
@@ -125,6 +126,20 @@ def load_any(
     name = listed.name + ("" if validation is None else VALIDATION_NAME)
     everything = tuple(k for k in listed.classes if any(k in own for own in classes.values()))
     return PacsData(name, True, sets, everything, image_size, fingerprint(sets), dict(listed.left_out), split)
+
+
+def _check_memory(count: int, image_size: int) -> None:
+    """Raise DataError where the decoded images would be larger than the machine's memory."""
+    needed = count * 3 * image_size**2
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return  # not told here
+    if needed > memory > 0:
+        raise DataError(
+            f"{count} images of {image_size} pixels take {needed / 1e9:.1f} GB of memory, and this machine has "
+            f"{memory / 1e9:.1f} GB; name fewer domains, or give a smaller --image-size"
+        )
 
 
 def _read(place: Place, options: ImageOptions) -> Listed:

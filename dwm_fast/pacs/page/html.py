@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from dwm_fast.pacs.page.figure_style import colour
 from dwm_fast.pacs.tables import MISSING, Stat, number
-from dwm_fast.pacs.words import classes_of
+from dwm_fast.pacs.words import classes_of, said_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def render(template: str, results: Mapping[str, Any], drawn: Mapping[str, bytes]
         ],
     )
     known = {"results": results, "data": data, "figures": figures, "command": command, "counts": counts}
+    known["about"] = said_of(data)
     return _templates().get_template(template).render({**known, **values})
 
 

@@ -12,6 +12,7 @@ from dwm_fast.pacs.sequence import figures, report, table
 from dwm_fast.pacs.sequence.finding import finding
 from dwm_fast.pacs.sequence.lab import SequenceLab
 from dwm_fast.pacs.study import Stage, Study
+from dwm_fast.pacs.words import said_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +81,7 @@ class SequenceStudy(Study):
         rows = table.sequence_table(results)
         yield "results.csv", table.rows_csv(results)
         yield "table.csv", table.to_csv(rows)
-        yield "table.md", table.to_markdown(rows)
+        yield "table.md", f"{table.to_markdown(rows)}\n{said_of(results['data'])}\n"
         drawn = figures.draw_all(results)
         yield from ((f"figures/{name}", content) for name, content in drawn.items())
         yield "report.html", report.page(results, drawn, self.command())

@@ -395,6 +395,11 @@ def test_a_wrong_name_of_torchvision_or_missing_files_are_refused(
     assert not (tmp_path / "x").exists()
 
 
+def test_images_that_no_memory_holds_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"21 images of 1000000 pixels take 63000\.0 GB of memory, and this machine"):
+        load_any(Place(str(write_office(tmp_path))), ImageOptions(), image_size=1_000_000)
+
+
 def test_a_path_that_holds_nothing_is_refused(tmp_path: Path) -> None:
     for path, match in (
         (tmp_path / "no", "no such file or folder"),
