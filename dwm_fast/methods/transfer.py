@@ -143,8 +143,9 @@ def make_schedule(
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     if options.schedule == "step":
         return torch.optim.lr_scheduler.StepLR(optimizer, max(1, 10 * steps // options.epochs), gamma=0.1)
+    warm_up = 0.2 if 0.2 * steps != 1 else 0.3  # OneCycleLR divides by warm_up * steps - 1
     return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
+        optimizer, options.lr, total_steps=steps, pct_start=warm_up, cycle_momentum=False
     )
 
 

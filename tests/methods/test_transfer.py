@@ -345,3 +345,17 @@ def test_start_decay_pulls_what_is_trained_toward_its_start_by_rate_times_c():
     kept = pulled.conv2.weight.detach()[0]
     assert torch.equal(kept.view(torch.int32), start["conv2.weight"][0].view(torch.int32))
     assert not torch.equal(pulled.conv2.weight[1:], plain.conv2.weight[1:])
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_the_schedule_of_a_few_steps_ends_below_where_it_was_highest(steps):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], 0.5)
+    schedule = make_schedule(optimizer, TrainOptions(lr=0.5), steps=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) <= 0.5
+    assert steps == 1 or rates[-1] < 1e-4 * max(rates)
