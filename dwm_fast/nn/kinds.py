@@ -76,6 +76,8 @@ class MaskKind:
     ) -> Drawn:  # fmt: skip
         """Masked weights, bits if asked for, and the penalty, of all layers of a network.
 
+        No layer's mask depends on which others are there: parts that are sharded by themselves draw their own alone.
+
         Args:
             learned, weights, rng_state: as in `dwm_fast.ops.sample`, whose `options` are layers, thresholds,
                 step_offset and dtype.

@@ -87,8 +87,10 @@ def mask_model(
     chosen = maskable_weights(model, include, exclude, also=also, skip_unmaskable=skip_unmaskable)
     chosen, places = share_tied(model, chosen, tied)
     hosted = _hosted(chosen, places)
-    if memory == "streamed" and noise != "shared":
-        raise InputError(f"noise={noise!r} with memory='streamed', which learns in one process; expected 'shared'")
+    if memory == "streamed" and (noise != "shared" or process_group is not None):
+        raise InputError(
+            f"noise={noise!r} with memory='streamed', which learns in one process; expected 'shared', no process_group"
+        )
     if memory == "streamed":
         refuse_unstreamable(kind, mask_samples, logits, hosted, places)
     elif logits != "fp32":

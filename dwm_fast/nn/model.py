@@ -186,7 +186,9 @@ class MaskedModel(nn.Module):
 
     def _still_differentiable(self, drawn: Tensor, versions: list[int], draws: list[Tensor]) -> bool:
         """Whether a drawn penalty is still that of the logits, and its graph neither used up nor absent."""
-        if drawn.grad_fn is None or versions != [p._version for p in self.mask_parameters()]:
+        if drawn.grad_fn is None:
+            return not draws  # a rule without a penalty
+        if versions != [p._version for p in self.mask_parameters()]:
             return False
         try:
             for one in draws:
@@ -228,12 +230,11 @@ class MaskedModel(nn.Module):
         assert network is not None
         assert tau is not None
         learned: list[Any] = [layer._parameters["mask_logits"] for layer in layers]
-        versions = [x._version for x in learned]
         samples, first = (self.mask_samples, 0) if self.noise == "shared" else self._of_ranks()
-        options: dict[str, Any] = {"samples": samples} if self.training else {}
-        if self.training and self._recorder is not None:
-            options["sample"] = self._recorder.sample
-        options |= {"training": self.training, "step_offset": first + sample}
+        options: dict[str, Any] = {"training": self.training, "step_offset": first + sample}
+        if self.training:
+            options |= {"samples": samples, **({} if self._recorder is None else {"sample": self._recorder.sample})}
+        versions = [x._version for x in learned]
         plain = torch.compiler.is_compiling() or _PARAMETER.issuperset(map(type, learned))
         later = None if plain or not any(map(is_shard, learned)) else LaterDraw(layers, state, tau, **options)
         if later is None:
@@ -249,9 +250,8 @@ class MaskedModel(nn.Module):
         if later is not None:
             found = later.close()
         if self.training and not repeated:
-            object.__setattr__(
-                self, "_drawn", (found[1], versions, found[2])
-            )  # past nn.Module's: it takes microseconds
+            # Past nn.Module's __setattr__, which takes microseconds.
+            object.__setattr__(self, "_drawn", (found[1], versions, found[2]))
             if self._observer is not None:
                 self._observer(found[0])
         return output

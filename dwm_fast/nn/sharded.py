@@ -57,7 +57,10 @@ class LaterDraw:
         return weight
 
     def close(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """After the pass, of the layers that it reached: masked weights, the penalty, and those it is the mean of."""
+        """After the pass, of the layers that it reached: masked weights, the penalty, and those it is the mean of.
+
+        Of a rule without a penalty, in a differentiable pass, that is 0 of none.
+        """
         self.closed = True
         reached = sorted(self.found)
         found, self.found = self.found, {}
@@ -65,9 +68,12 @@ class LaterDraw:
         total = sum(sizes)
         penalties = [found[i][1] for i in reached]
         if not penalties:
-            return [], torch.zeros((), device=self._tau.device), []
+            zero = torch.zeros((), device=self._tau.device)
+            return [], zero, [zero]
         mean = torch.stack([p * (n / total) for p, n in zip(penalties, sizes, strict=True)]).sum()
-        return [found[i][0] for i in reached], mean, penalties
+        weights = [found[i][0] for i in reached]
+        constant = not mean.requires_grad and any(weight.requires_grad for weight in weights)
+        return weights, mean, [] if constant else penalties
 
 
 def _require_storage(penalty: Tensor, learned: Tensor) -> None:

@@ -205,6 +205,15 @@ def _tuned(how: str, mesh: Any = None) -> tuple[list[Tensor], list[Tensor]]:
     return [_whole(p.detach()) for p in net.parameters()], list(map(_whole, found))
 
 
+def _without_a_penalty(mesh: Any) -> dict[str, Any]:
+    """The penalty of a rule that has none, after a call by layers."""
+    masked = _by_layers(mesh, True, PARTS[:2], dwm.mask_model(_Net(), dwm.nn.TopK(density=0.5), seed=0))
+    loss = masked(torch.ones(2, 16)).sum()
+    penalty = masked.sparsity_penalty()
+    (loss + penalty).backward()
+    return {"no penalty": float(penalty)}
+
+
 def _of_two(rank: int, group: Any, folder: str) -> dict[str, Any]:
     mesh = DeviceMesh.from_group(group, "cpu")
     mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
@@ -212,6 +221,7 @@ def _of_two(rank: int, group: Any, folder: str) -> dict[str, Any]:
         "whole": _learned(_by_layers(mesh, whole=True, parts=()), mine),
         "by layers": _learned(_by_layers(mesh, whole=False), mine),
         "by layers in a whole": _learned(_by_layers(mesh, whole=True, parts=PARTS[:2]), mine),
+        **_without_a_penalty(mesh),
         "MaskAdam": Learning(mesh).run(0, 10).save(folder, group).run(10, 20).logits(),
     }
     for name, ask in _refusals(mesh, _by_layers(mesh, whole=True, parts=()), folder).items():
@@ -296,6 +306,10 @@ def test_frozen_optimisers_step_shards_as_whole_tensors(ranks: list[dict[str, An
             start = dict(_Net().named_parameters())[name]
             assert torch.equal(named[name][keep], start[keep])
             assert (named[name] != start)[~keep].float().mean() > 0.5
+
+
+def test_a_rule_without_a_penalty_has_none_over_shards_too(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["no penalty"] for rank in ranks] == [0.0, 0.0]
 
 
 def test_what_needs_whole_tensors_says_so_and_what_to_do(ranks: list[dict[str, Any]]) -> None:
