@@ -43,6 +43,10 @@ class TrainOptions:
         start_decay: c of the penalty c/2 * |w - w0|^2 on every trained parameter, w0 its value when training begins
             (L2-SP, Li, Grandvalet and Davoine 2018, arXiv 1802.01483). Applied apart from the gradient, as AdamW
             applies weight decay: after each step w <- w + rate * c * (w0 - w).
+        kept_decay: None: kept weights are frozen. A number: they are trained as all others are, and pulled to their
+            start by this c in place of `start_decay`: one bit a weight says how dear it is to the source, as elastic
+            weight consolidation says with a number (Kirkpatrick et al. 2017, arXiv 1612.00796). The source under its
+            own bits is then no longer exact.
     """
 
     epochs: Annotated[int, EPOCHS] = 4
@@ -53,6 +57,7 @@ class TrainOptions:
     batch_norm: BatchNormPolicy = "shared"
     label_smoothing: Annotated[float, Rule("a number from 0 to below 1", lambda value: 0 <= value < 1)] = 0.0
     start_decay: Annotated[float, at_least(0)] = field(default=0.0, metadata={"later": True})
+    kept_decay: Annotated[float | None, at_least(0)] = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -160,7 +165,8 @@ def train(
     progress: Callable[[Mapping[str, Tensor]], None] = lambda _: None,
     autocast: Callable[[], Any] | None = None,
 ) -> nn.Module:
-    """Train `model` in place and return it in eval mode; kept weights (keep True) stay bit-identical.
+    """Train `model` in place and return it in eval mode; kept weights (keep True) stay bit-identical, unless
+    `options.kept_decay` is a number.
 
     Args:
         model: network with a (B, classes) output.
@@ -177,9 +183,10 @@ def train(
     model.train()
     if options.batch_norm == "frozen":
         freeze_norms(model)
-    optimizer = make_optimizer(model, options, keep)
+    pulled = {} if options.kept_decay is None else {_weight(model, name): mask for name, mask in (keep or {}).items()}
+    optimizer = make_optimizer(model, options, None if pulled else keep)
     schedule = make_schedule(optimizer, options, steps_per_epoch * options.epochs)
-    pull = _StartDecay(model, options.start_decay)
+    pull = _StartDecay(model, options, pulled)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with autocast() if autocast else contextlib.nullcontext():
@@ -203,24 +210,32 @@ def train(
 
 
 class _StartDecay:
-    """`TrainOptions.start_decay`. What is kept equals its start and stays it to the bit: w - 0, also where w is -0."""
+    """`TrainOptions.start_decay` and `kept_decay`, the latter for the weights that `pulled` keeps.
 
-    def __init__(self, model: nn.Module, coefficient: float) -> None:
-        self._coefficient = coefficient
-        self._trained = [p for p in model.parameters() if p.requires_grad and coefficient > 0]
+    What is frozen equals its start and stays it to the bit: w - 0, also where w is -0.
+    """
+
+    def __init__(self, model: nn.Module, options: TrainOptions, pulled: Mapping[Tensor, Tensor]) -> None:
+        free, kept = options.start_decay, options.kept_decay or 0.0
+        self._trained = [p for p in model.parameters() if p.requires_grad and (free > 0 or (kept > 0 and p in pulled))]
         self._start = [p.detach().clone() for p in self._trained]
-        self._share = torch.zeros((), device=self._trained[0].device) if self._trained else torch.zeros(())
+        device = self._trained[0].device if self._trained else torch.device("cpu")
+        one = torch.full((), free, device=device)
+        self._coefficients = [
+            torch.where(pulled[p].to(device), kept, free).to(p.dtype) if p in pulled else one for p in self._trained
+        ]
+        self._rate = torch.zeros((), device=device)
 
     def set_rate(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the rate of the next step. On the device, where a captured step reads it."""
         if self._trained:
-            self._share.copy_(torch.as_tensor(optimizer.param_groups[0]["lr"]).squeeze()).mul_(self._coefficient)
+            self._rate.copy_(torch.as_tensor(optimizer.param_groups[0]["lr"]).squeeze())
 
     @torch.no_grad()
     def step(self) -> None:
         """Move every trained parameter toward its start."""
-        for parameter, start in zip(self._trained, self._start, strict=True):
-            parameter.sub_((parameter - start).mul_(self._share))
+        for parameter, start, coefficient in zip(self._trained, self._start, self._coefficients, strict=True):
+            parameter.sub_((parameter - start).mul_(self._rate * coefficient))
 
 
 def source_view(tuned: nn.Module, source: nn.Module, policy: BatchNormPolicy) -> nn.Module:
