@@ -17,7 +17,7 @@ from dwm_fast._options import RATE, Rule, check_options, whole
 from dwm_fast.errors import InputError
 from dwm_fast.methods.learner import SequenceLearner, Tensors, norm_names, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions, make_optimizer, make_schedule
+from dwm_fast.methods.transfer import TrainOptions, check_frozen, make_optimizer, make_schedule
 from dwm_fast.nn import MaskedModel, Threshold, mask_model
 from dwm_fast.nn.model import NORM_LAYERS
 from dwm_fast.nn.select import literal
@@ -126,6 +126,8 @@ class CPG:
             raise InputError("pruning.epochs is 0; expected at least 1: weights are cut between steps of training")
         if self.training.start_decay:
             raise InputError(f"training.start_decay is {self.training.start_decay}; expected 0: CPG has no such decay")
+        check_frozen(self.training)
+        check_frozen(self.pruning)
         policies = {self.training.batch_norm, self.pruning.batch_norm}
         if policies not in ({"frozen"}, {"per-domain"}):
             raise InputError(

@@ -15,7 +15,7 @@ from dwm_fast._options import RATE, Rule, at_least, check_options
 from dwm_fast.errors import InputError
 from dwm_fast.methods.learner import SequenceLearner, Tensors, norm_names, seeded
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions, freeze_norms, make_optimizer, make_schedule
+from dwm_fast.methods.transfer import TrainOptions, check_frozen, freeze_norms, make_optimizer, make_schedule
 
 _LARGEST = 6.0
 """Embeddings are held within it (code)."""
@@ -59,6 +59,7 @@ class HAT:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_frozen(self.options)
         if self.options.batch_norm == "shared":
             raise InputError("options.batch_norm is 'shared'; expected frozen or per-domain: HAT keeps earlier tasks")
 

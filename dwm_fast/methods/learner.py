@@ -14,7 +14,7 @@ from dwm_fast.bank import MaskBank
 from dwm_fast.errors import InputError
 from dwm_fast.methods.base import SourceTask
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions, train
+from dwm_fast.methods.transfer import TrainOptions, check_frozen, train
 from dwm_fast.nn import maskable_weights
 from dwm_fast.nn.model import NORM_LAYERS
 from dwm_fast.nn.select import MaskableWeight, literal
@@ -221,6 +221,7 @@ def train_task(
     epochs_before: int = 0,
 ) -> nn.Module:
     """`train` on a task's batches, its first `epochs_before` epochs left out; `keep` and `fixed` as there."""
+    check_frozen(options)
     return train(
         network,
         lambda epoch: task.batches(epoch + epochs_before),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dwm_fast._options import FRACTION, check_options, whole
 from dwm_fast.errors import InputError
 from dwm_fast.methods.base import FoundMask, SourceTask
-from dwm_fast.methods.transfer import TrainOptions, train
+from dwm_fast.methods.transfer import TrainOptions, check_frozen, train
 from dwm_fast.nn import maskable_weights
 
 
@@ -43,6 +43,7 @@ class LotteryTicket:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_frozen(self.options)
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         """The survivors; the loss after each round's training is in the history."""

@@ -63,6 +63,15 @@ class TrainOptions:
         check_options(self)
 
 
+def check_frozen(options: TrainOptions) -> None:
+    """InputError unless `options` leave what is kept as it is, to the bit."""
+    if options.kept_decay is not None:
+        raise InputError(
+            f"kept_decay is {options.kept_decay}; expected None: this method's kept weights are frozen to the bit; only "
+            "the fine-tuning of pairs may pull them"
+        )
+
+
 def norm_state(model: nn.Module) -> dict[str, Tensor]:
     """Statistics and affine parameters of every norm layer, cloned, by state_dict name."""
     names = {name for name, module in model.named_modules() if isinstance(module, NORM_LAYERS)}

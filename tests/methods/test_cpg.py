@@ -229,6 +229,7 @@ def test_a_task_costs_a_bit_a_weight_and_its_bank_serves_its_network(stages):
             {"training": TrainOptions(batch_norm="frozen", start_decay=0.1)},
             r"training\.start_decay is 0\.1; expected 0",
         ),
+        ({"pruning": TrainOptions(batch_norm="per-domain", kept_decay=1.0)}, r"kept_decay is 1\.0; expected None"),
         ({"pruning": TrainOptions(0, batch_norm="per-domain")}, r"pruning\.epochs is 0; expected at least 1"),
         ({"goal": 1.5}, r"goal is 1\.5"),
         ({"every": 0}, "every is 0"),

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -359,3 +360,24 @@ def test_the_schedule_of_a_few_steps_ends_below_where_it_was_highest(steps):
         schedule.step()
     assert max(rates) <= 0.5
     assert steps == 1 or rates[-1] < 1e-4 * max(rates)
+
+
+@pytest.mark.parametrize("start_decay", [0.0, 3.0])
+def test_kept_weights_may_be_pulled_to_their_start_in_place_of_frozen(start_decay):
+    """Against the formula, after a step of plain SGD: rate * c, c by the weight's bit; without a mask one c for all."""
+    net = conv_net()
+    keep = {"conv2": torch.rand(8, 6, 3, 3, generator=torch.Generator().manual_seed(2)) < 0.5}
+    start = copy.deepcopy(net.state_dict())
+    free, pulled = copy.deepcopy(net), copy.deepcopy(net)
+    options = TrainOptions(epochs=1, lr=0.05, optimizer="sgd", schedule="constant", weight_decay=0.0)
+    pulling = replace(options, start_decay=start_decay, kept_decay=7.0)
+    for each, chosen in ((free, options), (pulled, pulling)):
+        mask = keep if each is pulled else None
+        train(each, lambda epoch: itertools.islice(image_batches()(epoch), 1), 1, chosen, keep=mask)
+    for name, parameter in pulled.named_parameters():
+        moved = free.get_parameter(name).detach()
+        c = torch.full_like(moved, start_decay)
+        if name == "conv2.weight":
+            c = torch.where(keep["conv2"], 7.0, c)
+            assert not torch.equal(parameter[keep["conv2"]], start[name][keep["conv2"]]), "kept weights are trained"
+        assert torch.equal(parameter.detach(), moved - (moved - start[name]) * (torch.tensor(0.05) * c)), name
