@@ -67,8 +67,8 @@ def check_frozen(options: TrainOptions) -> None:
     """InputError unless `options` leave what is kept as it is, to the bit."""
     if options.kept_decay is not None:
         raise InputError(
-            f"kept_decay is {options.kept_decay}; expected None: this method's kept weights are frozen to the bit; only "
-            "the fine-tuning of pairs may pull them"
+            f"kept_decay is {options.kept_decay}; expected None: this method's kept weights are frozen to the bit; "
+            "only the fine-tuning of pairs may pull them"
         )
 
 

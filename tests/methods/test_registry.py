@@ -167,7 +167,7 @@ def test_keeping_everything_frozen_changes_no_prediction():
     network = conv_net()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     keep = {"conv1": torch.ones(6, 3, 3, 3, dtype=torch.bool)}
-    with pytest.raises(InputError, match="kept_decay is 1.0; expected None"):
+    with pytest.raises(InputError, match=r"kept_decay is 1\.0; expected None"):
         train_task(network, image_task("photo"), TrainOptions(1, 0.1, kept_decay=1.0), keep=keep)
     train_task(network, image_task("photo"), TrainOptions(1, 0.1, batch_norm="frozen"), keep=keep, fixed=["fc.bias"])
     same = {name for name, tensor in network.state_dict().items() if torch.equal(tensor, before[name])}

@@ -46,10 +46,10 @@ def read_options(value: Any, old: Options | None) -> Options | None:
 def check_ways(tunes: Tunes) -> None:
     """Raise InputError where two ways of a method could not be told apart in the results."""
     for method, ways in tunes.items():
-        if len({(way.batch_norm, f"{way.lr:g}") for way in ways}) < max(1, len(ways)):
+        if len({(way.batch_norm, f"{way.lr:g}", way.kept_decay) for way in ways}) < max(1, len(ways)):
             raise InputError(
-                f"tune.{method} has {len(ways)} ways; expected at least one, and no two with the same batch_norm "
-                "and lr, by which results name them"
+                f"tune.{method} has {len(ways)} ways; expected at least one, and no two with the same batch_norm, "
+                "lr and kept_decay, by which results name them"
             )
 
 

@@ -63,8 +63,8 @@ def _names(keys: Sequence[Key]) -> list[str]:
     policies = len({key[:2] for key in keys}) < len({key[:3] for key in keys})
     rates = len({key[:3] for key in keys}) < len(keys)
     names = []
-    for method, init, policy, _, lr in keys:
-        ways = [*([policy] if policies else []), *([f"{lr:g}"] if rates and lr is not None else [])]
+    for method, init, policy, _, rate in keys:
+        ways = [*([policy] if policies else []), *([str(rate)] if rates and rate.lr is not None else [])]
         names.append(" ".join([method, *([init] if init != "-" else []), *(f"· {way}" for way in ways)]))
     return names
 

@@ -67,8 +67,8 @@ def _run(run: Mapping[str, Any]) -> tuple[str, str, int]:
 
 
 def _name(key: Key, keys: Iterable[Key]) -> str:
-    method, init, policy, _, lr = key
-    rate = f", rate {lr:g}" if lr is not None and ambiguous(key, keys) else ""
+    method, init, policy, _, used = key
+    rate = f", rate {used}" if used.lr is not None and ambiguous(key, keys) else ""
     return f"{method} masking with {init} (batch norm {policy}{rate})"
 
 
@@ -148,7 +148,7 @@ def _other_rates(plain: Mapping[Key, Runs]) -> list[str]:
     """What plain fine-tuning gives in the ways that are not the baseline."""
     cells = {key: cell(runs) for key, runs in plain.items()}
     said = []
-    for (_, _, policy, _, lr), one in cells.items():
+    for (_, _, policy, _, (lr, _)), one in cells.items():
         source, target = (number(Stat(after.mean, None)) for after in (one.source_after, one.target_after))
         rate = "" if lr is None else f" at rate {lr:g}"
         said.append(

@@ -156,7 +156,7 @@ class PairLab(Lab):
         }
         return [
             (
-                f"{run.name}-{options.batch_norm}-lr{options.lr:g}-seed{run.seed}",
+                f"{run.name}-{_way(options)}-seed{run.seed}",
                 {**shared, "fine-tuning": recorded(options)},
             )
             for options in self.config.ways(run.method)
@@ -202,6 +202,7 @@ class PairLab(Lab):
             **dataclasses.asdict(run),
             "bn_policy": options.batch_norm,
             "lr": options.lr,
+            **({} if options.kept_decay is None else {"kept_decay": options.kept_decay}),
             "source_before": trained.figures["accuracy"],
             "target_after": self.accuracy(name, model, run.target),
             "fraction_kept": found.fraction_kept if found is not None else 0.0,
@@ -213,6 +214,12 @@ class PairLab(Lab):
         rows = [{**row, "view": v, "source_after": self.accuracy(name, net, run.source)} for v, net in views.items()]
         seconds = time.perf_counter() - begun
         return self.stages.write(name, {}, {"rows": [{**r, "seconds": seconds} for r in rows]}, settings, begun)
+
+
+def _way(options: TrainOptions) -> str:
+    """What tells the ways of a method apart, as stages are named."""
+    pull = "" if options.kept_decay is None else f"-pull{options.kept_decay:g}"
+    return f"{options.batch_norm}-lr{options.lr:g}{pull}"
 
 
 def _with_head_of(tuned: nn.Module, source: nn.Module, head: str) -> nn.Module:

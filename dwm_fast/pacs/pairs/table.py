@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dwm_fast.methods import BATCH_NORM_POLICIES
 from dwm_fast.pacs.pairs.config import METHODS
@@ -32,6 +32,7 @@ RAW_COLUMNS = (
     "seed",
     "bn_policy",
     "lr",
+    "kept_decay",
     "view",
     "source_before",
     "source_after",
@@ -41,8 +42,22 @@ RAW_COLUMNS = (
     "t_drop",
     "seconds",
 )
-Key = tuple[str, str, str, str, float | None]
-"""A configuration: method, init, bn_policy, view, lr."""
+
+
+class Rate(NamedTuple):
+    """The learning rate, and by what kept weights were pulled to their start where they were not frozen."""
+
+    lr: float | None
+    kept_decay: float | None = None
+
+    def __str__(self) -> str:
+        """'0.0005', '0.0005, pull 100', or a dash."""
+        rate = MISSING if self.lr is None else f"{self.lr:g}"
+        return rate if self.kept_decay is None else f"{rate}, pull {self.kept_decay:g}"
+
+
+Key = tuple[str, str, str, str, Rate]
+"""A configuration: method, init, bn_policy, view, rate."""
 ALL = "all pairs"
 
 
@@ -82,6 +97,7 @@ class TableRow:
     bn_policy: str
     view: str
     lr: float | None
+    kept_decay: float | None
     baseline: bool
     ambiguous: bool
     sources: tuple[str, ...]
@@ -96,8 +112,8 @@ class TableRow:
 
     @property
     def rate(self) -> str:
-        """The learning rate, or a dash."""
-        return MISSING if self.lr is None else f"{self.lr:g}"
+        """As `Rate` writes it."""
+        return str(Rate(self.lr, self.kept_decay))
 
 
 def rank(order: Sequence[str], value: str) -> tuple[int, str]:
@@ -112,7 +128,7 @@ def in_order(results: Mapping[str, Any], domains: Iterable[str]) -> list[str]:
 
 def row_key(row: Mapping[str, Any]) -> Key:
     """The configuration of a run."""
-    return row["method"], row["init"], row["bn_policy"], row["view"], row.get("lr")
+    return row["method"], row["init"], row["bn_policy"], row["view"], Rate(row.get("lr"), row.get("kept_decay"))
 
 
 def baseline_key(results: Mapping[str, Any]) -> Key | None:
@@ -127,8 +143,9 @@ def ambiguous(key: Key, keys: Iterable[Key]) -> bool:
 
 def key_order(key: Key) -> tuple[Any, ...]:
     """Sort key of configurations: the paper's view first, then method, re-initialisation, policy, rate (falling)."""
-    method, init, policy, view, lr = key
-    return rank(VIEWS, view), rank(METHODS, method), rank(INITS, init), rank(BATCH_NORM_POLICIES, policy), -(lr or 0.0)
+    method, init, policy, view, (lr, pull) = key
+    names = rank(VIEWS, view), rank(METHODS, method), rank(INITS, init), rank(BATCH_NORM_POLICIES, policy)
+    return *names, -(lr or 0.0), -1.0 if pull is None else pull
 
 
 def stat(runs: Sequence[Mapping[str, Any]], metric: str) -> Stat:
@@ -166,7 +183,7 @@ def paper_table(results: Mapping[str, Any]) -> list[TableRow]:
         results: a study's results; "data" and "rows" are read. Any part of the grid may be missing.
 
     Returns:
-        One row per (method, init, bn_policy, view, lr) that has runs: the view `shared` first, then `masked`.
+        One row per (method, init, bn_policy, view, rate) that has runs: the view `shared` first, then `masked`.
         Cells average the targets and seeds that exist and say how many.
     """
     groups: dict[Key, list[Mapping[str, Any]]] = defaultdict(list)
@@ -185,7 +202,8 @@ def paper_table(results: Mapping[str, Any]) -> list[TableRow]:
         table.append(
             TableRow(
                 str(results["data"]["name"]),
-                *key,
+                *key[:4],
+                *key[4],
                 baseline=key == baseline,
                 ambiguous=ambiguous(key, groups),
                 sources=sources,
@@ -273,7 +291,7 @@ def to_markdown(rows: Sequence[TableRow]) -> str:
 def to_csv(rows: Sequence[TableRow]) -> str:
     """The table in long form, a line per (row, source) and one with source `all`; no value is empty."""
     lines: list[Sequence[object]] = [
-        ["data", "method", "init", "bn_policy", "view", "lr", "source"]
+        ["data", "method", "init", "bn_policy", "view", "lr", "kept_decay", "source"]
         + [name for metric in METRICS for name in (metric, f"{metric}_spread")]
         + ["pairs", "seeds", "runs"]
     ]
@@ -281,7 +299,8 @@ def to_csv(rows: Sequence[TableRow]) -> str:
         for source, one in [*row.cells.items(), ("all", row.overall)]:
             stats: list[Stat] = [getattr(one, metric) for metric in METRICS]
             values = [value for each in stats for value in (each.mean, each.spread)]
-            name = [row.data, row.method, row.init, row.bn_policy, row.view, "" if row.lr is None else row.rate, source]
+            rate = [f"{value:g}" if value is not None else "" for value in (row.lr, row.kept_decay)]
+            name = [row.data, row.method, row.init, row.bn_policy, row.view, *rate, source]
             lines.append([*name, *values, one.pairs, one.seeds, one.runs])
     return csv_text(lines)
 

@@ -102,6 +102,21 @@ def test_rates_of_a_method_do_not_mix_and_only_the_first_of_none_is_the_baseline
     assert "| none | - | frozen | shared | 0.0001 | 0.950 → 0.500 / 0.700 |" in text
 
 
+def test_pulled_and_frozen_ways_do_not_mix_and_the_rate_says_which():
+    rows = [
+        row("photo", "art", "none", 0, 0.0, 0.0),
+        row("photo", "art", "binary", 0, 0.1, -0.2),
+        {**row("photo", "art", "binary", 0, 0.3, 0.0), "kept_decay": 100.0},
+    ]
+    table = paper_table(results(rows))
+    assert [(one.method, one.rate, one.ambiguous) for one in table] == [
+        ("none", "0.0003", False),
+        ("binary", "0.0003", True),
+        ("binary", "0.0003, pull 100", True),
+    ]
+    assert "| binary | S_start | frozen | shared | 0.0003, pull 100 |" in to_markdown(table)
+
+
 @pytest.mark.parametrize("lost", [None, math.nan])
 def test_missing_value_is_a_dash_and_never_nan(lost):
     rows = two_seeds()
