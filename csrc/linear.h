@@ -19,7 +19,9 @@ constexpr int64_t kPiece = 4096;   // floats of x that take half of a first-leve
 constexpr int64_t kColumns[kTall + 1] = {0, kPiece, kPiece / 2, kPiece / 4, kPiece / 4};
 
 // Rows of W at a time, by the rows of x: as many sums as there are registers for.
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int kGroup[kTall + 1] = {0, 4, 4, 4, 4};
+#elif defined(__AVX2__)
 constexpr int kGroup[kTall + 1] = {0, 4, 2, 1, 1};
 #else
 constexpr int kGroup[kTall + 1] = {0, 1, 1, 1, 1};

@@ -7,7 +7,8 @@
 
 namespace dwm::DWM_ISA {
 
-constexpr int kUnionRows = 4;  // rows of W that are expanded side by side: 64 KiB at most
+constexpr int kUnionRows = 4;            // rows of W that are expanded side by side, and
+constexpr int64_t kUnionColumns = 1024;  // columns of them: 16 KiB, half of a first-level cache
 
 // Bits [first, first + n), n at most kPiece, that are set in at least one domain.
 static inline void join_bits(const KeptUnion& job, int64_t first, int64_t n, uint8_t* joined) {
@@ -35,13 +36,13 @@ static inline bool union_fits(const KeptUnion& job, int64_t row) {
 // All outputs of `count` slots and `wide` rows of W from `row` on.
 static void union_block(const KeptUnion& job, const Slot* slots, int count, int64_t row, int wide) {
   alignas(64) Sums sums[kSlots];
-  alignas(64) float panel[kUnionRows * kPiece];
-  float room[kBefore + kPiece + kBehind];
-  uint8_t joined[kPiece / 8 + 1];
+  alignas(64) float panel[kUnionRows * kUnionColumns];
+  float room[kBefore + kUnionColumns + kBehind];
+  uint8_t joined[kUnionColumns / 8 + 1];
   const float* next[kWide + 1];
   std::memset(sums, 0, static_cast<size_t>(count) * sizeof sums[0]);
   for (int i = 0; i <= wide; ++i) next[i] = job.values + job.starts[row + i];
-  const int64_t columns = kColumns[tallest_of(slots, count)];
+  const int64_t columns = kUnionColumns;
   for (int64_t k = 0; k < job.k; k += columns) {
     const int64_t n = job.k - k < columns ? job.k - k : columns;
     for (int i = 0; i < wide; i += kUnionRows) {
