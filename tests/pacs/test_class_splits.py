@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from dwm_fast.cli import app
 from dwm_fast.errors import InputError
-from dwm_fast.methods import sequential_methods
+from dwm_fast.methods import masked_view, sequential_methods
 from dwm_fast.pacs.config import StudyConfig, builtin_defaults, load_config
 from dwm_fast.pacs.data import DomainSet, PacsData, fingerprint, validation_part
 from dwm_fast.pacs.pairs.banking import bank_of
@@ -140,9 +140,13 @@ def test_pairs_of_split_cifar_shaped_images_run_and_become_a_bank(cifar_shaped: 
     bank = bank_of(tmp_path, "naive", 0)
     study = Study(load_config(tmp_path / "config.json", builtin_defaults()), tmp_path)
     assert isinstance(study, PairStudy)
-    for mask in results["masks"]:
-        bank.activate(mask["source"])
-        assert study.lab.evaluate(bank, mask["source"])[0] == mask["masked_accuracy"]
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for source in ("classes-0-2", "classes-3-4"):
+        trained = study.lab.network(study.lab.source(source, 0).end, study.lab.classes(source))
+        bank.activate(source)
+        with torch.no_grad():
+            wanted = masked_view(trained, trained, study.lab.mask(source, "naive", 0).found.keep or {})(images)
+            assert torch.equal(bank(images), wanted)
     assert [bank(torch.zeros(1, 3, 16, 16), domains=[name]).shape[1] for name in bank.domains] == [3, 2]
 
 
@@ -177,12 +181,36 @@ def test_in_a_pair_the_target_has_a_head_of_its_own_that_no_mask_holds(
         model.eval()
 
     monkeypatch.setattr("dwm_fast.pacs.pairs.lab.train", spy)
-    study = PairStudy(pair_config(targets=("round",), sources=("lit",)), tmp_path, split_data())
+    biases = dataclasses.replace(CONFIG.binary, biases=True)
+    study = PairStudy(pair_config(targets=("round",), sources=("lit",), binary=biases), tmp_path, split_data())
     study.run()
     assert len(seen) == 2  # binary and naive
-    assert all("fc" in study.lab.mask("lit", method, 0).found.keep for method in ("binary", "naive"))
-    assert all("fc" not in keep and len(keep) > 3 and head.shape == (3, 32) for keep, head in seen)
+    found = [set(study.lab.mask("lit", method, 0).found.keep or ()) for method in ("binary", "naive")]
+    assert [sorted(name for name in keep if name.startswith("fc")) for keep in found] == [["fc", "fc.bias"], ["fc"]]
+    assert [set(keep) for keep, _ in seen] == [keep - {"fc", "fc.bias"} for keep in found]
+    assert all(head.shape == (3, 32) for _, head in seen)
     assert torch.equal(seen[0][1], seen[1][1])  # one for all methods
+
+
+def test_in_a_pair_the_source_is_judged_on_the_tuned_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+
+    def spy(model: Any, *_: Any, **__: Any) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.fill_(len(name))
+
+    def view(tuned: Any, source: Any, policy: str) -> Any:
+        judged.append({name: value.clone() for name, value in tuned.named_parameters()})
+        return tuned
+
+    monkeypatch.setattr("dwm_fast.pacs.pairs.lab.source_view", view)
+    monkeypatch.setattr("dwm_fast.pacs.pairs.lab.train", spy)
+    study = PairStudy(pair_config(targets=("round",), sources=("lit",), methods=("none",)), tmp_path, split_data())
+    study.run()
+    trained = study.lab.source("lit", 0).end
+    for name, value in judged[0].items():
+        assert torch.equal(value, trained[name] if name.startswith("fc.") else torch.full_like(value, len(name))), name
 
 
 def test_a_method_that_sees_the_target_is_refused_where_classes_differ(tmp_path: Path) -> None:

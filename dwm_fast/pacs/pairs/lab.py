@@ -186,7 +186,7 @@ class PairLab(Lab):
         keep = whole = None
         if found is not None and found.keep is not None:
             whole = {layer: mask.to(self.device) for layer, mask in found.keep.items()}
-            keep = {layer: mask for layer, mask in whole.items() if layer != head}
+            keep = {name: mask for name, mask in whole.items() if head is None or not f"{name}.".startswith(f"{head}.")}
             start = {k: v.to(self.device) for k, v in trained.start.items()}
             reinitialise(model, keep, run.init, start, stage_seed(name))  # type: ignore[arg-type]
         train(
