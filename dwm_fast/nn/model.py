@@ -235,7 +235,7 @@ class MaskedModel(nn.Module):
         if self.training:
             options |= {"samples": samples, **({} if self._recorder is None else {"sample": self._recorder.sample})}
         versions = [x._version for x in learned]
-        plain = torch.compiler.is_compiling() or _PARAMETER.issuperset(map(type, learned))
+        plain = not torch.compiler.is_compiling() and _PARAMETER.issuperset(map(type, learned))
         later = None if plain or not any(map(is_shard, learned)) else LaterDraw(layers, state, tau, **options)
         if later is None:
             masked, _, penalty = draw(layers, state, tau, **options)

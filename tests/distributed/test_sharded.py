@@ -133,8 +133,9 @@ def _learned(masked: dwm.MaskedModel, rows: slice) -> dict[str, Any]:
 class Learning:
     """A masked model and MaskAdam on the rows of one rank, clipped; whole without a mesh, else sharded by layers."""
 
-    def __init__(self, mesh: Any = None, **options: Any) -> None:
+    def __init__(self, mesh: Any = None, compiled: bool = False, **options: Any) -> None:
         self.masked = _masked(**options)
+        self.call = torch.compile(self.masked, backend="eager") if compiled else self.masked
         if mesh is not None:
             _by_layers(mesh, whole=True, parts=PARTS[:2], masked=self.masked)
             with torch.no_grad():
@@ -148,7 +149,7 @@ class Learning:
             x = torch.randn(12, 16, generator=torch.Generator().manual_seed(i))
             mine = slice(self.rank * 12 // self.ranks, (self.rank + 1) * 12 // self.ranks)
             self.optimizer.zero_grad()
-            F.cross_entropy(self.masked(x[mine]), torch.arange(12)[mine] % 4).backward()
+            F.cross_entropy(self.call(x[mine]), torch.arange(12)[mine] % 4).backward()
             nn.utils.clip_grad_norm_(self.masked.mask_parameters(), 0.005)
             self.optimizer.step()
         return self
@@ -222,6 +223,7 @@ def _of_two(rank: int, group: Any, folder: str) -> dict[str, Any]:
         "by layers": _learned(_by_layers(mesh, whole=False), mine),
         "by layers in a whole": _learned(_by_layers(mesh, whole=True, parts=PARTS[:2]), mine),
         **_without_a_penalty(mesh),
+        "compiled": Learning(mesh, compiled=True).run(0, 20).logits(),
         "MaskAdam": Learning(mesh).run(0, 10).save(folder, group).run(10, 20).logits(),
     }
     for name, ask in _refusals(mesh, _by_layers(mesh, whole=True, parts=()), folder).items():
@@ -289,6 +291,7 @@ def test_mask_adam_steps_shards_and_its_distributed_checkpoint_goes_on_with_one_
     assert (expected - Learning().load(str(folder), no_dist=True).logits()).abs().max() > 0.1
     for rank in ranks:
         _same(rank["MaskAdam"], expected)
+        _same(rank["compiled"], expected)
         _same(rank["resumed"], expected)
         _same(rank["own noise"], Learning(mask_samples=3).run(0, 20).logits())
     _same(Learning().load(str(folder), no_dist=True).run(10, 20).logits(), expected)
