@@ -25,6 +25,7 @@ from dwm_fast.pacs.data import PacsData
 from dwm_fast.pacs.data.any import ImageOptions, Place, is_other, load_any
 from dwm_fast.pacs.data.class_splits import class_splits
 from dwm_fast.pacs.data.listed import domain_name, naturally
+from dwm_fast.pacs.data.vision import download_torchvision
 
 from ..pacs_for_tests import LAYOUTS, build
 
@@ -229,6 +230,30 @@ def test_two_sets_of_torchvision_are_two_domains_with_classes_of_their_own(tmp_p
         load("torchvision:MNIST,FashionMNIST", tmp_path)
 
 
+def test_torchvision_fetches_a_set_where_that_is_asked_for_and_never_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(dataset: Any) -> None:
+        asked.append(dataset.train)
+        if len(asked) == 1:
+            write_mnist(Path(dataset.root))
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", fetch)
+    with pytest.raises(DataError, match=r"MNIST cannot be read in .* or fetch it with --download"):
+        load("torchvision:MNIST", tmp_path / "new")
+    assert asked == []
+    download_torchvision("torchvision:MNIST", str(tmp_path / "new"))
+    assert asked == [True, False]
+    assert len(load("torchvision:MNIST", tmp_path / "new").domains["mnist"].test) == 10
+    with pytest.raises(InputError, match=r"torchvision cannot fetch it; put it into .* by hand"):
+        download_torchvision("torchvision:FER2013", str(tmp_path))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda _: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(DataError, match=r"MNIST cannot be read in .*no network\)$"):
+        download_torchvision("torchvision:MNIST", str(tmp_path / "other"))
+
+
 def test_domains_may_have_classes_of_their_own_where_that_is_said(tmp_path: Path) -> None:
     write_office(tmp_path)
     for file in (tmp_path / "Art" / "Fan").iterdir():
@@ -321,6 +346,26 @@ def _two_numbers(root: Path) -> None:
     file.write_text(file.read_text().replace("Bed/00002.png 1", "Bed/00002.png 2"))
 
 
+def _twice(root: Path) -> None:
+    file = write_domainnet_lists(root) / "Real World_test.txt"
+    file.write_text(file.read_text() + "Real World/Bed/00000.png 1\n")
+
+
+def _no_test_image(root: Path) -> None:
+    file = write_domainnet_lists(root) / "Art_test.txt"
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if "Fan" not in line))
+
+
+def _not_a_line(root: Path) -> None:
+    file = write_domainnet_lists(root) / "Art_test.txt"
+    file.write_text("Bed/00000.png 1\n")
+
+
+def _parts_beside_classes(root: Path) -> None:
+    shutil.copytree(root / "Art" / "Bed", root / "Art" / "test" / "Bed")
+    shutil.copytree(root / "Art" / "Bed", root / "Art" / "train" / "Bed")
+
+
 def _alike(root: Path) -> None:
     shutil.copytree(root / "Real World", root / "real_world")
 
@@ -332,6 +377,10 @@ def _alike(root: Path) -> None:
         (_broken, r"Art/Bed/00001.png: unreadable image"),
         (_two_depths, r"images directly in Art/ and in folders of"),
         (_alike, r"real_world/.*: a second folder of real-world/.* beside .*Real World"),
+        (_twice, r"Real World_test.txt, line 4: real-world/Bed/00000.png was already named in .*_train.txt, line 4"),
+        (_no_test_image, r"domain 'art' has no test image of class Fan"),
+        (_not_a_line, r"Art_test.txt, line 1: 'Bed/00000.png 1'; expected '<domain>/<class>/<image> <number>'"),
+        (_parts_beside_classes, r"Art/test: a class without an image"),
         (_one_list, r"expected one list art_test.txt, found none"),
         (_absent, r"Art_train.txt, line 7: names art/Bed/77777.png, which is not among the images"),
         (_two_numbers, r"Art_test.txt, line 2: number 2 for class Bed, which had 1 before"),
