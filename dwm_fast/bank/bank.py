@@ -79,7 +79,9 @@ class MaskBank(BankModule):
 
     def __repr__(self) -> str:
         shown = ", ".join(self.domains[:8]) + (", …" if len(self) > 8 else "")
-        return f"MaskBank({type(self.backbone).__name__}, {len(self)} domains: [{shown}], active={self._active})"
+        where = next((tensor.device for tensor in self._net.tensors.values()), "no device")
+        what = f"{type(self.backbone).__name__} on {where}, {len(self)} domains: [{shown}]"
+        return f"MaskBank({what}, active={self._active}, memory_budget={self._cache.budget:,})"
 
     @torch.inference_mode(False)
     def add(

@@ -7,12 +7,11 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dwm_fast import ops
 from dwm_fast.ops import backends, ways
-from dwm_fast.ops.filters import Blocked, Filters, How, fit, fit_blocked
+from dwm_fast.ops.filters import Blocked, Filters, How, Plain, fit, fit_blocked
 from dwm_fast.ops.layout import order_of
 
 BUDGET = 256 << 20
@@ -46,8 +45,8 @@ class Baked:
         self._sampled = flat[:: max(1, weight.numel() // _SAMPLES)]
         self._samples = self._sampled.clone()
         masked = ops.apply(bits, [weight.detach()])[0].to(dtype)
-        self._form = masked if form is None or x is None else form(masked, x, how)
-        self.nbytes = masked.numel() * dtype.itemsize if isinstance(self._form, Tensor) else self._form.nbytes
+        self._form = Plain(masked) if form is None or x is None else form(masked, x, how)
+        self.nbytes = masked.numel() * dtype.itemsize if isinstance(self._form, Plain) else self._form.nbytes
 
     def is_current(self, weight: Tensor, bits: Tensor, dtype: torch.dtype, how: Any) -> bool:
         """Whether weight, bits, dtype and, where it counts, stride and padding are still those that it was made of."""
@@ -58,14 +57,12 @@ class Baked:
     def conv2d(self, x: Tensor, bias: Tensor | None, how: How) -> Tensor:
         """The convolution of x, in the compute dtype."""
         form = self._form
-        if isinstance(form, Tensor):
-            return F.conv2d(x, form, bias, *how)
         return form.conv2d(x) if isinstance(form, Blocked) else form.conv2d(x, bias, how)
 
     def plain(self) -> Tensor:
         """The masked weight, where it is not laid out."""
-        assert isinstance(self._form, Tensor)
-        return self._form
+        assert isinstance(self._form, Plain)
+        return self._form.weight
 
 
 def _marks(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -103,7 +100,11 @@ class Kept:
         """The convolution of x, in the compute dtype as `bias` is, by what is kept; None where nothing may be."""
         if _obstacle_now(weight):
             return None
-        laid: Form = Filters if fit(x, weight, bias, how) else Blocked if fit_blocked(x, weight, bias, how) else None
+        laid: Form
+        if x.is_contiguous():
+            laid = Blocked if fit_blocked(x, weight, bias, how) else None
+        else:
+            laid = Filters if fit(x, weight, bias, how) else None
         found = self._current(weight, bits, x.dtype, laid, x, how)
         return None if found is None else found.conv2d(x, bias, how)
 

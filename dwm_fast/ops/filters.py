@@ -10,6 +10,7 @@ import functools
 import platform
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -68,6 +69,33 @@ class Blocked:
         """The convolution, contiguous; only where `fit_blocked` says so."""
         y: Tensor = torch.ops.mkldnn_prepacked.conv2d_run.default(x, self._laid)
         return y
+
+
+class Plain:
+    """A masked weight that is not laid out, in the memory format of the last images: torch would bring it there.
+
+    A weight that was given in channels_last stays so. The convolution's output has the same bits in either format.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        first = weight.dim() == 4 and weight.is_contiguous()
+        self._turns = first and not weight.is_contiguous(memory_format=torch.channels_last)
+
+    def conv2d(self, x: Tensor, bias: Tensor | None, how: How) -> Tensor:
+        """The convolution of x, in the weight's dtype."""
+        weight = self.weight
+        if self._turns and is_last(x) == weight.is_contiguous():
+            # Under inference mode it would be a tensor that no later call can take a gradient through.
+            with torch.inference_mode(False), torch.no_grad():
+                wanted = torch.channels_last if weight.is_contiguous() else torch.contiguous_format
+                self.weight = weight = weight.contiguous(memory_format=wanted)
+        return F.conv2d(x, weight, bias, *how)
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether x is channels_last, and not contiguous at once."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 _BLOCK = 16

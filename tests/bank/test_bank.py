@@ -415,4 +415,4 @@ def test_a_cast_backbone_keeps_the_fingerprint_of_the_weights_it_came_from() -> 
 def test_shown_banks_tell_their_domains() -> None:
     bank = MaskBank(nets.small_net())
     bank.add("sketch", {"conv1": torch.ones(8, 3, 3, 3).bool()})
-    assert repr(bank) == "MaskBank(SmallNet, 1 domains: [sketch], active=None)"
+    assert repr(bank) == "MaskBank(SmallNet on cpu, 1 domains: [sketch], active=None, memory_budget=1,073,741,824)"

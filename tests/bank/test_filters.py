@@ -8,7 +8,7 @@ import torch
 from dwm_fast import ops
 from dwm_fast.bank import MaskBank, layers
 from dwm_fast.bank.filters import DomainFilters
-from dwm_fast.ops.filters import Blocked
+from dwm_fast.ops.filters import Blocked, Filters, Plain
 
 from . import nets
 
@@ -83,11 +83,7 @@ def test_filters_are_laid_out_once_two_calls_in_a_row_want_that_and_the_bits_sta
         return type(filters._form)
 
     # a batch of one is not given to oneDNN by torch
-    assert [form_after(rows) for rows in (3, 1, 3, 3, 2, 1, 4, 1, 1, 5)] == [
-        *[torch.Tensor] * 3,
-        *[Blocked] * 5,
-        *[torch.Tensor] * 2,
-    ]
+    assert [form_after(rows) for rows in (3, 1, 3, 3, 2, 1, 4, 1, 1, 5)] == [*[Plain] * 3, *[Blocked] * 5, *[Plain] * 2]
     assert filters.nbytes == 4 * weight.numel()
     bias, last = torch.randn(48), torch.randn(3, 32, 6, 5).contiguous(memory_format=torch.channels_last)
     for x, shift in ((last, None), (torch.randn(3, 32, 6, 5), bias)):
@@ -111,3 +107,11 @@ def test_a_mixed_batch_with_filters_laid_out_gives_the_bits_of_a_domain_alone():
             assert torch.equal(y[i == IDS], made(X[i == IDS]))
     held = vars(served._twin.get_submodule("2"))["forward"].filters
     assert {type(one._form) for one in held} == {Blocked}
+    last = X.contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        y = served(last, ids=IDS)
+        for i, name in enumerate(NAMES):
+            made.activate(name)
+            assert torch.equal(y[i == IDS], made(last[i == IDS]))
+    assert all(type(one._form) in (Filters, Plain) for one in held)
+    assert all(getattr(one._form, "nbytes", one.nbytes) <= one.nbytes for one in held)

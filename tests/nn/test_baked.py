@@ -215,6 +215,20 @@ def test_filters_laid_out_once_give_the_bits_of_torchs_convolution_for_every_inp
     assert len(unpacked) <= 2  # once for each format; a circular pad gives one alone
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_plain_weight_turns_into_the_format_of_the_images_and_back(dtype, unpacked):
+    layer = packed(dtype).requires_grad_(False)
+    plain, first = dwm.merge(nn.Sequential(layer)).requires_grad_(False)[0], X[:1].to(dtype)
+    last = first.contiguous(memory_format=torch.channels_last)
+    unpacked.clear()
+    for x, turned in ((first, False), (last, True), (last, True), (first, False)):
+        y = layer(x)
+        assert torch.equal(y, plain(x))
+        assert y.stride() == plain(x).stride()
+        assert layer._kept._baked[None].plain().is_contiguous() is not turned
+    assert len(unpacked) == 1
+
+
 def test_what_torch_refuses_is_refused_in_its_words_and_an_empty_batch_is_none_of_it():
     layer = packed().requires_grad_(False)
     plain = dwm.merge(nn.Sequential(layer)).requires_grad_(False)[0]
