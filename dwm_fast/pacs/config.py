@@ -16,6 +16,7 @@ from dwm_fast.methods import INITS, EditMask, LearnedMask, Method, SequentialMet
 from dwm_fast.pacs.config_values import read_file, replace, sequence, typed
 from dwm_fast.pacs.data import DOMAINS, canonical_domain
 from dwm_fast.pacs.data.any import ImageOptions, is_other
+from dwm_fast.pacs.data.layouts import find_domain
 from dwm_fast.pacs.data.listed import domain_name
 from dwm_fast.pacs.pairs import config as of_pairs
 from dwm_fast.pacs.pairs.config import METHODS
@@ -224,7 +225,8 @@ def real_defaults() -> StudyConfig:
 def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
     """`base` with the entries of `data` in place of its own. Unknown entries and wrong values: InputError."""
     data = _with_own_methods(data, base)
-    other = is_other(data.get("data", base.data))
+    images = data.get("data", base.data)
+    other = is_other(images)
     changes: dict[str, Any] = {}
     if other:
         changes |= {key: () for key in ("sources", "targets") if getattr(base, key) == DOMAINS}
@@ -233,7 +235,7 @@ def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
         if key not in hints:
             raise InputError(f"config: unknown entry '{key}'; expected some of {', '.join(hints)}")
         if key in ("sequence", "sources", "targets"):
-            changes[key] = None if value is None else _domains(key, sequence(value), other)
+            changes[key] = None if value is None else _domains(key, sequence(value), images)
         else:
             changes[key] = _read(key, value, getattr(base, key), hints[key])
     if changes.get("sequence", base.sequence) is not None:
@@ -283,9 +285,12 @@ def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
     return typed(key, value, hint)
 
 
-def _domains(key: str, values: Sequence[Any], other: bool) -> tuple[str, ...]:
-    """Names of domains as the data have them: `other` data than PACS are asked when they are loaded."""
-    texts = [str(value) for value in values]
+def _domains(key: str, values: Sequence[Any], data: str | None) -> tuple[str, ...]:
+    """Names of domains as the data have them: other data than PACS are asked when they are loaded."""
+    texts, other = [str(value) for value in values], is_other(data)
+    unknown = next((text for text in texts if find_domain(text) is None), None)
+    if data is not None and not other and unknown is not None and not Path(os.path.expanduser(data)).exists():
+        raise InputError(f"data={data}: no such file or folder (asked for domain '{unknown}' of it); give its path")
     if key == "sequence" and tuple(texts) == of_sequences.ALL:
         return of_sequences.ALL if other else DOMAINS
     names = [domain_name(text) if other else canonical_domain(text) for text in texts]

@@ -73,7 +73,8 @@ def load_data(config: StudyConfig) -> PacsData:
         return load_any(place, options, config.image_size, wanted, validation)
     what = "PACS" if config.data is not None else "the built-in images"
     for name in ("classes", "split_classes", "columns"):
-        if getattr(options, name) != getattr(ImageOptions(), name):
+        there = config.data is None or Path(config.data).exists()  # what is not there is told by load_pacs
+        if there and getattr(options, name) != getattr(ImageOptions(), name):
             raise InputError(f"images.{name} does not go with {what}, whose classes are known; leave it out")
     if config.data is not None:
         return load_pacs(

@@ -15,19 +15,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dwm_fast.cli import app
-from dwm_fast.errors import InputError
+from dwm_fast.errors import DataError, InputError
 from dwm_fast.methods import masked_view, sequential_methods
-from dwm_fast.pacs.config import StudyConfig, builtin_defaults, load_config
+from dwm_fast.pacs.config import StudyConfig, builtin_defaults, from_dict, load_config
 from dwm_fast.pacs.data import DomainSet, PacsData, fingerprint, validation_part
 from dwm_fast.pacs.pairs.banking import bank_of
 from dwm_fast.pacs.pairs.study import PairStudy
 from dwm_fast.pacs.sequence import SequenceStudy
+from dwm_fast.pacs.sequence.lab import SequenceLab
+from dwm_fast.pacs.sequence.table import SequenceRow, to_rich
 from dwm_fast.pacs.study import Study
+from dwm_fast.pacs.tables import Stat
 
 from .data.test_any import write_rows
+from .sequence_for_tests import BASE
 from .study_for_tests import CONFIG, tiny, tiny_data
 
 SPLITS = {"lit": (0, 1), "round": (2, 3, 4), "others": (5, 6)}
@@ -89,7 +94,9 @@ def noise_rows(classes: int, each: int) -> list[dict[str, Any]]:
     for label in range(classes):
         for _ in range(each):
             out = io.BytesIO()
-            Image.fromarray(generator.integers(0, 40 * label + 9, (32, 32, 3), dtype=np.uint8)).save(out, "png")
+            Image.fromarray(generator.integers(0, 246 * label // classes + 9, (32, 32, 3), dtype=np.uint8)).save(
+                out, "png"
+            )
             rows.append({"img": {"bytes": out.getvalue(), "path": None}, "fine_label": label})
     return rows
 
@@ -148,6 +155,34 @@ def test_pairs_of_split_cifar_shaped_images_run_and_become_a_bank(cifar_shaped: 
             wanted = masked_view(trained, trained, study.lab.mask(source, "naive", 0).found.keep or {})(images)
             assert torch.equal(bank(images), wanted)
     assert [bank(torch.zeros(1, 3, 16, 16), domains=[name]).shape[1] for name in bank.domains] == [3, 2]
+
+
+def test_a_long_sequence_has_names_that_files_can_have_and_a_table_that_screens_can_show(tmp_path: Path) -> None:
+    many = tuple(f"classes-{5 * k}-{5 * k + 4}" for k in range(20))
+    data = dataclasses.replace(split_data(), domains=dict.fromkeys(many, split_data().domains["lit"]))
+    lab = SequenceLab(dataclasses.replace(BASE, sequence=many, methods=("none",)), data, tmp_path, torch.device("cpu"))
+    names = [lab.task_stage("none", position, 0)[0] for position in range(20)]
+    assert len(set(names)) == 20
+    assert max(map(len, names)) < 200
+    assert names[1] == "sequence-none-classes-0-4-classes-5-9-seed0"
+    one = Stat(0.5)
+    row = SequenceRow("x", "none", "shared", dict.fromkeys(many, one), *[one] * 8, seeds=1)
+    out = io.StringIO()
+    Console(width=80, file=out).print(to_rich([row]))
+    assert "…" not in out.getvalue()
+    assert "each of the 20 domains" in " ".join(out.getvalue().split())
+
+
+def test_a_wrong_path_is_told_before_wrong_domains_and_options(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"nowhere: no such file or folder \(asked for domain 'clipart'"):
+        from_dict({"data": nowhere, "sources": "photo,clipart"}, builtin_defaults())
+    config = from_dict({"data": nowhere, "images": {"split_classes": 3}}, builtin_defaults())
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        Study(config, tmp_path / "run")
+    config = from_dict({"images": {"split_classes": 3}}, builtin_defaults())
+    with pytest.raises(InputError, match=r"images\.split_classes does not go with the built-in images"):
+        Study(config, tmp_path / "run")
 
 
 def pair_config(**changes: Any) -> StudyConfig:

@@ -6,7 +6,9 @@ learner that takes back the state which the stage before left in its file, also 
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from dwm_fast.methods.sequence import Learner, Task
 from dwm_fast.pacs.backbones import last_linear
 from dwm_fast.pacs.lab import Lab, Planned, stage_seed
 from dwm_fast.pacs.stages import Finished
+
+_LONGEST = 160
+"""Characters of the domains in a stage's name; a file's name may have 255 bytes."""
 
 
 class SequenceLab(Lab):
@@ -32,7 +37,7 @@ class SequenceLab(Lab):
         """As `Lab.source_stage`. The name holds the domains learned so far: sequences that begin alike share stages."""
         seen = self.sequence[: position + 1]
         options = recorded(self.config.sequential_method(method))
-        return f"sequence-{method}-{'-'.join(seen)}-seed{seed}", {
+        return f"sequence-{method}-{_joined(seen)}-seed{seed}", {
             **self.source_stage(seen[0], seed)[1],
             method: options,
             "tasks": {domain: self._fingerprints[domain] for domain in seen[1:]},
@@ -106,6 +111,14 @@ class SequenceLab(Lab):
                     {"view": view, "after": self.sequence[position], "on": on, "accuracy": accuracy, "loss": loss}
                 )
         return rows
+
+
+def _joined(seen: Sequence[str]) -> str:
+    """The domains in the name of a file; of many, whose names no file system would take, a hash of them."""
+    whole = "-".join(seen)
+    if len(whole) <= _LONGEST:
+        return whole
+    return f"{len(seen)}-domains-{hashlib.sha256(','.join(seen).encode()).hexdigest()[:16]}"
 
 
 def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,8 @@ LATER_METRICS = ("incremental_average", "weighted_forgetting", "forward_transfer
 """What runs of earlier releases, or those without networks of single domains, have not recorded."""
 
 _BITS_IN_MB = 8e6
+_DOMAIN_COLUMNS = 36
+"""Characters that a terminal of 80 columns has for the domains."""
 
 
 def forgetting(matrix: Sequence[Sequence[float]], sizes: Sequence[float] | None = None) -> float:
@@ -245,8 +247,12 @@ def to_rich(rows: Sequence[SequenceRow]) -> Table:
 
     title = f"After the last domain: {rows[0].data}" if rows else "No runs yet"
     domains = list(rows[0].final) if rows else []
+    said = note(rows) if rows else None
+    if sum(max(len(domain), 6) + 1 for domain in domains) > _DOMAIN_COLUMNS:
+        said = f"{said} Accuracies on each of the {len(domains)} domains are in table.md and the report."
+        domains = []
     names = ["method\nview", *domains, "average", "backward\ntransfer", "forgets", "added"]
-    table = terminal_table(title, note(rows) if rows else None, names)
+    table = terminal_table(title, said, names)
 
     def lines(value: Stat, signed: bool = False) -> str:
         return number(value, signed).replace(" ± ", "\n±")
@@ -256,7 +262,7 @@ def to_rich(rows: Sequence[SequenceRow]) -> Table:
         name.append(f"\n{row.view}", style="not bold dim")
         seconds = MISSING if row.seconds.mean is None else f"{row.seconds.mean:.0f} s"
         cells = [
-            *map(lines, row.final.values()),
+            *(lines(row.final[domain]) for domain in domains),
             lines(row.average),
             lines(row.backward_transfer, True),
             lines(row.forgetting, True),
