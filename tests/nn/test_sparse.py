@@ -106,3 +106,21 @@ def test_a_mask_or_a_shape_that_does_not_fit_stays_packed_and_explain_says_why()
     assert reasons[0].endswith("not on sparse tensor cores: some four neighbours of the mask keep more than two")
     assert reasons[1].endswith("not on sparse tensor cores: they take weights of whole blocks of 16 x 16, not (20, 32)")
     assert "sparse" not in dwm.explain(dwm.pack(net)[0], (100, 64)).forward.why
+
+
+@pytest.mark.gpu
+def test_many_rows_run_on_a_gpus_sparse_tensor_cores():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(256, 128, dtype=torch.bfloat16, device="cuda"))
+    net = dwm.mask_model(plain, dwm.SemiStructured(2, 4, spread=0.1)).eval()
+    packed, dense = dwm.pack(net), dwm.merge(net)[0]
+    rows = torch.randn(200, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = packed(rows)
+    assert packed[0]._sparse is not None
+    assert dwm.explain(packed[0], rows.shape).forward.way == "sparse"
+    exact = rows.double() @ dense.weight.double().T + dense.bias.double()
+    size = rows.double().abs() @ dense.weight.double().abs().T + dense.bias.double().abs()
+    # 257 terms summed in fp32, in any order; bf16 roundings of the product and, where the bias comes after, of the sum.
+    rounded = 2.0**-8 * (2 * exact.abs() + dense.bias.double().abs())
+    assert ((y.double() - exact).abs() <= 1.01 * (rounded + 257 * 2.0**-24 * size)).all()
