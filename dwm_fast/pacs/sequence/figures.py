@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Key = tuple[str, str]
 """A method and a view."""
 
+_CROWDED = 40
+"""Characters of all domains from which their names below an axis stand upright."""
 _UNITS = {"kB": 8e3, "MB": 8e6}
 _LINEAR_RANGE = 20.0
 """Ratio of the largest storage to the smallest above 0 from which the axis is logarithmic."""
@@ -76,7 +78,9 @@ def _sequence(results: Mapping[str, Any]) -> Figure:
     panels: list[str | None] = [None, *sequence]
     columns = min(3, len(panels))
     shape = (-(-len(panels) // columns), columns)
-    note = f"{' → '.join(sequence)}; {seeds_note(results['measures'])}"
+    crowded = sum(map(len, sequence)) > _CROWDED
+    through = f"{len(sequence)} domains, {sequence[0]} to {sequence[-1]}" if crowded else " → ".join(sequence)
+    note = f"{through}; {seeds_note(results['measures'])}"
     figure, axes = canvas(
         results, "Accuracy while domains are added", note, shape, (3.4, 2.7), sharex=True, sharey=True
     )
@@ -97,7 +101,7 @@ def _sequence(results: Mapping[str, Any]) -> Figure:
                 **_style(*key),
             )
         axis.set_title("mean over the domains seen" if domain is None else f"on {domain}")
-        axis.set_xticks(range(len(sequence)), sequence)
+        axis.set_xticks(range(len(sequence)), sequence, rotation=90 if crowded else 0)
         axis.tick_params(labelbottom=True)
     for line in axes:
         line[0].set_ylabel("accuracy (fraction)")
