@@ -155,5 +155,5 @@ def test_it_is_chosen_by_itself_where_it_wins_and_an_unknown_choice_is_named():
     with torch.no_grad():
         big.model.mask_logits[:1100] = 1
     assert type(dwm.pack(big)) is dwm.PackedLinear
-    with pytest.raises(InputError, match="pack got values='some'; expected one of auto, kept, all"):
+    with pytest.raises(InputError, match="pack got values='some'; expected one of auto, kept, 2:4, all"):
         dwm.pack(model, values="some")
