@@ -1,4 +1,5 @@
-"""Processes that do tiny stages for the tests of engines: a worker, and with "drive FOLDER" a driver of two.
+"""Processes that do tiny stages for the tests of engines: a worker, and with "drive FOLDER" a driver of two;
+"drive FOLDER ray" drives two of Ray.
 
 A worker notes every stage that it keeps in the file `written` of the run folder. Where that holds a file `kill`, the
 first worker to come to the end of a stage deletes it and is killed there.
@@ -67,7 +68,8 @@ def do(given: Mapping[str, Any], name: str) -> str:
 if __name__ == "__main__":
     shrink()
     if sys.argv[1:2] == ["drive"]:
-        Study(CONFIG, Path(sys.argv[2])).run_on(Processes(2, MODULE))
+        two = engine_ray.Ray(2, module=MODULE) if sys.argv[3:] == ["ray"] else Processes(2, MODULE)
+        Study(CONFIG, Path(sys.argv[2])).run_on(two)
     else:
         note_stages()
         worker.main()
