@@ -16,7 +16,8 @@ from dwm_fast.nn import front, recompute
 from dwm_fast.nn.coverage import Coverage, left_out
 from dwm_fast.nn.hosts import MaskedParameter
 from dwm_fast.nn.kinds import MaskKind
-from dwm_fast.nn.layers import MaskedLayer, draw, new_rng_state, new_tau, stage
+from dwm_fast.nn.layers import MaskedLayer, draw, stage
+from dwm_fast.nn.noise import new_rng_state, new_tau
 from dwm_fast.nn.ranks import Ranks
 from dwm_fast.nn.recast import keep_dtype
 from dwm_fast.nn.select import literal
