@@ -28,14 +28,11 @@ from dwm_fast.ops.shards import is_shard, refuse_shards
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 """Layers that normalise by statistics which they may keep; what `batch_norm` means wherever it is asked for."""
 
-
 NOISES = ("shared", "per-rank")
 """What ranks of torch.distributed draw."""
 
-
 Drawn = tuple[Tensor, list[int], list[Tensor]]
 """A pass's penalty, the versions of the logits that it is of, and the penalties of draws that it is the mean of."""
-
 
 _PARAMETER = frozenset({nn.Parameter})
 
