@@ -93,7 +93,11 @@ class StudyConfig:
     tau: Annotated[float, above(0, "a temperature")] = 1.0
     tune: of_pairs.Tunes = field(
         default_factory=lambda: {
-            method: (TrainOptions(epochs=5, lr=1e-2, batch_norm="per-domain"),) for method in METHODS
+            method: tuple(
+                TrainOptions(epochs=5, lr=1e-2, batch_norm="per-domain", kept_decay=pull)
+                for pull in ((None, 10.0) if method == "binary" else (None,))
+            )
+            for method in METHODS
         }
     )
     pairwise: of_pairs.Options | None = field(default=None, metadata={"later": True})

@@ -174,15 +174,22 @@ def _per_source(results: Mapping[str, Any], best: Key, compared: Mapping[Key, Ru
 
 def _masked(results: Mapping[str, Any], best: Key, common: set[tuple[str, str, int]]) -> list[str]:
     """What the masked view says of the winner."""
-    runs = [run for run in _groups(results, "masked").get((*best[:3], "masked", best[4]), []) if _run(run) in common]
-    if not runs:
+    cells = {
+        key: cell([run for run in runs if _run(run) in common])
+        for key, runs in _groups(results, "masked").items()
+        if key[:3] == best[:3]
+    }
+    own = cells.get((*best[:3], "masked", best[4]))
+    if own is None or not own.runs:
         return []
-    own = cell(runs)
+    pulled = best[4].kept_decay is not None
     kept = number(Stat(own.fraction_kept.mean, None), digits=2)
-    return [
-        f"Evaluated under its own bits (view masked) its source network stays at {number(own.source_after)}, "
-        f"with {kept} of the weights kept."
+    said = [
+        f"Evaluated under its own bits (view masked) its source network {'is' if pulled else 'stays'} at "
+        f"{number(own.source_after)}, with {kept} of the weights kept."
     ]
+    frozen = next((one for key, one in cells.items() if pulled and key[4].kept_decay is None and one.runs), None)
+    return said if frozen is None else [*said, f"Where they are frozen it stays at {number(frozen.source_after)}."]
 
 
 def _limits(

@@ -57,7 +57,8 @@ def page(results: Mapping[str, Any], drawn: Mapping[str, bytes], command: str) -
 
 
 def _label(row: TableRow) -> Cell:
-    return Cell(row.method if row.view == "masked" else row.label, method=row.method)
+    pull = "" if row.kept_decay is None else f", pull {row.kept_decay:g}"
+    return Cell(f"{row.method}{pull}" if row.view == "masked" else row.label, method=row.method)
 
 
 CAPTIONS = {

@@ -344,7 +344,7 @@ def to_rich(rows: Sequence[TableRow]) -> Table:
             covered = f"{'' if one.runs == one.pairs * one.seeds else f'{one.runs} of '}{one.pairs}p×{one.seeds}s"
             cells = [
                 f"  {row.method}, masked" if own else f"  {row.label}",
-                *([""] * len(way) if own else way),
+                *([""] * len(way) if own and row.kept_decay is None else way),
                 number(Stat(one.fraction_kept.mean), digits=2),
                 gains[0].replace(" ", ""),
                 MISSING if own else gains[1].replace(" ", ""),

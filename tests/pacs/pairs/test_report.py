@@ -239,6 +239,21 @@ def test_finding_names_the_rate_where_it_alone_tells_ways_apart():
     assert "highest of 2 configurations" in said
 
 
+def test_finding_says_of_pulled_weights_what_the_masked_view_has_and_what_it_has_where_they_are_frozen():
+    pulled = {"kept_decay": 10.0}
+    rows = [
+        row("photo", "art", "none", 0, 0.0, 0.0),
+        row("photo", "art", "binary", 0, 0.1, 0.0),
+        {**row("photo", "art", "binary", 0, 0.3, 0.0), **pulled},
+        row("photo", "art", "binary", 0, 0.5, 0.0, view="masked"),
+        {**row("photo", "art", "binary", 0, 0.2, 0.0, view="masked"), **pulled},
+    ]
+    said = " ".join(finding(results(rows, real=True)))
+    assert "(batch norm frozen, rate 0.0003, pull 10) keeps the source best: accuracy 0.700" in said
+    assert "its source network is at 0.600, with" in said
+    assert "Where they are frozen it stays at 0.900." in said
+
+
 def test_finding_compares_only_runs_that_all_have():
     rows = [*two_seeds(), row("art", "photo", "binary", 0, 0.9, 0.0)]
     said = " ".join(finding(results(rows)))
