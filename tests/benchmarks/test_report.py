@@ -15,7 +15,7 @@ from tests.benchmarks.test_results import FACTS, ROW
 
 ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(r"<!-- generated: (?:results|summary) -->\n(.*?)<!-- end generated -->", re.DOTALL)
-_CELL = re.compile(r"(?<![\w.-])\d[\d.]*(?:e-?\d+)?(?![\w])")
+_CELL = re.compile(r"(?<![\w.-])\d[\d.]*+(?:e-?\d+)?(?=x\b|(?!\w))")  # a ratio whole: '77.7x' is 77.7
 
 
 def _row(way: str, metric: str, unit: str, value: float, parameters: str = "M=16;backend=cpp") -> Row:
