@@ -223,7 +223,7 @@ def test_in_a_pair_the_target_has_a_head_of_its_own_that_no_mask_holds(
     found = [set(study.lab.mask("lit", method, 0).found.keep or ()) for method in ("binary", "naive")]
     assert [sorted(name for name in keep if name.startswith("fc")) for keep in found] == [["fc", "fc.bias"], ["fc"]]
     assert [set(keep) for keep, _ in seen] == [keep - {"fc", "fc.bias"} for keep in found]
-    assert all(head.shape == (3, 32) for _, head in seen)
+    assert all(head.shape == (3, 64) for _, head in seen)
     assert torch.equal(seen[0][1], seen[1][1])  # one for all methods
 
 
