@@ -96,10 +96,12 @@ def load_any(
         progress: called as ``progress(done, total)`` while images are decoded.
 
     Raises:
-        InputError: an unknown domain, class, column, or data set of torchvision.
+        InputError: an unknown domain, class, column, or data set of torchvision; no domain; an impossible `image_size`.
         DataError: anything missing, incomplete or unreadable on disk; names the file.
     """
-    listed = _read(place, options)
+    if image_size < 1:
+        raise InputError(f"image_size={image_size}: expected a positive number of pixels, such as 128")
+    listed = _without_lone_part(_read(place, options))
     if options.split_classes is not None:
         listed = split_by_classes(listed, options.split_classes)
     groups = _wanted(listed, domains)
@@ -165,6 +167,11 @@ def _read(place: Place, options: ImageOptions) -> Listed:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check name and rights") from error
 
 
+def _without_lone_part(listed: Listed) -> Listed:
+    """A set whose images are all in one part has no parts: on the hub "train" is what a set without a split is called."""
+    return replace(listed, parts=[""] * len(listed.parts)) if len(set(listed.parts)) == 1 else listed
+
+
 def _refuse(place: Place, kind: str, **given: object) -> None:
     """Raise InputError for an option that this kind of data set does not read."""
     for name, value in given.items():
@@ -180,6 +187,8 @@ def _wanted(listed: Listed, domains: Iterable[str] | None) -> dict[str, tuple[li
         records.append(record)
         parts.append(part)
     wanted = list(groups) if domains is None else list(domains)
+    if not wanted:
+        raise InputError(f"domains is empty: {listed.name} has {', '.join(groups)}; expected some of them, or None")
     unknown = next((domain for domain in wanted if domain not in groups), None)
     if unknown is not None:
         raise InputError(f"unknown domain '{unknown}': {listed.name} has {', '.join(groups)}")
@@ -249,7 +258,9 @@ def _own_parts(domain: str, records: Sequence[Record], parts: Sequence[str]) -> 
         return [], []
     if not of[TRAIN] or not test or "" in parts:
         have = ", ".join(sorted(set(parts) - {""})) or "none"
+        odd = f" and images in no part, such as {records[parts.index('')].origin}" if "" in parts else ""
         raise DataError(
-            f"{records[0].origin}: domain '{domain}' has the parts {have}; expected train and test, or no parts at all"
+            f"{records[0].origin}: domain '{domain}' has the parts {have}{odd}; expected train and test, or no parts "
+            "at all"
         )
     return of[TRAIN], test

@@ -27,7 +27,7 @@ def class_splits(text: str, classes: Sequence[str]) -> Splits:
 
     Raises InputError for too many domains, an unknown or repeated class, or a domain of fewer than two.
     """
-    return _equal(int(text), classes) if text.strip().isdigit() else _named(text, classes)
+    return _equal(int(text), classes) if text.strip().isdecimal() else _named(text, classes)
 
 
 def split_by_classes(listed: Listed, text: str) -> Listed:

@@ -187,7 +187,7 @@ def holds_pacs(path: Path) -> bool:
         for base in (root, root / "kfold", root / "images"):
             folders = _named_like_domains(base)
             seen = {p.name.lower() for folder in folders for p in _visible(folder) if p.is_dir()}
-            if folders and 2 * len(seen & set(CLASSES)) >= len(seen):
+            if seen and 2 * len(seen & set(CLASSES)) >= len(seen):  # folders of images alone are classes of other data
                 return True
         files = parquet_files(root) if root.is_dir() else [root] if root.suffix.lower() == ".parquet" else []
         if files and root.exists():

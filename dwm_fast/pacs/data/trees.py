@@ -101,6 +101,9 @@ def _check_domains(path: Path, found: Sequence[Found]) -> None:
         above = str(Path(record.origin).parent)
         if folders.setdefault((domain, kind.lower(), part), above) != above:
             raise DataError(f"{above}: a second folder of {domain}/{kind} beside {folders[domain, kind.lower(), part]}")
+        whole = str(Path(above).parent)
+        if folders.setdefault((domain, part), whole) != whole:
+            raise DataError(f"{whole}: a second folder of domain {domain!r} beside {folders[domain, part]}; rename one")
     if not found:
         raise DataError(f"{path}: no images found; {_WANTED}")
 
@@ -169,7 +172,7 @@ def _folders(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir())
+    return any(p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") for p in folder.iterdir())
 
 
 def _below(folder: Path) -> bool:

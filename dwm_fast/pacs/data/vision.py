@@ -160,11 +160,12 @@ def _labels(name: str, dataset: Any) -> list[int]:
 
 
 def _class_names(dataset: Any, highest: int) -> list[str]:
-    """Names of the classes from 0 on; their numbers where the data set has none."""
+    """Names of the classes from 0 on; their numbers where the data set has none, or says them first ("0 - zero")."""
     given = getattr(dataset, "classes", None) or ()
     names = [str(one) if isinstance(one, str) else ", ".join(map(str, one)) for one in given]
     plain = [str(i) for i in range(highest + 1)]
-    return names if len(set(names)) == len(names) > highest else plain
+    numbered = all(name.startswith(f"{i} - ") for i, name in enumerate(names))  # MNIST, whose classes are those of SVHN
+    return names if len(set(names)) == len(names) > highest and not numbered else plain
 
 
 def _image(dataset: Any, number: int) -> Image.Image:

@@ -25,7 +25,7 @@ from dwm_fast.pacs.data import PacsData
 from dwm_fast.pacs.data.any import ImageOptions, Place, is_other, load_any
 from dwm_fast.pacs.data.class_splits import class_splits
 from dwm_fast.pacs.data.listed import domain_name, naturally
-from dwm_fast.pacs.data.vision import download_torchvision
+from dwm_fast.pacs.data.vision import _class_names, download_torchvision
 
 from ..pacs_for_tests import LAYOUTS, build
 
@@ -82,8 +82,8 @@ def rows(counts: dict[str, int], image: str = "img", label: str = "fine_label") 
 
 def load(path: Path | str, root: Path | None = None, **options: Any) -> PacsData:
     place = Place(str(path), None if root is None else str(root), options.pop("lists", None))
-    more = {name: options.pop(name) for name in ("domains", "validation") if name in options}
-    return load_any(place, ImageOptions(**options), image_size=4, **more)
+    more = {name: options.pop(name) for name in ("domains", "validation", "image_size") if name in options}
+    return load_any(place, ImageOptions(**options), **{"image_size": 4, **more})
 
 
 def test_a_folder_of_domains_and_classes_is_read_pixel_for_pixel(tmp_path: Path) -> None:
@@ -161,6 +161,26 @@ def test_a_hugging_face_set_is_read_from_parquet_and_from_what_save_to_disk_wrot
     assert data.left_out == {"names of classes without an image": 1}
 
 
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_a_set_that_is_all_in_one_part_has_no_split_of_its_own(tmp_path: Path, part: str) -> None:
+    made = rows({"cat": 4, "dog": 4}, "image", "label")
+    write_rows(tmp_path / "data" / f"{part}-00000-of-00001.parquet", made, {}, pq.write_table)
+    data = load(tmp_path, holdout=0.25)
+    (domain,) = data.domains.values()
+    assert (len(domain.train), len(domain.test)) == (6, 2)
+    assert data.split == "0.25 of each class held out for testing, by a hash of the names"
+
+
+def test_a_folder_with_a_train_part_alone_is_held_out_of_and_images_in_no_part_are_named(tmp_path: Path) -> None:
+    write_office(tmp_path / "office" / "train")
+    assert len(load(tmp_path / "office").domains["art"].test) == 3
+    made = rows({"cat": 2, "dog": 2}, "image", "label")
+    for part in ("train", "test", "extra"):
+        write_rows(tmp_path / "svhn" / f"{part}.parquet", made, {}, pq.write_table)
+    with pytest.raises(DataError, match=r"the parts test, train and images in no part, such as .*extra.parquet, row 0"):
+        load(tmp_path / "svhn")
+
+
 def test_a_column_of_domains_makes_domains(tmp_path: Path) -> None:
     made = [
         {"image": png(colour(d, k, n)), "label": kind, "style": style}
@@ -223,11 +243,19 @@ def write_mnist(root: Path, name: str = "MNIST") -> Path:
 def test_two_sets_of_torchvision_are_two_domains_with_classes_of_their_own(tmp_path: Path) -> None:
     write_mnist(write_mnist(tmp_path), "FashionMNIST")
     data = load("torchvision:MNIST,FashionMNIST", tmp_path, classes="own")
-    assert [data.classes_of(d)[0] for d in data.domains] == ["0 - zero", "T-shirt/top"]
+    assert [data.classes_of(d)[0] for d in data.domains] == ["0", "T-shirt/top"]
     assert (list(data.domains), len(data.classes)) == (["mnist", "fashionmnist"], 20)
     assert data.domains["mnist"].images[:, :, 0, 0].tolist() == [[20 * k] * 3 for k in data.domains["mnist"].labels]
     with pytest.raises(DataError, match=r"'mnist' and 'fashionmnist' have different classes.*--classes own"):
         load("torchvision:MNIST,FashionMNIST", tmp_path)
+
+
+def test_digits_have_the_same_classes_in_every_set_of_torchvision() -> None:
+    class Usps:
+        """Has no names of classes; nor has SVHN."""
+
+    mnist = torchvision.datasets.MNIST
+    assert _class_names(mnist, 9) == _class_names(Usps(), 9) == [str(digit) for digit in range(10)]
 
 
 def test_torchvision_fetches_a_set_where_that_is_asked_for_and_never_else(
@@ -315,6 +343,10 @@ def test_what_only_shares_names_with_pacs_is_other_data(tmp_path: Path) -> None:
     for kind in ("dog", "horse", "axe", "banana", "zebra"):
         (sketch / kind).mkdir(parents=True)
     assert is_other(str(tmp_path / "net"))
+    for kind in ("a", "b", "c", "p", "s"):  # letters, some of which are short names of PACS' domains
+        (tmp_path / "letters" / kind).mkdir(parents=True)
+        (tmp_path / "letters" / kind / "0.png").write_bytes(png((0, 0, 0)))
+    assert is_other(str(tmp_path / "letters"))
     assert is_other("torchvision:CIFAR10")
     assert not is_other(None)
     assert not is_other(str(tmp_path / "nowhere"))
@@ -366,6 +398,11 @@ def _parts_beside_classes(root: Path) -> None:
     shutil.copytree(root / "Art" / "Bed", root / "Art" / "train" / "Bed")
 
 
+def _two_folders_of_a_domain(root: Path) -> None:
+    (root / "real_world" / "Glasses").mkdir(parents=True)
+    (root / "real_world" / "Glasses" / "0.png").write_bytes(png((0, 0, 0)))
+
+
 def _alike(root: Path) -> None:
     shutil.copytree(root / "Real World", root / "real_world")
 
@@ -381,6 +418,7 @@ def _alike(root: Path) -> None:
         (_no_test_image, r"domain 'art' has no test image of class Fan"),
         (_not_a_line, r"Art_test.txt, line 1: 'Bed/00000.png 1'; expected '<domain>/<class>/<image> <number>'"),
         (_parts_beside_classes, r"Art/test: a class without an image"),
+        (_two_folders_of_a_domain, r"real_world: a second folder of domain 'real-world' beside .*Real World; rename"),
         (_one_list, r"expected one list art_test.txt, found none"),
         (_absent, r"Art_train.txt, line 7: names art/Bed/77777.png, which is not among the images"),
         (_two_numbers, r"Art_test.txt, line 2: number 2 for class Bed, which had 1 before"),
@@ -399,6 +437,9 @@ def test_a_spoiled_folder_is_refused_by_name(tmp_path: Path, spoil: Callable[[Pa
         ({"columns": "style=x"}, "expected NAME for some of image=, label=, domain="),
         ({}, "no column label or labels; it has img.*name yours by --columns label=NAME"),
         ({"columns": "label=fine_label", "domains": ["ink"]}, "unknown domain 'ink': x has x"),
+        ({"columns": "label=fine_label", "domains": []}, "domains is empty: x has x"),
+        ({"columns": "label=fine_label", "image_size": 0}, "image_size=0: expected a positive number of pixels"),
+        ({"columns": "label=fine_label", "split_classes": "²"}, "split_classes: '²'; expected a number of domains"),
         ({"columns": "label=fine_label", "lists": "folder"}, "splits does not go with data=.*a Hugging Face data set"),
         ({"columns": "label=fine_label", "holdout": 1.5}, "holdout is 1.5; expected a fraction between 0 and 1"),
         ({"columns": "label=fine_label", "classes": "all"}, "images.classes is 'all'; expected one of same, own"),
@@ -447,6 +488,12 @@ def test_a_wrong_name_of_torchvision_or_missing_files_are_refused(
 def test_images_that_no_memory_holds_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"21 images of 1000000 pixels take 63000\.0 GB of memory, and this machine"):
         load_any(Place(str(write_office(tmp_path))), ImageOptions(), image_size=1_000_000)
+
+
+def test_hidden_files_beside_the_classes_are_no_images(tmp_path: Path) -> None:
+    write_office(tmp_path)
+    (tmp_path / "Art" / "._00000.png").write_bytes(b"what macOS leaves")
+    assert len(load(tmp_path).domains["art"].images) == 9
 
 
 def test_a_path_that_holds_nothing_is_refused(tmp_path: Path) -> None:
