@@ -168,7 +168,7 @@ def _read(place: Place, options: ImageOptions) -> Listed:
 
 
 def _without_lone_part(listed: Listed) -> Listed:
-    """A set whose images are all in one part has no parts: on the hub "train" is what a set without a split is called."""
+    """A set whose images are all in one part has no parts: on the hub a set without a split is called "train"."""
     return replace(listed, parts=[""] * len(listed.parts)) if len(set(listed.parts)) == 1 else listed
 
 
