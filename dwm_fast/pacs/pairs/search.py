@@ -55,12 +55,12 @@ class Trial:
     settings: Mapping[str, Any]
 
     def entries(self) -> dict[str, Any]:
-        """The settings as a file of the study has them."""
-        entries: dict[str, Any] = {}
+        """The settings as a file of the study has them; of the method's ways to fine-tune the first alone."""
+        entries: dict[str, Any] = {"tune": {self.method: {}}}
         for name, value in self.settings.items():
             section, _, entry = name.partition(".")
             if section == "tune" and entry:
-                entries.setdefault("tune", {}).setdefault(self.method, {})[entry] = value
+                entries["tune"][self.method][entry] = value
             elif section == self.method and section in ("binary", "edit") and entry:
                 entries.setdefault(section, {})[entry] = value
             elif name in _OWN:

@@ -186,3 +186,15 @@ def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path: Path
     assert [t["status"] for t in record["trials"]] == ["failed", "done", "done", "done"]
     assert "not finite" in record["trials"][0]["error"]
     assert record["chosen"]["none"] == 1
+
+
+def test_a_trial_is_one_way_of_fine_tuning_also_where_the_defaults_have_several(tmp_path: Path) -> None:
+    """By default binary masks are tuned in two ways; a trial that names none of their settings runs the first."""
+    assert len(builtin_defaults().tune["binary"]) > 1
+    text = GRID.replace('"binary.coefficient" = 0.01\n"tune.epochs" = 1', '"binary.coefficient" = 0.01')
+    config, grid = read_grid(grid_file(tmp_path, text))
+    tried = Search(config, grid, tmp_path / "run", data=tiny_data())
+    for trial, tries in zip(grid.trials, tried.labs, strict=True):
+        first = builtin_defaults().tune[trial.method][0]
+        assert [way.kept_decay for way in tries.config.tune[trial.method]] == [first.kept_decay]
+        assert all(len(tries.tune_stages(run)) == 1 for run in tried._runs(trial))
