@@ -14,7 +14,7 @@ from dwm_fast._screen import Screen
 from dwm_fast.pacs.config import StudyConfig
 from dwm_fast.pacs.data.any import is_other
 from dwm_fast.pacs.engines import Engine
-from dwm_fast.pacs.pairs.search import RECORD, Search, read_grid
+from dwm_fast.pacs.search import RECORD, Search, read_grid
 from dwm_fast.pacs.study import Stage, Study
 from dwm_fast.pacs.words import said_of
 
@@ -139,10 +139,10 @@ def run_search(grid: Path, flags: Mapping[str, Any], folder: Path) -> None:
         trial = record["trials"][number]
         _line(
             console,
-            f"{method}: trial {number + 1}, {trial['settings']}: source {trial['source_after']:.3f}, "
-            f"target {trial['target_after']:.3f} on validation images",
+            f"{method}: trial {number + 1}, {trial['settings']}: {search.says(trial)} on validation images",
         )
-    _line(console, f"record: {folder / RECORD}; 'dwm-fast pacs --settings {folder / RECORD}' takes the choice")
+    taken = "pacs" if search.config.sequence is None else f"pacs sequence {','.join(search.config.sequence)}"
+    _line(console, f"record: {folder / RECORD}; 'dwm-fast {taken} --settings {folder / RECORD}' takes the choice")
 
 
 def _line(console: Screen, text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,28 @@ class SequenceLab(Lab):
         learner.load_state(state)
         return learner
 
+    def whole(self, method: str, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """A method's whole sequence, done or read: rows, one for each accuracy, and tasks, one for each domain.
+
+        A task has what learning the domain took, and the bits stored for it when the sequence has ended.
+        """
+        learned = [self.learned(method, position, seed) for position in range(len(self.sequence))]
+        rows = [
+            {**{key: one[key] for key in ("method", "seed", "position")}, **row}
+            for one in learned
+            for row in one["rows"]
+        ]
+        tasks = [
+            {
+                **{key: one[key] for key in ("method", "seed", "position", "domain")},
+                "bits": learned[-1]["bits"][one["domain"]],
+                "seconds": one["learning"]["seconds"],
+                "figures": one["learning"]["figures"],
+            }
+            for one in learned
+        ]
+        return rows, tasks
+
     def _fresh(self, method: str) -> Learner:
         head = last_linear(self.network())
         return self.config.sequential_method(method).learner(lambda classes: self.network(classes=classes), head)
@@ -111,6 +133,13 @@ class SequenceLab(Lab):
                     {"view": view, "after": self.sequence[position], "on": on, "accuracy": accuracy, "loss": loss}
                 )
         return rows
+
+
+def says(figures: Mapping[str, Any]) -> str:
+    """The accuracies of a stage in the method's first view, the domain just learned first."""
+    view = figures["rows"][0]["view"]
+    rows = [row for row in figures["rows"] if row["view"] == view][::-1]
+    return ", ".join(f"{row['on']} {row['accuracy']:.3f}" for row in rows)
 
 
 def _joined(seen: Sequence[str]) -> str:

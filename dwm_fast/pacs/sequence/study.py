@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dwm_fast._options import recorded
 from dwm_fast.pacs.sequence import figures, report, table
 from dwm_fast.pacs.sequence.finding import finding
-from dwm_fast.pacs.sequence.lab import SequenceLab
+from dwm_fast.pacs.sequence.lab import SequenceLab, says
 from dwm_fast.pacs.study import Stage, Study
 from dwm_fast.pacs.words import said_of
 
@@ -48,17 +48,12 @@ class SequenceStudy(Study):
         planned = self.lab.task_stage(*cell)
         label = f"{position + 1}. {self.lab.sequence[position]}, {method}, seed {seed}"
         before = self.lab.task_stage(method, position - 1, seed) if position else self.lab.source_stage(first, seed)
-        return Stage(planned[0], label, lambda: _says(self.lab.learned(*cell)), [planned], (before[0],))
+        return Stage(planned[0], label, lambda: says(self.lab.learned(*cell)), [planned], (before[0],))
 
     def results(self) -> dict[str, Any]:
         sequence, methods = list(self.lab.sequence), self.config.methods
-        learned = [self.lab.learned(*cell) for cell in self._cells()]
-        rows = [
-            {"method": one["method"], "seed": one["seed"], "position": one["position"], **row}
-            for one in learned
-            for row in one["rows"]
-        ]
-        tasks = [_task(one, learned) for one in learned]
+        found = [self.lab.whole(method, seed) for seed, method in itertools.product(self.config.seeds, methods)]
+        rows, tasks = ([one for part in parts for one in part] for parts in zip(*found, strict=True))
         sizes = {domain: len(self.data.domains[domain].test) for domain in sequence}
         alone = [self.lab.source(d, seed).figures for seed in self.config.seeds for d in self.sources()[1:]]
         own = {(one["source"], one["seed"]): one["accuracy"] for one in alone}
@@ -88,21 +83,3 @@ class SequenceStudy(Study):
 
     def summary(self, results: dict[str, Any]) -> tuple[Table, list[str]]:
         return table.to_rich(table.sequence_table(results)), finding(results)
-
-
-def _task(one: Mapping[str, Any], learned: list[dict[str, Any]]) -> dict[str, Any]:
-    """What learning one domain took, and the bits stored for it when the sequence has ended."""
-    last = [other for other in learned if (other["method"], other["seed"]) == (one["method"], one["seed"])][-1]
-    return {
-        **{key: one[key] for key in ("method", "seed", "position", "domain")},
-        "bits": last["bits"][one["domain"]],
-        "seconds": one["learning"]["seconds"],
-        "figures": one["learning"]["figures"],
-    }
-
-
-def _says(figures: Mapping[str, Any]) -> str:
-    """Accuracies in the method's first view, the domain just learned first."""
-    view = figures["rows"][0]["view"]
-    rows = [row for row in figures["rows"] if row["view"] == view][::-1]
-    return ", ".join(f"{row['on']} {row['accuracy']:.3f}" for row in rows)

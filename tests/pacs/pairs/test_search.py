@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dwm_fast.errors import InputError
-from dwm_fast.pacs import lab
+from dwm_fast.pacs import lab, search
 from dwm_fast.pacs.config import builtin_defaults, from_dict
 from dwm_fast.pacs.data import load_pacs, validation_part
-from dwm_fast.pacs.pairs import search
-from dwm_fast.pacs.pairs.search import Search, choose, read_grid, read_settings
+from dwm_fast.pacs.pairs.search import choose
+from dwm_fast.pacs.search import Search, read_grid, read_settings
 from dwm_fast.pacs.study import Study
 
 from ..pacs_for_tests import write_lists, write_tree

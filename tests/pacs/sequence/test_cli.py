@@ -253,3 +253,37 @@ def test_help_of_a_sequence_offers_what_it_reads_and_nothing_else(ask: Ask) -> N
         assert option in out
     for option in ("--sources", "--tune-lr", "--mask-epochs", "--batch-norm"):
         assert option not in out
+
+
+def test_a_search_and_its_settings_from_the_command_line(
+    ask: Ask, configured: list[StudyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(monkeypatch)
+    (tmp_path / "grid.toml").write_text(
+        """
+        image_size = 16
+        train_size = 16
+        source = {epochs = 1}
+        [search]
+        sequence = ["photo", "sketch"]
+        validation = 0.4
+        [[search.trials]]
+        method = "none"
+        reason = "two rates"
+        lr = [0.1, 0.2]
+        """
+    )
+    code, out, err = ask("pacs", "search", "grid.toml", "--out", "s", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "[2/2] none {'lr': 0.2}, after sketch: sketch 0." in out
+    assert "test images are not read" in out
+    assert "'dwm-fast pacs sequence photo,sketch --settings s/search.json' takes the choice" in out
+    record = json.loads((tmp_path / "s" / "search.json").read_text())
+    chosen = record["trials"][record["chosen"]["none"]]["settings"]["lr"]
+    ask("pacs", "sequence", "photo,art", "--settings", "s/search.json", "--validation", 0.3)
+    ask("pacs", "sequence", "photo,art", "--settings", "s/search.json", "--task-epochs", 4)
+    assert [c.sequential["none"] for c in configured] == [{"lr": chosen}, {"lr": chosen, "epochs": 4}]
+    assert [c.validation for c in configured] == [0.3, None]
+    code, _, err = ask("pacs", "--settings", "s/search.json")
+    assert code == 2
+    assert "chose settings for sequences, and this is a study of pairs" in err
