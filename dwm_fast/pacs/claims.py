@@ -130,16 +130,26 @@ def _lost(there: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[st
     old, new = there.get("sequence"), now.get("sequence")
     if old and list(new or [])[: len(old)] != old:
         yield "sequence", [",".join(old)]
-    for method, ways in (there.get("tune") or {}).items():
-        kept = [_way(way) for way in (now.get("tune") or {}).get(method, [])]
-        gone = [_way(way) for way in ways if _way(way) not in kept]
-        if gone and method in there.get("methods", ()):
+    if there.get("alone") and not now.get("alone"):
+        yield "alone", [True]
+    for method in there.get("methods") or []:
+        kept = _ways(now, method)
+        gone = [way for way in _ways(there, method) if way not in kept]
+        if gone:
             yield f"tune.{method}", gone
 
 
-def _way(options: Mapping[str, Any]) -> str:
-    """A way of fine-tuning as results name it."""
-    return f"{options.get('batch_norm')} at lr {options.get('lr')}"
+def _ways(config: Mapping[str, Any], method: str) -> list[str]:
+    """The ways in which a method is fine-tuned as results name them; one without its own has those of `binary`."""
+    tunes = config.get("tune") or {}
+    return [
+        f"{way.get('batch_norm')} at lr {way.get('lr')}{_pull(way)}"
+        for way in tunes.get(method, tunes.get("binary", []))
+    ]
+
+
+def _pull(way: Mapping[str, Any]) -> str:
+    return "" if way.get("kept_decay") is None else f", pull {way['kept_decay']:g}"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -126,6 +126,21 @@ def test_results_that_a_study_would_leave_out_are_kept_and_it_is_refused(tmp_pat
     assert {row["target"] for row in larger["rows"]} == {"art", "sketch"}
 
 
+def test_ways_that_differ_in_their_pull_alone_and_networks_of_single_domains_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, domains = tmp_path / "pairs", tmp_path / "domains"
+    one(pairs, tune={"naive": [{}, {"kept_decay": 10.0}]}).run()
+    with pytest.raises(InputError, match=r"leave out .tune.naive per-domain at lr 0.01, pull 10"):
+        one(pairs)
+    one(pairs, tune={"naive": [{}, {"kept_decay": 10.0}, {"kept_decay": 30.0}]})
+    offer_toys(monkeypatch)
+    short: StudyConfig = sequence_config(sequence=["photo", "sketch"], methods=["none"], alone=True)
+    assert "forward_transfer" in Study(short, domains, tiny_data()).run()["measures"][0]
+    with pytest.raises(InputError, match=r"leave out .alone"):
+        Study(sequence_config(sequence=["photo", "sketch"], methods=["none"]), domains, tiny_data())
+
+
 def test_pairs_and_sequences_refuse_each_others_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offer_toys(monkeypatch)
     short: StudyConfig = sequence_config(sequence=["photo", "sketch"], methods=["none"])
