@@ -41,13 +41,14 @@ inline const Kernels& kernels() {
 struct Piece {
   int64_t tensor, begin, end;
 };
+constexpr int64_t kMostChunks = 4;  // of a piece
 
 template <typename List>
 std::vector<Piece> pieces_of(const List& tensors) {
   int64_t total = 0;
   for (const auto& t : tensors) total += t.shape.numel;
   const int64_t shares = kChunk * 8 * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t chunks = std::clamp<int64_t>(total / shares, 1, 4);
+  const int64_t chunks = std::clamp<int64_t>(total / shares, 1, kMostChunks);
   std::vector<Piece> pieces;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Shape& shape = tensors[i].shape;

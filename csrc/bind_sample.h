@@ -36,13 +36,17 @@ void sample(Tensors masked, Tensor bits, Tensor penalty, Tensors logits, Tensors
                        number_of(thresholds, i, tau, mode)});
   }
   const std::vector<Piece> pieces = pieces_of(tensors);
-  // One sum a chunk, added in order: the same penalty on any number of threads.
-  std::vector<double> sums(pieces.size());
-  const int64_t chunks = static_cast<int64_t>(pieces.size());
-  parallel(chunks, chunks, [&](int64_t i) {
+  // One sum a chunk, added in order: the same penalty on any number of threads, which only pieces depend on.
+  std::vector<double> sums(pieces.size() * kMostChunks);
+  const int64_t pieces_count = static_cast<int64_t>(pieces.size());
+  parallel(pieces_count, pieces_count, [&](int64_t i) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
-    sums[static_cast<size_t>(i)] =
-        kernels().sample(rule, tensors[static_cast<size_t>(piece.tensor)], piece.begin, piece.end);
+    const SampleTensor& t = tensors[static_cast<size_t>(piece.tensor)];
+    const int64_t step = chunk_elements(t.shape);
+    size_t place = static_cast<size_t>(i * kMostChunks);
+    for (int64_t begin = piece.begin; begin < piece.end; begin += step) {
+      sums[place++] = kernels().sample(rule, t, begin, std::min(begin + step, piece.end));
+    }
   });
   double sum = 0.0;
   for (const double part : sums) sum += part;

@@ -25,6 +25,7 @@ class DomainFilters:
         self._weight, self._bits = weight, bits
         self._form: Plain | Filters | Blocked = self._plain()
         self._strays = 0
+        self._too_large: set[type[Plain | Filters | Blocked]] = set()
         self.nbytes = weight.numel() * weight.element_size()
 
     def conv2d(self, x: Tensor, bias: Tensor | None, how: How) -> Tensor:
@@ -41,9 +42,8 @@ class DomainFilters:
         return form.conv2d(x) if isinstance(form, Blocked) else form.conv2d(x, bias, how)
 
     def _wanted(self, x: Tensor, bias: Tensor | None, how: How) -> type[Plain | Filters | Blocked]:
-        if x.is_contiguous():
-            return Blocked if fit_blocked(x, self._weight, bias, how) else Plain
-        return Filters if fit(x, self._weight, bias, how) else Plain
+        laid, fits = (Blocked, fit_blocked) if x.is_contiguous() else (Filters, fit)
+        return laid if laid not in self._too_large and fits(x, self._weight, bias, how) else Plain
 
     def _plain(self) -> Plain:
         return Plain(ops.apply(self._bits, [self._weight])[0])
@@ -54,5 +54,8 @@ class DomainFilters:
         with torch.inference_mode(False), torch.no_grad():
             plain = self._form if isinstance(self._form, Plain) else self._plain()
             made = plain if wanted is Plain else wanted(plain.weight, x, how)  # type: ignore[call-arg]
-        self._form = plain if not isinstance(made, Plain) and made.nbytes > self.nbytes else made
-        return self._form
+        if not isinstance(made, Plain) and made.nbytes > self.nbytes:
+            self._too_large.add(wanted)
+            made = plain
+        self._form = made
+        return made  # another thread may want another form meanwhile

@@ -19,6 +19,7 @@ from dwm_fast.ops.backends import forced_backend
 from dwm_fast.ops.bank import bank_conv2d, bank_linear, is_large, multiplies_bits
 from dwm_fast.ops.blocks import bias_of
 from dwm_fast.ops.conv2d import padded
+from dwm_fast.ops.transforms import transformed
 
 if TYPE_CHECKING:
     from dwm_fast.bank.filters import DomainFilters
@@ -96,7 +97,8 @@ class BankLinear:
         batch.check(input.shape[0])
         x = input.to(_compute_dtype(input))
         bias = _cast(self.bias, x)
-        if x.device.type == "cpu" and not (self.large and multiplies_bits(self.weight)):
+        straight = self.large and multiplies_bits(self.weight) and not transformed()
+        if x.device.type == "cpu" and not straight:
             return self._part_by_part(x, bias, batch)
         y = None if self.store is None else self.store.product(x, self.weight, self.bits, bias, batch)
         if y is not None:

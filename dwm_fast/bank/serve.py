@@ -78,7 +78,8 @@ class Served:
         places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         args, kwargs = _take((args, kwargs), order)
         rows = ids[order]
-        result = self._layerwise(rows, args, kwargs) if self._twin is not None else NotImplemented
+        twin = self._twin  # another thread may find meanwhile that it does not serve
+        result = NotImplemented if twin is None else self._layerwise(twin, rows, args, kwargs)
         if result is not NotImplemented and not self._is_split(result, rows, args, kwargs):
             self._twin, result = None, NotImplemented
         if result is NotImplemented:
@@ -114,7 +115,7 @@ class Served:
         self._splits.add(key)
         return True
 
-    def _layerwise(self, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _layerwise(self, twin: nn.Module, rows: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One pass for all domains; NotImplemented, for good, when the network turns out not to allow it."""
         marks = torch.arange(len(self.names) + 1, device=rows.device)
         offsets = torch.searchsorted(rows, marks)
@@ -124,8 +125,7 @@ class Served:
             self._check_range(rows)
         token = current_batch.set(Batch(offsets, rows, rows.numel(), bounds))
         try:
-            assert self._twin is not None
-            return self._twin(*args, **kwargs)
+            return twin(*args, **kwargs)
         except (NotByLayer, AttributeError):
             self._twin = None
             return NotImplemented

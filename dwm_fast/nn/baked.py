@@ -17,7 +17,8 @@ from dwm_fast.ops.layout import order_of
 BUDGET = 256 << 20
 """Bytes that all of a process may keep; a layer that comes later unpacks its weight at every call, as on a GPU."""
 _SAMPLES = 64
-"""Evenly spaced elements that are compared in each call: writing through `.data` leaves no other trace."""
+"""Evenly spaced weights, and bytes of bits, that are compared in each call: writing through `.data` leaves no other
+trace."""
 
 _lock = threading.RLock()  # a finalizer may run inside it
 _nbytes = 0
@@ -41,9 +42,8 @@ class Baked:
         self, weight: Tensor, bits: Tensor, dtype: torch.dtype, form: Form, x: Tensor | None, how: How
     ) -> None:
         self._weight, self._bits, self._marks = weight, bits, _marks(weight, bits, dtype)
-        flat = weight.detach().as_strided((weight.numel(),), (1,))
-        self._sampled = flat[:: max(1, weight.numel() // _SAMPLES)]
-        self._samples = self._sampled.clone()
+        self._sampled = [_sampled(weight), _sampled(bits)]
+        self._samples = [sampled.clone() for sampled in self._sampled]
         masked = ops.apply(bits, [weight.detach()])[0].to(dtype)
         self._form = Plain(masked) if form is None or x is None else form(masked, x, how)
         self.nbytes = masked.numel() * dtype.itemsize if isinstance(self._form, Plain) else self._form.nbytes
@@ -52,7 +52,7 @@ class Baked:
         """Whether weight, bits, dtype and, where it counts, stride and padding are still those that it was made of."""
         same = self._weight is weight and self._bits is bits and self._marks == _marks(weight, bits, dtype)
         same = same and (type(self._form) is not Blocked or self._form.how == how)
-        return same and torch.equal(self._sampled, self._samples)
+        return same and all(map(torch.equal, self._sampled, self._samples))
 
     def conv2d(self, x: Tensor, bias: Tensor | None, how: How) -> Tensor:
         """The convolution of x, in the compute dtype."""
@@ -63,6 +63,10 @@ class Baked:
         """The masked weight, where it is not laid out."""
         assert isinstance(self._form, Plain)
         return self._form.weight
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_strided((tensor.numel(),), (1,))[:: max(1, tensor.numel() // _SAMPLES)]
 
 
 def _marks(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dwm_fast.nn.recast import recast
 from dwm_fast.ops import backends, ways
 from dwm_fast.ops.autocast import autocast_operands
 from dwm_fast.ops.problem import rows_of
+from dwm_fast.ops.transforms import transformed
 from dwm_fast.ops.two_of_four import SPARSE, keeps_two_of_four, obstacle_of_device, obstacle_of_weight
 from dwm_fast.ops.ways import STAGED, Choice, choose_for
 
@@ -69,8 +71,8 @@ class SparseLinear(PackedLinear):
             return "a gradient is wanted"
         if weight.is_inference() or self.bits.is_inference():
             return "changes of tensors made under torch.inference_mode() could not be noticed"
-        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
-            return "torch.func or torch.jit.trace is at work"
+        if transformed() or torch._C._get_tracing_state() is not None:
+            return "torch.func, forward-mode differentiation or torch.jit.trace is at work"
         return obstacle_of_weight(tuple(weight.shape), x.dtype) or obstacle_of_device(weight.device)
 
     def _reads_bits(self, x: Tensor) -> bool:
@@ -112,6 +114,8 @@ class _Sparse:
     """The vendor's form of one masked weight, and what it was made of; `sparse` is None where the mask is not 2:4."""
 
     def __init__(self, weight: Tensor, bits: Tensor, dtype: torch.dtype) -> None:
+        # An address may have become another tensor's: what lies there has to be the same tensor too.
+        self._weight, self._bits = weakref.ref(weight), weakref.ref(bits)
         self._marks = _marks(weight, bits)
         self._dtype = dtype
         self.sparse: Tensor | None = None
@@ -124,7 +128,8 @@ class _Sparse:
 
     def is_current(self, weight: Tensor, bits: Tensor, dtype: torch.dtype) -> bool:
         """Whether weight, bits and dtype are still those that it was made of."""
-        return self._dtype == dtype and self._marks == _marks(weight, bits)
+        same = self._weight() is weight and self._bits() is bits
+        return same and self._dtype == dtype and self._marks == _marks(weight, bits)
 
 
 def _marks(weight: Tensor, bits: Tensor) -> tuple[Any, ...]:

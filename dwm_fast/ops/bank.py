@@ -22,6 +22,7 @@ from dwm_fast.ops.geometry import Geometry
 from dwm_fast.ops.packing import packed_nbytes
 from dwm_fast.ops.problem import cpu_problem
 from dwm_fast.ops.registration import define
+from dwm_fast.ops.transforms import refuse_forward_mode, transformed
 from dwm_fast.ops.ways import LARGE_WEIGHT, one_pass
 
 
@@ -68,7 +69,7 @@ def multiplies_bits(weight: Tensor) -> bool:
 
 def reads_bits(x: Tensor, weight: Tensor) -> bool:
     """Whether x (..., K) is multiplied with `weight` (N, K) straight from bits."""
-    if not multiplies_bits(weight) or autocast_dtype(x) != torch.float32:
+    if not multiplies_bits(weight) or transformed() or autocast_dtype(x) != torch.float32:
         return False
     rows = x.numel() // max(x.shape[-1], 1)
     return rows > 0 and one_pass(cpu_problem("linear_packed", weight, weight, rows))
@@ -232,6 +233,7 @@ def bank_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, of
         domain.
     """
     check_bank(x.numel() // max(x.shape[-1], 1), weight, bits, bias, offsets, samples)
+    refuse_forward_mode("bank_linear")
     result: Tensor = torch.ops.dwm_fast.bank_linear(x, weight, bits, bias, offsets, samples)
     return result
 
@@ -248,5 +250,6 @@ def bank_conv2d(
     """
     check_bank(x.shape[0], weight, bits, bias, offsets, samples)
     geometry = Geometry(stride, padding, dilation, groups)
+    refuse_forward_mode("bank_conv2d")
     result: Tensor = torch.ops.dwm_fast.bank_conv2d(x, weight, bits, bias, offsets, samples, *geometry.flat())
     return result

@@ -21,6 +21,7 @@ from dwm_fast.ops.linear import chain_rule, kept_weight, mask_grad_fake, masked_
 from dwm_fast.ops.packing import check_length
 from dwm_fast.ops.registration import define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
+from dwm_fast.ops.transforms import plainly_masked, transformed
 
 
 def conv2d_reference(
@@ -223,5 +224,7 @@ def conv2d_packed(
     geometry = Geometry(stride, padding, dilation, groups)
     geometry.check(x)
     x, bias = autocast_operands(x, bias)
+    if transformed():
+        return F.conv2d(x, plainly_masked(weight, bits, x.dtype), bias, *geometry.flat())
     result: Tensor = torch.ops.dwm_fast.conv2d_packed(x, weight, bits, bias, *geometry.flat())
     return result

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwm_fast.ops.transforms import transformed
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 How = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -85,7 +87,8 @@ class Plain:
     def conv2d(self, x: Tensor, bias: Tensor | None, how: How) -> Tensor:
         """The convolution of x, in the weight's dtype."""
         weight = self.weight
-        if self._turns and is_last(x) == weight.is_contiguous():
+        # Of a batch of torch.func.vmap nobody can ask for its memory format.
+        if self._turns and not transformed() and is_last(x) == weight.is_contiguous():
             # Under inference mode it would be a tensor that no later call can take a gradient through.
             with torch.inference_mode(False), torch.no_grad():
                 wanted = torch.channels_last if weight.is_contiguous() else torch.contiguous_format
@@ -111,9 +114,9 @@ def fit_blocked(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> boo
         return False
     if not (x.dtype is torch.float32 is weight.dtype and x.device.type == "cpu" == weight.device.type):
         return False
-    if not (_is_first(x) and _is_first(weight) and _has_prepacked()):
-        return False
     if (x.requires_grad and torch.is_grad_enabled()) or type(x) not in _PLAIN or _somebody_listens():
+        return False
+    if not (_is_first(x) and _is_first(weight) and _has_prepacked()):
         return False
     return _goes_to_vendor(x, weight, bias, how)
 
@@ -129,10 +132,10 @@ def fit(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> bool:
     """
     if not (x.dtype is torch.float32 is weight.dtype and x.device.type == "cpu" == weight.device.type):
         return False
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last) or not _has_vendor():
-        return False
     wanted = x.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not torch.float32))
     if (wanted and torch.is_grad_enabled()) or type(x) not in _PLAIN or _somebody_listens():
+        return False
+    if not is_last(x) or not _has_vendor():
         return False
     return _goes_to_vendor(x, weight, bias, how)
 
@@ -148,7 +151,7 @@ def _somebody_listens() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transformed()
         or torch._C._get_tracing_state() is not None
     )
 

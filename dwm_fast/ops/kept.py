@@ -23,6 +23,7 @@ from dwm_fast.ops.bits import unpack
 from dwm_fast.ops.packing import check_length
 from dwm_fast.ops.problem import rows_of
 from dwm_fast.ops.registration import call, define, refuse_double_backward
+from dwm_fast.ops.transforms import transformed
 from dwm_fast.ops.ways import LARGE_WEIGHT
 
 PADDING = 32
@@ -145,6 +146,8 @@ def linear_kept(
                          f"shape (kept + {PADDING},); make it with dwm_fast.ops.keep_values")  # fmt: skip
     check_length(bits, [(row_starts.shape[0] - 1) * x.shape[-1]])
     x, bias = autocast_operands(x, bias)
+    if transformed():
+        return linear_kept_reference(x, values, row_starts, bits, bias)
     needed = (x, values) if bias is None else (x, values, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in needed):
         result: Tensor = torch.ops.dwm_fast.linear_kept(x, values, row_starts, bits, bias)

@@ -23,6 +23,7 @@ from dwm_fast.ops.packing import check_length
 from dwm_fast.ops.problem import ACTIVATIONS, rows_of
 from dwm_fast.ops.registration import call, define, refuse_double_backward
 from dwm_fast.ops.sample import check_noise
+from dwm_fast.ops.transforms import plainly_masked, transformed
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -237,6 +238,8 @@ def linear_packed(
     if activation not in ACTIVATIONS:
         raise InputError(f"linear_packed got activation='{activation}'; expected one of {', '.join(ACTIVATIONS)}")
     x, bias = autocast_operands(x, bias)
+    if transformed():
+        return activated(F.linear(x, plainly_masked(weight, bits, x.dtype), bias), activation)
     needed = (x, weight) if bias is None else (x, weight, bias)
     if activation != "none" and torch.is_grad_enabled() and any(t.requires_grad for t in needed):
         return activated(torch.ops.dwm_fast.linear_packed(x, weight, bits, bias, "none"), activation)

@@ -19,6 +19,7 @@ from dwm_fast.ops.bank import bank_linear_reference, check_bank
 from dwm_fast.ops.bits import combine
 from dwm_fast.ops.kept import KEPT_SHARE, PADDING, expand_values, keep_values, weight_like
 from dwm_fast.ops.registration import define
+from dwm_fast.ops.transforms import refuse_forward_mode
 
 MOST_DOMAINS = 4
 """More masks together keep nearly all weights."""
@@ -120,6 +121,7 @@ def bank_linear_union(
         )
     like = weight_like(values, row_starts, x.shape[-1])
     check_bank(x.numel() // max(x.shape[-1], 1), like, bits, bias, offsets, samples)
+    refuse_forward_mode("bank_linear_union")
     wanted = any(t is not None and t.requires_grad for t in (x, values, bias))
     if wanted and torch.is_grad_enabled():
         raise InputError("bank_linear_union has no gradient; use bank_linear, or torch.no_grad()")

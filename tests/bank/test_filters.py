@@ -91,6 +91,39 @@ def test_filters_are_laid_out_once_two_calls_in_a_row_want_that_and_the_bits_sta
         assert torch.equal(filters.conv2d(x, shift, how), expected)
 
 
+def test_filters_that_are_larger_laid_out_are_laid_out_once_to_see_that(monkeypatch):
+    weight, made = torch.randn(8, 3, 3, 3), []
+    filters = DomainFilters(weight, ops.pack([torch.ones_like(weight)]))
+    real = Filters.__init__
+    monkeypatch.setattr(Filters, "__init__", lambda self, *args: (made.append(1), real(self, *args))[1])
+    last = torch.randn(4, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+    for _ in range(7):
+        filters.conv2d(last, None, ((1, 1), (1, 1), (1, 1), 1))
+    assert type(filters._form) is Plain
+    assert made == [1]
+
+
+def test_a_call_computes_in_its_own_form_whatever_form_another_thread_puts_in_its_place():
+    weight, how = torch.randn(32, 32, 3, 3), ((1, 1), (1, 1), (1, 1), 1)
+    filters = DomainFilters(weight, ops.pack([torch.ones_like(weight)]))
+    x = torch.randn(4, 32, 9, 9)
+    for _ in range(3):
+        filters.conv2d(x, None, how)
+
+    class Watched(DomainFilters):
+        """The moment after its form is exchanged, another thread has exchanged it again."""
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, Blocked(weight, x, how) if name == "_form" else value)
+
+    filters.__class__ = Watched
+    x.requires_grad_(True)
+    for _ in range(3):
+        x.grad = None
+        filters.conv2d(x, None, how).sum().backward()
+        assert x.grad is not None
+
+
 def test_a_mixed_batch_with_filters_laid_out_gives_the_bits_of_a_domain_alone():
     torch.manual_seed(0)
     net = torch.nn.Sequential(

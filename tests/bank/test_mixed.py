@@ -210,6 +210,29 @@ def test_networks_that_cannot_be_served_layer_by_layer_are_still_right(make: typ
     assert not bank.serve(sorted(set(domains))).layerwise
 
 
+def test_a_call_goes_on_where_another_thread_finds_meanwhile_that_layers_cannot_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    net = _Folding().eval()
+    bank = MaskBank(net)
+    for i, domain in enumerate(DOMAINS):
+        bank.add(domain, nets.masks_for(net, i, names=("conv1.weight",)))
+    served, x, ids = bank.serve(DOMAINS), torch.randn(6, 5, 8), torch.tensor([0, 1, 0, 2, 1, 0])
+    real = type(served)._check_range
+
+    def meanwhile(self: object, rows: Tensor) -> None:
+        served._twin = None
+        real(served, rows)
+
+    monkeypatch.setattr(type(served), "_check_range", meanwhile)
+    with torch.no_grad():
+        y = served(x, ids=ids)
+        for i, domain in enumerate(DOMAINS):
+            bank.activate(domain)
+            assert torch.equal(y[ids == i], bank(x[ids == i]))
+
+
 def test_tokens_have_the_domain_of_their_sample() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5))

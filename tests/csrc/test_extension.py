@@ -223,6 +223,22 @@ def test_backward_matches_fp64(oracle: Any, mode: int, order: str) -> None:
         assert dweights[i].stride() == torch.empty_like(weights[i]).stride()
 
 
+def test_the_penalty_has_the_same_bits_on_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(700_000, generator=generator)  # pieces of one chunk or of two, by the threads
+    found: list[list[float]] = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            parts = [logits[64 * i :] for i in range(40)]
+            rest = (state(), torch.tensor(1.0), [0], [0.0], 0, 0, None, False)
+            found.append([cpp.sample([part], [part], *rest)[2].item() for part in parts])
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 def test_backward_returns_only_what_is_needed() -> None:
     logits, weights = network("contiguous")
     arguments = (weights, torch.tensor(0.0), logits, weights, state(), torch.tensor(1.0), LAYERS, THRESHOLDS, 0, 0)

@@ -95,6 +95,19 @@ def test_what_was_made_is_made_anew_when_bits_or_weight_change(vendor):
     assert copy.deepcopy(sparse)[0]._sparse is None
 
 
+@pytest.mark.parametrize("name", ["bits", "backbone_weight"])
+def test_another_tensor_at_the_address_of_an_old_one_is_noticed(vendor, name):
+    _, there = layers()
+    sparse, x = dwm.pack(there), inputs(72).to("cuda:0")
+    with torch.no_grad():
+        sparse(x)
+        old = getattr(sparse[0], name)
+        old.data.zero_()  # as where memory was freed and given out again: address and version are the old ones
+        alias = old.detach()
+        setattr(sparse[0], name, nn.Parameter(alias, requires_grad=False) if name == "backbone_weight" else alias)
+        assert torch.equal(sparse(x).cpu(), sparse[0].bias.cpu().expand(72, N))
+
+
 def test_what_the_vendor_cannot_do_is_done_by_packed_layers(vendor, gpu, monkeypatch):
     _, there = layers()
     sparse, x = dwm.pack(there), inputs(72).to("cuda:0")

@@ -70,6 +70,10 @@ def _through_data(layer):
     layer.backbone_weight.data.mul_(2)
 
 
+def _bits_through_data(layer):
+    layer.bits.data.zero_()
+
+
 def _other_weight(layer):
     layer.backbone_weight = nn.Parameter(torch.randn(6, 4, 3, 3), requires_grad=False)
 
@@ -89,7 +93,9 @@ def _channels_last(layer):
 
 
 @pytest.mark.parametrize("x", [X, LAST], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("change", [_in_place, _through_data, _other_weight, _other_bits, _loaded, _channels_last])
+@pytest.mark.parametrize(
+    "change", [_in_place, _through_data, _bits_through_data, _other_weight, _other_bits, _loaded, _channels_last]
+)
 def test_every_change_is_noticed(change, x):
     layer = packed().requires_grad_(False)
     before = layer(x)
