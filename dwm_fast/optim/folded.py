@@ -33,7 +33,7 @@ class Share:
         spent: whether an optimiser took its step straight from the parts.
     """
 
-    __slots__ = ("parts", "spent", "value")
+    __slots__ = ("__weakref__", "parts", "spent", "value")
 
     def __init__(self, part: Part) -> None:
         self.parts: list[Part] = [part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -84,8 +85,8 @@ class MaskAdam(DeviceOptimizer):
             "coefficient": coefficient,
         }
         self.fold = fold
-        self._averaged = False
-        self._same_masks = [getattr(one, "noise", "shared") == "shared" for one in sources]
+        self._averaged: list[Any] | None = None
+        self._sources = [weakref.ref(one) for one in sources]
         self._recorders: list[DrawRecorder] = []
         groups = [{"params": list(one.mask_parameters())} for one in sources]
         super().__init__(groups, defaults, keep=None, compact=False)
@@ -97,7 +98,7 @@ class MaskAdam(DeviceOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's, without its detours."""
-        if self._averaged:
+        if self._averaged is not None:
             self._close(averaged=False)
         if not set_to_none:
             super().zero_grad(set_to_none)
@@ -110,26 +111,43 @@ class MaskAdam(DeviceOptimizer):
         """Average the gradients over the ranks of `process_group`, once a step; without one it does nothing.
 
         `step` does it where nobody has. Call it after the last backward() of a step where something is to read the
-        gradients before: clipping, a GradScaler's unscale_. All ranks have to call it. Gradients of several backward
-        passes (accumulation) are summed on each rank first, and averaged once.
+        gradients before: clipping, a GradScaler's unscale_. All ranks have to call it, after as many backward passes as
+        the others: InputError on every rank where they differ. Gradients of several backward passes (accumulation) are
+        summed on each rank first, and averaged once.
         """
-        if self._ranks is None or self._averaged:
+        if self._ranks is None or self._is_averaged():
             return
-        for index, group in enumerate(self.param_groups):
-            same = index < len(self._same_masks) and self._same_masks[index]
-            reduce_gradients(group["params"], self._ranks.group, same)
+        groups = [group["params"] for group in self.param_groups]
+        reduce_gradients([(params, self._draw_alike(i)) for i, params in enumerate(groups)], self._ranks.group)
         self._close(averaged=True)
+
+    def _draw_alike(self, index: int) -> bool:
+        """Whether all ranks draw the same masks of the source of a param group."""
+        source = self._sources[index]() if index < len(self._sources) else None
+        return source is not None and getattr(source, "noise", "shared") == "shared"
+
+    def _is_averaged(self) -> bool:
+        """Whether what stands in `.grad` was averaged; backward passes of another step have put other objects there."""
+        there = self._averaged
+        return there is not None and all(a() is b for a, b in zip(there, self._gradients(), strict=False))
+
+    def _gradients(self) -> list[Any]:
+        """The gradient of every parameter, or what a folded one shares with its aliases; None where there is none."""
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return [grad.share if isinstance(grad, FoldedGradient) else grad for grad in grads]
 
     def _close(self, averaged: bool) -> None:
         """Let backward passes of this step come (False), or be an error (True), for its gradients are averaged."""
-        self._averaged = averaged
+        self._averaged = None
+        if averaged:
+            self._averaged = [_no_gradient if one is None else weakref.ref(one) for one in self._gradients()]
         for recorder in self._recorders:
             recorder.averaged = averaged
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every logit that has a gradient; returns what `closure` returned, if given."""
         loss = super().step(closure)
-        if self._averaged:
+        if self._averaged is not None:
             self._close(averaged=False)
         return loss
 
@@ -221,12 +239,12 @@ class MaskAdam(DeviceOptimizer):
         return penalty_terms(logits, mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        rest = {"fold": self.fold, "_recorders": [], "_ranks": self._ranks, "_same_masks": self._same_masks}
-        return {**super().__getstate__(), **rest, "_averaged": False}
+        rest = {"fold": self.fold, "_recorders": [], "_ranks": self._ranks, "_sources": [], "_averaged": None}
+        return {**super().__getstate__(), **rest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, missing in (("_ranks", None), ("_same_masks", []), ("_averaged", False)):
+        for name, missing in (("_ranks", None), ("_sources", []), ("_averaged", None)):
             self.__dict__.setdefault(name, missing)  # of an older release; torch's load_state_dict comes here too
 
 
@@ -283,6 +301,10 @@ def _checked_sources(given: MaskSource | Sequence[MaskSource]) -> list[MaskSourc
             what = "its .module" if inside else "the model that dwm_fast.mask_model made, not its parameters"
             raise InputError(f"MaskAdam got a {type(one).__name__}; expected a MaskedModel: give it {what}")
     return sources
+
+
+def _no_gradient() -> None:
+    """In the place of a reference to a gradient, where there is none."""
 
 
 def _formed(grad: Tensor) -> Tensor:

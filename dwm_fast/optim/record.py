@@ -235,7 +235,9 @@ class _RecordedDraw(torch.autograd.Function):
                 "logits or weights of masked layers were changed between the draw of their masks and backward()"
             )
         record.of_one_rank, record.dtypes = ctx.recorder.one_rank, ctx.dtypes
-        if ctx.recorder.averaged and any(x.grad is not None for x in logits):
+        if ctx.recorder.averaged and all(x.grad is None for x in logits):
+            ctx.recorder.averaged = False  # the gradients that were averaged are gone: another step has begun
+        if ctx.recorder.averaged:
             raise InputError(
                 "backward() came after reduce_gradients() and before step(): the sum would be averaged in part; call "
                 "reduce_gradients() once, after the last backward() of a step"

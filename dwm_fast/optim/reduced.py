@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from dwm_fast.errors import InputError
 from dwm_fast.optim.folded import FoldedGradient
 
 BUCKET_BYTES = 25 << 20
@@ -15,33 +17,36 @@ BUCKET_BYTES = 25 << 20
 
 
 @torch.no_grad()
-def reduce_gradients(logits: Iterable[Tensor], group: Any, same_masks: bool) -> None:
-    """Average over the ranks of `group` what backward passes left in the `.grad` of `logits`.
+def reduce_gradients(sources: Sequence[tuple[Sequence[Tensor], bool]], group: Any) -> None:
+    """Average over the ranks of `group` what backward passes left in the `.grad` of logits.
 
     A folded gradient of one draw stays folded: the gradients of its masked weights are averaged. All others are formed
-    from this rank's draws first. All ranks of the group have to call it, with the same gradients there.
+    from this rank's draws first. All ranks of the group have to call it.
 
     Args:
-        logits: learned tensors.
+        sources: of each masked model its learned tensors, and whether all ranks drew the same masks.
         group: a ProcessGroup; None: the default one.
-        same_masks: whether all ranks drew the same masks.
+
+    Raises:
+        InputError: on every rank, with nothing changed, where ranks do not have the same gradients to average.
     """
     records: dict[int, Any] = {}
-    values: list[Tensor] = []
-    for x in logits:
-        grad = x.grad
-        if grad is None:
-            continue
-        if not isinstance(grad, FoldedGradient):
-            values.append(grad)
-            continue
-        parts = grad.share.parts
-        if same_masks and len(parts) == 1:
-            records[id(parts[0][0])] = parts[0][0]
-            continue
-        for record, _ in parts:
-            record.of_one_rank = False
-        values.append(grad.share.formed())
+    formed: list[Tensor] = []
+    said = []
+    for logits, same_masks in sources:
+        for x in logits:
+            grad = x.grad
+            if grad is None:
+                said.append("none")
+            elif same_masks and isinstance(grad, FoldedGradient) and len(grad.share.parts) == 1:
+                record = grad.share.parts[0][0]
+                records[id(record)] = record
+                said.append(f"{list(records).index(id(record))} {record.dtypes} {_penalty(record)}")
+            else:
+                formed.append(grad)
+                said.append("formed")
+    _require_agreement(said, sources, group)
+    values = [_of_this_rank(grad) for grad in formed]
     for record in records.values():
         penalty = [] if record.grad_penalty is None else [record.grad_penalty]
         record.grads, record.of_one_rank = mean_over_ranks([*record.whole(), *penalty], group), False
@@ -49,6 +54,43 @@ def reduce_gradients(logits: Iterable[Tensor], group: Any, same_masks: bool) -> 
             record.grad_penalty = record.grads.pop()
     for value, mean in zip(values, mean_over_ranks(values, group), strict=True):
         value.copy_(mean)
+
+
+def _penalty(record: Any) -> str:
+    return "without penalty" if record.grad_penalty is None else "with penalty"
+
+
+def _of_this_rank(grad: Tensor) -> Tensor:
+    """The values of a gradient before it is averaged."""
+    if not isinstance(grad, FoldedGradient):
+        return grad
+    for record, _ in grad.share.parts:
+        record.of_one_rank = False
+    return grad.share.formed()
+
+
+def _require_agreement(said: Sequence[str], sources: Sequence[tuple[Sequence[Tensor], bool]], group: Any) -> None:
+    """InputError on every rank where one of them says other than the others of its gradients.
+
+    Ranks that sent other things than their peers would wait for ever, or add up what does not belong together. On a GPU
+    nobody waits for the answer: there it is an assertion of the device.
+    """
+    device = next(x.device for logits, _ in sources for x in logits)
+    bounds = torch.full((2,), zlib.crc32("\n".join(said).encode()), dtype=torch.int64, device=device)
+    bounds[1].neg_()
+    distributed.all_reduce(bounds, op=distributed.ReduceOp.MAX, group=group)
+    without, formed = said.count("none"), said.count("formed")
+    penalty = " and the penalty's" if any(one.endswith("with penalty") for one in said) else ""
+    message = (
+        "ranks have other gradients to average than each other; of this one's layers "
+        f"{len(said) - without - formed} have that of one backward pass{penalty}, {formed} a sum or another formed "
+        f"one, {without} none. Every rank needs as many backward passes before a step as the others, through the same "
+        "layers, with the penalty in the loss of all of them or of none"
+    )
+    try:
+        torch._assert_async(bounds.sum() == 0, message)
+    except RuntimeError:
+        raise InputError(message) from None
 
 
 def mean_over_ranks(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:

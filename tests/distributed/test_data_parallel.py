@@ -101,6 +101,7 @@ def _averaged(rank: int, two: Any) -> dict[str, Any]:
     }
     own = _masked(noise="per-rank", process_group=two)
     found["own noise of two"] = Learning(own, two, ddp=False).run(0, STEPS).found()
+    found |= _disagreeing(rank, two)
     mesh = DeviceMesh.from_group(two, "cpu")
     found["a copy's"] = Learning(copy.deepcopy(own), mesh.get_group(), ddp=False).run(0, 1).drawn[0]
     found["the next"] = Learning(own, two).run(0, 1).drawn[0]
@@ -133,6 +134,42 @@ def _averaged(rank: int, two: Any) -> dict[str, Any]:
     other = dwm.mask_model(nn.Linear(4, 4), dwm.Threshold(threshold=0.001 * rank), seed=0)
     found["kinds differ"] = _told(lambda: dwm.nn.check_ranks(other, two))
     return found
+
+
+def _own_step(learning: Learning, passes: int = 1, penalty: bool = False) -> Tensor:
+    """A step from backward passes over rows of this rank's own; the logits after it."""
+    for i in range(passes):
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * learning.rank + i))
+        loss = learning.masked(x).square().mean()
+        (loss + learning.masked.sparsity_penalty() if penalty else loss).backward()
+    learning.optimizer.step()
+    return learning.logits()
+
+
+def _disagreeing(rank: int, two: Any) -> dict[str, Any]:
+    """Steps that were given up, and ranks that come to one with other gradients than their peers."""
+    skipped, later = Learning(_masked(), two, ddp=False), Learning(_masked(), two, ddp=False)
+    _backward(skipped)
+    skipped.optimizer.reduce_gradients()
+    skipped.masked.zero_grad()  # as where a norm was not finite
+    later.masked.noise = "per-rank"
+    passes = Learning(_masked(), two, ddp=False)
+    found: dict[str, Any] = {
+        "after a step given up": _own_step(skipped),
+        "noise set later": _own_step(later),
+        "other passes": _told(lambda: _own_step(passes, passes=1 + rank)),
+        "other losses": _told(lambda: _own_step(Learning(_masked(), two, ddp=False), penalty=rank == 1)),
+        "no rows": _told(lambda: _own_step(Learning(_masked(), two, ddp=False), passes=1 - rank)),
+        "left alone": torch.equal(passes.logits(), _masked_logits()) and passes.optimizer.state == {},
+    }
+    torch.manual_seed(rank)
+    edited = dwm.mask_model(nn.Linear(16, 4), dwm.Edit(), seed=0)
+    DistributedDataParallel(edited, process_group=two)
+    return {**found, "units": _told(lambda: dwm.nn.check_ranks(edited, two))}
+
+
+def _masked_logits() -> Tensor:
+    return Learning(_masked()).logits()
 
 
 def _wrapped(learning: Learning, group: Any) -> Learning:
@@ -235,12 +272,30 @@ def test_two_ranks_learn_what_one_process_learns_from_the_whole_batch(
 def test_a_step_averages_the_gradients_of_masked_weights_once_and_stays_folded(ranks: Any) -> None:
     weights = 16 * 16 + 16 * 4
     for rank in ranks[:2]:
-        assert rank["sent"] == [weights, weights]  # one draw, and three of a step, with all layers in one message
+        # One draw, and three of a step, with all layers in one message after one of two numbers: do the ranks agree?
+        assert rank["sent"] == [2, weights, 2, weights]
         assert "went into the last step of MaskAdam" in rank["spent"]
         assert "of this rank alone; call optimizer.reduce_gradients()" in rank["looked"]
         assert "let DistributedDataParallel leave the logits out" in rank["under DDP"]
         assert "backward() came after reduce_gradients()" in rank["late"]
         assert rank["not late"].startswith("Parameter")
+
+
+def test_after_a_step_given_up_the_next_one_is_averaged(ranks: Any) -> None:
+    assert not torch.equal(ranks[0]["after a step given up"], _masked_logits())
+    for what in ("after a step given up", "noise set later"):
+        assert torch.equal(ranks[0][what], ranks[1][what])
+
+
+def test_ranks_with_other_gradients_than_their_peers_are_told_so_and_nothing_is_stepped(ranks: Any) -> None:
+    for rank in ranks[:2]:
+        for what in ("other passes", "other losses", "no rows"):
+            assert rank[what].startswith("ranks have other gradients to average than each other")
+        assert rank["left alone"]
+    assert "2 have that of one backward pass, 0 a sum" in ranks[0]["other passes"]
+    assert "0 have that of one backward pass, 2 a sum" in ranks[1]["other passes"]
+    assert "one backward pass and the penalty's" in ranks[1]["other losses"]
+    assert "2 none" in ranks[1]["no rows"]
 
 
 def test_a_mean_over_ranks_keeps_dtypes_and_memory_formats(ranks: Any) -> None:
@@ -262,6 +317,7 @@ def test_ranks_with_other_values_are_told_so_and_which(ranks: Any) -> None:
         )
         assert "in 'rng_state', 'model.weight', 'model.bias': give" in rank["seeds and weights differ"]
         assert rank["kinds differ"].startswith("ranks 1 hold another model than rank 0")
+        assert "in 'model.unit': give" in rank["units"]  # DDP gave weights, not what was measured on them
     assert "a group that this process is not in" in ranks[2]["not in"]
 
 
@@ -302,6 +358,10 @@ def test_ranks_with_noise_of_their_own_are_the_mask_samples_of_one_process(ranks
         _same(rank["own noise"]["logits"], alone["logits"])
     first, second = (rank["own noise"]["drawn"] for rank in ranks[:2])
     assert not torch.equal(first[0], second[0])
+
+
+def test_one_process_agrees_with_itself() -> None:
+    assert dwm.nn.check_ranks(_masked()) is None  # type: ignore[func-returns-value]
 
 
 def test_noise_is_one_of_two_and_is_kept_in_files(tmp_path: Path) -> None:
