@@ -14,7 +14,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.methods.binary import Binary
 from dwm_fast.methods.learner import SequenceLearner, Tensors, as_source, norm_names, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions
+from dwm_fast.methods.transfer import TrainOptions, check_frozen
 from dwm_fast.nn.select import literal
 
 
@@ -36,6 +36,7 @@ class BinarySequence:
     name: ClassVar[str] = "binary"
 
     def __post_init__(self) -> None:
+        check_frozen(self.options)
         if self.binary.options.biases:
             raise InputError("binary.options.biases is True; expected False: in a sequence weights alone have masks")
 

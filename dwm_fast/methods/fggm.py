@@ -15,7 +15,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.methods.base import FoundMask, SourceTask
 from dwm_fast.methods.learner import SequenceLearner, Tensors, norm_names, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions
+from dwm_fast.methods.transfer import TrainOptions, check_frozen
 from dwm_fast.nn import maskable_weights
 
 
@@ -72,6 +72,7 @@ class FGGM:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_frozen(self.options)
 
     def find(self, model: nn.Module, task: SourceTask) -> FoundMask:
         """Keep the rows that the target needs least."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from dwm_fast.methods.learner import SequenceLearner, norm_names, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions
+from dwm_fast.methods.transfer import TrainOptions, check_frozen
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class FineTuning:
 
     options: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=3, lr=3e-4, batch_norm="per-domain"))
     name: ClassVar[str] = "none"
+
+    def __post_init__(self) -> None:
+        check_frozen(self.options)
 
     def learner(self, network: Callable[[int], nn.Module], head: str) -> FineTuner:
         """A learner that has seen nothing."""

@@ -15,7 +15,7 @@ from dwm_fast.errors import InputError
 from dwm_fast.methods.base import FoundMask, SourceTask
 from dwm_fast.methods.learner import SequenceLearner, Tensors, norm_names, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions
+from dwm_fast.methods.transfer import TrainOptions, check_frozen
 from dwm_fast.nn import maskable_weights
 
 Directions = tuple[Tensor, Tensor]
@@ -75,6 +75,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_frozen(self.options)
         if self.options.batch_norm == "shared":
             raise InputError("options.batch_norm is 'shared'; expected frozen or per-domain: earlier tasks need theirs")
 

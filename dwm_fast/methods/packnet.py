@@ -13,7 +13,7 @@ from dwm_fast.bank import Ownership
 from dwm_fast.errors import InputError
 from dwm_fast.methods.learner import SequenceLearner, Tensors, seeded, train_task
 from dwm_fast.methods.sequence import Task
-from dwm_fast.methods.transfer import TrainOptions
+from dwm_fast.methods.transfer import TrainOptions, check_frozen
 
 
 def prune_smallest(weight: Tensor, owner: Tensor, task: int, fraction: float) -> Tensor:
@@ -58,6 +58,7 @@ class PackNet:
         if not self.prune or not all(0 <= fraction <= 1 for fraction in self.prune):
             raise InputError(f"prune is {self.prune}; expected fractions from 0 to 1, at least one")
         for key in ("training", "retraining"):
+            check_frozen(getattr(self, key))
             policy = getattr(self, key).batch_norm
             if policy != "frozen":
                 raise InputError(f"{key}.batch_norm is '{policy}'; expected 'frozen': PackNet shares one batch norm")

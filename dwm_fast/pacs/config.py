@@ -130,6 +130,10 @@ class StudyConfig:
         for name in ("splits", "data_root"):
             if getattr(self, name) is not None and self.data is None:
                 raise InputError(f"{name}={getattr(self, name)} without data; give --data PATH too")
+        if self.source.kept_decay is not None:
+            raise InputError(
+                f"source: kept_decay is {self.source.kept_decay}; expected none: a source network is trained in whole"
+            )
         of_pairs.check_ways(self.tune)
 
     def pairs(self) -> list[tuple[str, str]]:

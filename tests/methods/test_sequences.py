@@ -210,6 +210,17 @@ def test_wrong_calls_are_named(sequence):
         learner.load_state({})
 
 
+@pytest.mark.parametrize("name", sorted(sequential_methods()))
+def test_weights_are_pulled_by_the_fine_tuning_of_pairs_alone(name):
+    method = sequential_methods()[name]
+    sections = [f.name for f in dataclasses.fields(method) if isinstance(getattr(method, f.name), TrainOptions)]
+    assert sections or name in ("piggyback", "ksm", "spg", "top-scores")  # which have loops and options of their own
+    for section in sections:
+        pulled = dataclasses.replace(getattr(method, section), kept_decay=0.0)
+        with pytest.raises(InputError, match=r"kept_decay is 0\.0; expected None"):
+            dataclasses.replace(method, **{section: pulled})
+
+
 def test_a_name_is_learned_once():
     learner = learned("none shared", TASKS[:2])
     with pytest.raises(InputError, match="task 'art' was learned before"):

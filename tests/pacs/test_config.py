@@ -121,6 +121,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tune": {"none": {"lr": "fast"}}}, "config: tune.none.lr is 'fast'; expected a number"),
     ({"tune": {"none": [{"epochs": 1}, {"epochs": 2}]}}, "tune.none has 2 ways; .*same batch_norm"),
     ({"tune": {"none": []}}, "tune.none has 0 ways; expected at least one"),
+    ({"tune": {"none": {"kept_decay": 5}}}, "tune.none: kept_decay is 5.0; expected none"),
+    ({"source": {"kept_decay": 5}}, "source: kept_decay is 5.0; expected none"),
     ({"methods": "none,magic"}, "methods: given none, magic; expected some of"),
     ({"inits": "S_middle"}, "inits: given S_middle; expected some of S_start"),
     ({"methods": []}, "methods: given none; expected"),

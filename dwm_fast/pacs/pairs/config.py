@@ -44,7 +44,12 @@ def read_options(value: Any, old: Options | None) -> Options | None:
 
 
 def check_ways(tunes: Tunes) -> None:
-    """Raise InputError where two ways of a method could not be told apart in the results."""
+    """Raise InputError where two ways of a method could not be told apart in the results, or pull what is not kept."""
+    pulled = next((way.kept_decay for way in tunes.get("none", ()) if way.kept_decay is not None), None)
+    if pulled is not None:
+        raise InputError(
+            f"tune.none: kept_decay is {pulled}; expected none: plain fine-tuning keeps nothing; start_decay pulls all"
+        )
     for method, ways in tunes.items():
         if len({(way.batch_norm, f"{way.lr:g}", way.kept_decay) for way in ways}) < max(1, len(ways)):
             raise InputError(
