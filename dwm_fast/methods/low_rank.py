@@ -36,7 +36,7 @@ def top_directions(matrix: Tensor, energy: float, kept: Directions | None = None
 
     Args:
         matrix: W (out, in).
-        energy: fraction of |W|^2, from 0 to 1.
+        energy: fraction of |W|^2, between 0 and 1.
         kept: of earlier tasks.
     """
     left, right = kept or (matrix.new_zeros(len(matrix), 0), matrix.new_zeros(matrix.shape[1], 0))

@@ -21,7 +21,8 @@ def bank_of(run: Path, method: str, seed: int) -> MaskBank:
     """The bank of a finished study of pairs.
 
     The sources' networks differ, so a domain is of the form "kept": its bits, the weights of its network that they
-    keep, and whatever of that network has no mask. Under it the bank computes what the study's view "masked" does.
+    keep, and whatever of that network has no mask. Under it the bank computes what the study's view "masked" does where
+    kept weights are frozen.
 
     Args:
         run: the study's run folder.

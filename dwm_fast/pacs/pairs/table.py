@@ -289,7 +289,7 @@ def to_markdown(rows: Sequence[TableRow]) -> str:
 
 
 def to_csv(rows: Sequence[TableRow]) -> str:
-    """The table in long form, a line per (row, source) and one with source `all`; no value is empty."""
+    """The table in long form, a line per (row, source) and one with source `all`; what is not there is empty."""
     lines: list[Sequence[object]] = [
         ["data", "method", "init", "bn_policy", "view", "lr", "kept_decay", "source"]
         + [name for metric in METRICS for name in (metric, f"{metric}_spread")]

@@ -61,6 +61,18 @@ def test_ours_stands_above_theirs_for_each_re_initialisation_that_ran():
     assert beside_published(results(three, real=True)) == ""
 
 
+def test_ways_that_pull_kept_weights_are_not_the_papers_and_decide_none_of_its_findings():
+    pulled = [
+        {**row(source, target, "binary", 0, 0.5, 0.3, init=init), "kept_decay": 100.0}
+        for source, target in pairs()
+        for init in ("S_start", "random")
+    ]
+    first, *others = findings(results(pulled + grid(), real=True))
+    assert "binary masking with kept weights frozen leaves" in first
+    assert [first.replace(" with kept weights frozen", ""), *others] == findings(results(grid(), real=True))
+    assert beside_published(results(pulled + grid(), real=True)) == beside_published(results(grid(), real=True))
+
+
 def test_with_six_pairs_and_more_the_interval_is_over_pairs():
     """Copies of every run as further seeds add nothing to what is known, and narrow nothing."""
     rows = [
