@@ -30,6 +30,7 @@ from dwm_fast.pacs_options import (
     ImageSize,
     ListStages,
     OneStage,
+    Orders,
     Out,
     OwnClasses,
     Seeds,
@@ -166,7 +167,13 @@ def bank(
 @pacs_app.command()
 def sequence(
     context: typer.Context,
-    domains: Annotated[str, typer.Argument(help="At least two, comma-separated, in the order of learning; or all.")],
+    domains: Annotated[
+        str,
+        typer.Argument(
+            help="At least two, comma-separated, in the order of learning; or all. Two orders: 'photo,art;art,photo'."
+        ),
+    ],
+    orders: Orders = None,
     data: Data = None,
     splits: Splits = None,
     download: Download = False,
@@ -216,9 +223,10 @@ def sequence(
     _run(_base(given), given, {})
 
 
-_LISTS = ("sequence", "sources", "targets", "methods", "inits", "seeds")
+_LISTS = ("sources", "targets", "methods", "inits", "seeds")
 _IMAGES = ("split_classes", "classes", "columns", "holdout")
-_PLAIN = ("data", "data_root", "splits", "validation", "alone", "backbone", "weights", "amp", "device", "threads")
+_PLAIN = ("data", "data_root", "splits", "validation", "backbone", "weights", "amp", "device", "threads")
+_OF_SEQUENCE = ("sequence", "orders", "alone")
 _SIZES = ("image_size", "train_size", "crop_scale", "tune_size", "tune_scale", "batch_size")
 
 
@@ -250,7 +258,7 @@ def _run(base: StudyConfig, given: dict[str, Any], sections: dict[str, dict[str,
 
     images = {name: given[name] for name in _IMAGES}
     sections = {"source": {"epochs": given["source_epochs"], "lr": given["source_lr"]}, "images": images, **sections}
-    entries: dict[str, Any] = {name: given.get(name) for name in (*_PLAIN, *_SIZES)}
+    entries: dict[str, Any] = {name: given.get(name) for name in (*_PLAIN, *_OF_SEQUENCE, *_SIZES)}
     entries |= {name: _comma(given.get(name)) for name in _LISTS}
     entries |= {k: {n: v for n, v in s.items() if v is not None} or None for k, s in sections.items()}
     study = from_dict({k: v for k, v in entries.items() if v is not None}, base)

@@ -106,3 +106,7 @@ Alone = Annotated[
     typer.Option("--alone", help="Train each later domain by itself too: the table has the forward transfer."),
 ]
 TaskEpochs = Annotated[int | None, typer.Option(help="Epochs of every later domain, for every method.")]
+Orders = Annotated[
+    int | None,
+    typer.Option(help="Learn the domains in so many orders: rotations, each beginning one domain later."),
+]

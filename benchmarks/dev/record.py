@@ -43,7 +43,8 @@ def taken(results: Mapping[str, Any], commit: str) -> dict[str, Any]:
 def tables(results: Mapping[str, Any]) -> str:
     """The run's tables, Markdown."""
     if results.get("kind") == "sequence":
-        return sequence_table.to_markdown(sequence_table.sequence_table(results))
+        whole = sequence_table.to_markdown(sequence_table.sequence_table(results))
+        return whole + sequence_table.orders_markdown(results)
     return "\n".join([table.to_markdown(table.paper_table(results)), published.beside_published(results)])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from dwm_fast._files import hold_lock, reason, write_atomic
 from dwm_fast.errors import DataError, InputError
 from dwm_fast.pacs.config import StudyConfig
+from dwm_fast.pacs.sequence.config import orders_of
 
 FOLDER = ".locks"
 _CONFIG = "study.json"
@@ -92,8 +93,8 @@ class Claims:
 def check_folder(folder: Path, config: StudyConfig) -> None:
     """Raise InputError where a run folder holds a study of the other kind, or results that this one would lose.
 
-    A study may have more sources, targets, methods, inits, seeds, ways, and domains at the end of a sequence than the
-    one whose results are there, not fewer.
+    A study may have more sources, targets, methods, inits, seeds, ways, orders, and domains at the end of a
+    sequence than the one whose results are there, not fewer.
     """
     kind, other = (_OF_PAIRS, _OF_SEQUENCES) if config.sequence is None else (_OF_SEQUENCES, _OF_PAIRS)
     names = [file.name for file in (folder / "stages").glob("*.safetensors")]
@@ -127,9 +128,10 @@ def _lost(there: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[st
         gone = [value for value in there.get(entry) or [] if value not in (now.get(entry) or [])]
         if gone:
             yield entry, gone
-    old, new = there.get("sequence"), now.get("sequence")
-    if old and list(new or [])[: len(old)] != old:
-        yield "sequence", [",".join(old)]
+    new = _orders(now)
+    gone = [",".join(old) for old in _orders(there) if not any(order[: len(old)] == old for order in new)]
+    if gone:
+        yield "sequence", gone
     if there.get("alone") and not now.get("alone"):
         yield "alone", [True]
     for method in there.get("methods") or []:
@@ -137,6 +139,11 @@ def _lost(there: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[st
         gone = [way for way in _ways(there, method) if way not in kept]
         if gone:
             yield f"tune.{method}", gone
+
+
+def _orders(plain: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The orders of a sequence in a written configuration; () where it is of pairs."""
+    return orders_of(plain["sequence"], plain.get("orders", 1)) if plain.get("sequence") else ()
 
 
 def _ways(config: Mapping[str, Any], method: str) -> list[str]:

@@ -57,6 +57,8 @@ class StudyConfig:
         own_methods: "file.py:Class" or "module:Class" of the methods from outside that `methods` may name.
         sequence: domains to learn one after the other with one backbone, or "all" that the data have, instead of the
             grid of pairs; None for that.
+        orders: with a sequence: how many orders of its domains are learned, rotations of it; or the orders themselves,
+            `sequence` the first.
         sequential: method -> options in place of its own defaults, for a sequence.
         alone: with a sequence: train a network for each later domain by itself too, for the forward transfer.
         batch_size: images a step.
@@ -103,6 +105,7 @@ class StudyConfig:
     pairwise: of_pairs.Options | None = field(default=None, metadata={"later": True})
     own_methods: tuple[str, ...] = field(default=(), metadata={"later": True})
     sequence: tuple[str, ...] | None = None
+    orders: of_sequences.Orders = field(default=1, metadata={"later": True})
     sequential: of_sequences.Options = field(default_factory=dict)
     alone: bool = field(default=False, metadata={"later": True})
     batch_size: Annotated[int, whole(1)] = 32
@@ -113,10 +116,13 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.sequence is not None:
             of_sequences.check_sequence(self.sequence)
+            of_sequences.check_orders(self.sequence, self.orders)
             default = {f.name: f.default for f in dataclasses.fields(self)}
             _exclude(name for name in ("sources", "targets", "inits") if getattr(self, name) not in (default[name], ()))
         elif self.alone:
             raise InputError("alone=True without a sequence; it gives a sequence's forward transfer: give sequence too")
+        elif self.orders != 1:
+            raise InputError(f"orders={self.orders} without a sequence, whose orders they are; give sequence too")
         offered = of_pairs.offered() if self.sequence is None else tuple(of_sequences.offered())
         for name, values, allowed in (("methods", self.methods, offered), ("inits", self.inits, INITS)):
             if not values or set(values) - set(allowed):
@@ -163,6 +169,10 @@ class StudyConfig:
     def domains(self) -> tuple[str, ...]:
         """Every domain that is trained on or evaluated, by name; () for all that the data have."""
         return () if self._all_domains() else self.sequence or tuple(sorted({*self.sources, *self.targets}))
+
+    def in_orders(self) -> tuple[tuple[str, ...], ...]:
+        """The orders in which a sequence is learned, `sequence` the first."""
+        return of_sequences.orders_of(self.sequence or (), self.orders)
 
     def with_domains(self, there: Sequence[str]) -> StudyConfig:
         """The same study with the names of its domains, of those that are `there`, in place of "all".
@@ -236,7 +246,7 @@ def real_defaults() -> StudyConfig:
 
 def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
     """`base` with the entries of `data` in place of its own. Unknown entries and wrong values: InputError."""
-    data = _with_own_methods(data, base)
+    data = of_sequences.spelled_out(_with_own_methods(data, base))
     images = data.get("data", base.data)
     other = is_other(images)
     changes: dict[str, Any] = {}
@@ -248,8 +258,12 @@ def from_dict(data: Mapping[str, Any], base: StudyConfig) -> StudyConfig:
             raise InputError(f"config: unknown entry '{key}'; expected some of {', '.join(hints)}")
         if key in ("sequence", "sources", "targets"):
             changes[key] = None if value is None else _domains(key, sequence(value), images)
+        elif key == "orders" and isinstance(value, list):
+            changes[key] = tuple(_domains("sequence", order, images) for order in value)
         else:
             changes[key] = _read(key, value, getattr(base, key), hints[key])
+    if "sequence" in data and "orders" not in data and not isinstance(base.orders, int):
+        changes["orders"] = 1  # those of the file were of its own sequence
     if changes.get("sequence", base.sequence) is not None:
         _exclude(key for key in of_pairs.ENTRIES if key in data)
         if "methods" not in data and base.sequence is None and base.methods == METHODS:
@@ -281,6 +295,8 @@ def _read(key: str, value: Any, old: Any, hint: Any) -> Any:
         return of_sequences.read_options(value, old)
     if key == "pairwise":
         return of_pairs.read_options(value, old)
+    if key == "orders":
+        return typed(key, value, int)
     if key in ("methods", "inits"):
         return tuple(dict.fromkeys(str(v) for v in sequence(value)))
     if key == "seeds":

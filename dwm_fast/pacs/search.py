@@ -28,7 +28,7 @@ from dwm_fast.pacs.stages import StageFolder
 from dwm_fast.pacs.study import choose_device, load_data, on_threads, prepared, versions
 
 _PLACES = ("data", "data_root", "splits", "weights", "validation")
-_GRID = ("methods", "sources", "targets", "inits", "sequence", "alone", "seeds")
+_GRID = ("methods", "sources", "targets", "inits", "sequence", "orders", "alone", "seeds")
 _MACHINE = ("device", "amp")
 RECORD = "search.json"
 

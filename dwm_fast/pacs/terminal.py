@@ -141,7 +141,8 @@ def run_search(grid: Path, flags: Mapping[str, Any], folder: Path) -> None:
             console,
             f"{method}: trial {number + 1}, {trial['settings']}: {search.says(trial)} on validation images",
         )
-    taken = "pacs" if search.config.sequence is None else f"pacs sequence {','.join(search.config.sequence)}"
+    sequence = search.config.sequence
+    taken = "pacs" if sequence is None else f"pacs sequence {','.join(sequence)}"
     _line(console, f"record: {folder / RECORD}; 'dwm-fast {taken} --settings {folder / RECORD}' takes the choice")
 
 

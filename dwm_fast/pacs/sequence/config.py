@@ -9,11 +9,15 @@ from dwm_fast import methods as all_methods
 from dwm_fast.errors import InputError
 from dwm_fast.methods import SequentialMethod
 from dwm_fast.pacs.config_values import merged, method_options, named, replace
+from dwm_fast.pacs.config_values import sequence as as_list
 
 Options = Mapping[str, Mapping[str, Any]]
 """Method -> options in place of its own defaults."""
 
-ENTRIES = ("sequence", "sequential", "alone")
+Orders = int | tuple[tuple[str, ...], ...]
+"""How many rotations of a sequence, or the orders of its domains one by one."""
+
+ENTRIES = ("sequence", "orders", "sequential", "alone")
 """Entries that only the study of sequences reads."""
 ALL = ("all",)
 """In place of a sequence: every domain of the data, in their order."""
@@ -48,6 +52,56 @@ def check_sequence(domains: Sequence[str]) -> None:
     repeated = [domain for domain in domains if domains.count(domain) > 1]
     if repeated:
         raise InputError(f"sequence: {repeated[0]} is in it more than once; expected every domain once")
+
+
+def orders_of(sequence: Sequence[str], orders: int | Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """The orders in which a study learns the domains, `sequence` first.
+
+    A number asks for rotations: each begins one domain later than the one before, so that of all rotations every domain
+    is learned first once, last once, and once at every place between.
+
+    >>> orders_of(["photo", "art", "sketch"], 2)
+    (('photo', 'art', 'sketch'), ('art', 'sketch', 'photo'))
+    """
+    if isinstance(orders, int):
+        return tuple((*sequence[start:], *sequence[:start]) for start in range(orders))
+    return tuple(tuple(order) for order in orders)
+
+
+def check_orders(sequence: tuple[str, ...], orders: Orders) -> None:
+    """Raise InputError for orders that are none of this sequence's domains."""
+    if isinstance(orders, int):
+        most = None if sequence == ALL else len(sequence)
+        if orders < 1 or (most is not None and orders > most):
+            known = f"1 to {most}, as many as {','.join(sequence)} has rotations" if most else "a number from 1 on"
+            raise InputError(f"orders is {orders}; expected {known}, or the orders themselves: photo,art;art,photo")
+        return
+    for order in orders:
+        if sorted(order) != sorted(sequence):
+            raise InputError(
+                f"orders: {','.join(order)} has other domains than {','.join(sequence)}; expected the same in all"
+            )
+    if not orders or orders[0] != sequence:
+        first = ",".join(orders[0]) if orders else "missing"
+        raise InputError(f"orders: the first is {first}, and sequence is {','.join(sequence)}; leave sequence out")
+    if len(set(orders)) < len(orders):
+        twice = next(order for order in orders if orders.count(order) > 1)
+        raise InputError(f"orders: {','.join(twice)} is among them more than once; expected every order once")
+
+
+def spelled_out(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Entries with `sequence` and `orders` for the shorter spellings: text with semicolons, or orders alone."""
+    given, orders = data.get("sequence"), data.get("orders")
+    if isinstance(given, str) and ";" in given:
+        if orders is not None:
+            raise InputError(f"sequence: {given} has several orders, and orders is given too; leave out one of them")
+        orders = [order for order in given.split(";") if order.strip()]
+        data = {key: value for key, value in data.items() if key != "sequence"} | {"orders": orders}
+    if not isinstance(orders, (list, tuple)):
+        return data
+    orders = list(map(as_list, orders))
+    first = {} if "sequence" in data or not orders else {"sequence": orders[0]}
+    return {**data, **first, "orders": orders if len(orders) > 1 else 1}
 
 
 def offered() -> dict[str, SequentialMethod]:

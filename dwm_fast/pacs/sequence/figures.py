@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dwm_fast.pacs.page.figure_style import ACCURACY, as_files, canvas, colour, legend, mark, seeds_note
-from dwm_fast.pacs.sequence.table import sequence_table
+from dwm_fast.pacs.sequence.table import orders_in, sequence_table
 from dwm_fast.pacs.tables import Stat, number, over_seeds
 
 if TYPE_CHECKING:
@@ -52,44 +53,72 @@ def _handles(keys: Sequence[Key], **changes: Any) -> list[Any]:
     return [mark(style.pop("marker"), name(*key), style.pop("color"), **style) for key, style in styles.items()]
 
 
-def _over(rows: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> Stat:
-    """Mean accuracy on `domains` in rows of one method, view and last domain; spread over seeds."""
-    by_seed: dict[int, list[float]] = {}
+def _note(results: Mapping[str, Any]) -> str:
+    """How many runs stand behind the points of a figure."""
+    orders = len(orders_in(results))
+    seeds = seeds_note(results["measures"])
+    if orders == 1:
+        return seeds
+    return f"mean and standard deviation over {orders} orders × {seeds.rpartition(' over ')[2]}"
+
+
+def _over(rows: Sequence[Mapping[str, Any]], domains: Sequence[str] | None) -> Stat:
+    """Mean accuracy on `domains`, or all in rows of one method, view and place; spread over orders and seeds."""
+    runs: dict[Any, list[float]] = {}
     for row in rows:
-        if row["on"] in domains:
-            by_seed.setdefault(row["seed"], []).append(row["accuracy"])
-    return over_seeds([fmean(values) for values in by_seed.values()])
+        if domains is None or row["on"] in domains:
+            runs.setdefault((row.get("order"), row["seed"]), []).append(row["accuracy"])
+    return over_seeds([fmean(values) for values in runs.values()])
 
 
-def _lines(results: Mapping[str, Any], key: Key, domain: str | None) -> Iterator[tuple[int, Stat]]:
-    """Accuracy on a domain, or the mean over all seen, after each domain from its own on."""
-    sequence = results["sequence"]
-    for position, after in enumerate(sequence):
-        seen = sequence[: position + 1]
-        if domain is not None and domain not in seen:
-            continue
-        rows = [r for r in results["rows"] if (r["method"], r["view"]) == key and r["after"] == after]
-        yield position, _over(rows, seen if domain is None else [domain])
+@dataclass(frozen=True)
+class _Panel:
+    """Accuracy on `domains`, or the mean over all seen, in those rows, after each domain from place `start` on."""
+
+    title: str
+    names: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+    domains: Sequence[str] | None = None
+    start: int = 0
+
+    def line(self, key: Key) -> Iterator[tuple[int, Stat]]:
+        own = [row for row in self.rows if (row["method"], row["view"]) == key]
+        for place in range(self.start, len(self.names)):
+            yield place, _over([row for row in own if row["position"] == place], self.domains)
+
+
+def _panels(results: Mapping[str, Any]) -> list[_Panel]:
+    """The mean over the domains seen, and each domain; of several orders that mean over all of them, and in each."""
+    sequence, rows, orders = results["sequence"], results["rows"], orders_in(results)
+    if len(orders) == 1:
+        own = [_Panel(f"on {one}", sequence, rows, [one], start) for start, one in enumerate(sequence)]
+        return [_Panel("mean over the domains seen", sequence, rows), *own]
+    numbers = [str(number) for number in range(1, len(sequence) + 1)]
+    each = [
+        _Panel(f"order {number}", order, [row for row in rows if row["order"] == ",".join(order)])
+        for number, order in enumerate(orders, start=1)
+    ]
+    return [_Panel("all orders", numbers, rows), *each]
 
 
 def _sequence(results: Mapping[str, Any]) -> Figure:
-    """A panel for the mean over the domains seen, and one per domain: accuracy after each domain learned."""
-    sequence, keys = results["sequence"], _keys(results)
-    panels: list[str | None] = [None, *sequence]
+    """Accuracy after each domain learned, in the panels of `_panels`."""
+    sequence, keys, panels = results["sequence"], _keys(results), _panels(results)
     columns = min(3, len(panels))
     shape = (-(-len(panels) // columns), columns)
+    several = "orders" in results
     crowded = sum(map(len, sequence)) > _CROWDED
     through = f"{len(sequence)} domains, {sequence[0]} to {sequence[-1]}" if crowded else " → ".join(sequence)
-    note = f"{through}; {seeds_note(results['measures'])}"
+    note = f"{'on the domains seen' if several else through}; {_note(results)}"
     figure, axes = canvas(
-        results, "Accuracy while domains are added", note, shape, (3.4, 2.7), sharex=True, sharey=True
+        results, "Accuracy while domains are added", note, shape, (3.4, 2.7), sharex=not several, sharey=True
     )
     flat = [axis for line in axes for axis in line]
     for axis in flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, domain in zip(flat, panels, strict=False):
+    for axis, panel in zip(flat, panels, strict=False):
         for order, key in enumerate(keys):
-            places, values = zip(*_lines(results, key, domain), strict=True)
+            places, values = zip(*panel.line(key), strict=True)
             aside = 0.05 * (order - (len(keys) - 1) / 2)  # equal accuracies would hide each other
             axis.errorbar(
                 [place + aside for place in places],
@@ -100,8 +129,8 @@ def _sequence(results: Mapping[str, Any]) -> Figure:
                 elinewidth=0.9,
                 **_style(*key),
             )
-        axis.set_title("mean over the domains seen" if domain is None else f"on {domain}")
-        axis.set_xticks(range(len(sequence)), sequence, rotation=90 if crowded else 0)
+        axis.set_title(panel.title)
+        axis.set_xticks(range(len(sequence)), panel.names, rotation=90 if crowded else 0)
         axis.tick_params(labelbottom=True)
     for line in axes:
         line[0].set_ylabel("accuracy (fraction)")
@@ -114,7 +143,7 @@ def _sequence(results: Mapping[str, Any]) -> Figure:
 def _storage(results: Mapping[str, Any]) -> Figure:
     """Average accuracy at the end against what a domain adds to storage."""
     rows = sequence_table(results)
-    note = f"up and left is better; {seeds_note(results['measures'])}"
+    note = f"up and left is better; {_note(results)}"
     figure, axes = canvas(results, "Final average against storage", note, (1, 1), (5.8, 4.0))
     axis = axes[0][0]
     stored = [row.bits_added.mean or 0.0 for row in rows]
@@ -148,7 +177,7 @@ def _storage_scale(axis: Axes, stored: Sequence[float]) -> None:
 def _forgetting(results: Mapping[str, Any]) -> Figure:
     """A bar per method and view: how much of the best earlier accuracy is lost at the end."""
     rows = sequence_table(results)
-    note = f"lower is better; {seeds_note(results['measures'])}"
+    note = f"lower is better; {_note(results)}"
     panel = (5.8, 0.32 * len(rows) + 0.9)
     figure, axes = canvas(results, "Forgetting", note, (1, 1), panel)
     axis = axes[0][0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dwm_fast.pacs.sequence.table import SequenceRow, sequence_table, storage
+from dwm_fast.pacs.sequence.table import SequenceRow, orders_in, sequence_table, storage
 from dwm_fast.pacs.tables import number
 from dwm_fast.pacs.words import data_name, limits
 
@@ -20,11 +20,14 @@ def finding(results: Mapping[str, Any]) -> list[str]:
     if not rows:
         return [f"No sequence on {data} has finished yet."]
     best = max(rows, key=lambda row: row.average.rank)
+    orders = [" → ".join(order) for order in orders_in(results)]
+    order = "this order" if len(orders) == 1 else f"{len(orders)} orders"
     return [
-        f"On {data}, after {_listed(results['sequence'])} in this order, {_name(best)} has the highest average "
+        f"On {data}, after {_listed(results['sequence'])} in {order}, {_name(best)} has the highest average "
         f"accuracy: {number(best.average)}{_against(best, rows)}.",
         _forgetting(rows),
         *_cost(best),
+        *([f"The orders are {'; '.join(orders)}."] if len(orders) > 1 else []),
         *_limits(results, rows, best),
     ]
 
@@ -63,7 +66,8 @@ def _cost(best: SequenceRow) -> list[str]:
 
 
 def _limits(results: Mapping[str, Any], rows: Sequence[SequenceRow], best: SequenceRow) -> list[str]:
+    order = "in one order of domains" if best.orders == 1 else f"in {best.orders} orders of domains"
     return [
         "Every domain has a head of its own: which domain an image is from is known when it is classified.",
-        *limits(results, best.seeds, len(rows), "best", "rows", "in one order of domains"),
+        *limits(results, best.seeds * best.orders, len(rows), "best", "rows", order),
     ]

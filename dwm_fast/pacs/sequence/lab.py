@@ -6,9 +6,12 @@ learner that takes back the state which the stage before left in its file, also 
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor
 from dwm_fast._options import recorded
 from dwm_fast.methods.sequence import Learner, Task
 from dwm_fast.pacs.backbones import last_linear
+from dwm_fast.pacs.config import StudyConfig
+from dwm_fast.pacs.data import PacsData
 from dwm_fast.pacs.lab import Lab, Planned, stage_seed
 from dwm_fast.pacs.stages import Finished
 
@@ -25,17 +30,29 @@ _LONGEST = 160
 
 
 class SequenceLab(Lab):
-    """Does the stages of a configuration that has a sequence; arguments as `Lab`."""
+    """Does the stages of a configuration that has a sequence; arguments as `Lab`.
 
-    @property
-    def sequence(self) -> tuple[str, ...]:
-        """The domains in the order in which they are learned."""
-        assert self.config.sequence is not None
-        return self.config.sequence
+    Attributes:
+        orders: all orders in which the configuration learns the domains.
+        sequence: the domains in the order of this lab: the first of `orders`, unless `in_order` chose another.
+    """
+
+    def __init__(self, config: StudyConfig, data: PacsData, folder: Path, device: torch.device) -> None:
+        super().__init__(config, data, folder, device)
+        self.orders = config.in_orders()
+        self.sequence = self.orders[0]
+
+    def in_order(self, order: Sequence[str]) -> SequenceLab:
+        """The same lab for one of its orders."""
+        lab = copy.copy(self)
+        lab.sequence = tuple(order)
+        return lab
 
     def task_stage(self, method: str, position: int, seed: int) -> Planned:
         """As `Lab.source_stage`. The name holds the domains learned so far: sequences that begin alike share stages."""
-        seen = self.sequence[: position + 1]
+        return self._stage(method, self.sequence[: position + 1], seed)
+
+    def _stage(self, method: str, seen: Sequence[str], seed: int) -> Planned:
         options = recorded(self.config.sequential_method(method))
         return f"sequence-{method}-{_joined(seen)}-seed{seed}", {
             **self.source_stage(seen[0], seed)[1],
@@ -62,6 +79,17 @@ class SequenceLab(Lab):
         learner = self._fresh(method)
         learner.load_state(state)
         return learner
+
+    def everything(self, methods: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Rows and tasks as of `whole`, of all methods, seeds and orders; of several orders each says its own."""
+        rows: list[dict[str, Any]] = []
+        tasks: list[dict[str, Any]] = []
+        for seed, method, order in itertools.product(self.config.seeds, methods, self.orders):
+            own = {"order": ",".join(order)} if len(self.orders) > 1 else {}
+            found = self.in_order(order).whole(method, seed)
+            rows += [{**own, **row} for row in found[0]]
+            tasks += [{**own, **task} for task in found[1]]
+        return rows, tasks
 
     def whole(self, method: str, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A method's whole sequence, done or read: rows, one for each accuracy, and tasks, one for each domain.
@@ -120,8 +148,11 @@ class SequenceLab(Lab):
         return finished
 
     def _thin_before(self, method: str, position: int, seed: int) -> None:
-        if position:
-            self.stages.thin(self.task_stage(method, position - 1, seed)[0])
+        """Leave the stage before its figures alone, once every order that goes on from it has done so."""
+        seen = self.sequence[:position]
+        following = {order[: position + 1] for order in self.orders if order[:position] == seen}
+        if position and all(self.stages.check(*self._stage(method, order, seed)) for order in following):
+            self.stages.thin(self._stage(method, seen, seed)[0])
 
     def _evaluated(self, learner: Learner, position: int) -> list[dict[str, Any]]:
         """Accuracy and loss on the test images of every domain seen, in every view."""

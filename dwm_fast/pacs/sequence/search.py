@@ -16,7 +16,7 @@ from dwm_fast.pacs.lab import Planned
 from dwm_fast.pacs.search import Grid, MarkedStages, Search, Tell, Trial, combinations, dotted, known_entries, mark
 from dwm_fast.pacs.sequence.config import offered
 from dwm_fast.pacs.sequence.lab import SequenceLab, says
-from dwm_fast.pacs.sequence.table import measures
+from dwm_fast.pacs.sequence.table import measures_of
 
 _MEANS = ("average", "forgetting", "backward_transfer", "incremental_average", "bits_added", "seconds")
 _ROUNDING = 1e-9
@@ -67,27 +67,32 @@ class SequenceSearch(Search):
         lab.stages = MarkedStages(self.folder / "stages", self.device, marks)
         return lab
 
+    def _runs(self, lab: SequenceLab) -> Iterator[tuple[SequenceLab, int]]:
+        """Every order, as the lab that learns in it, and seed."""
+        for seed, order in itertools.product(self.config.seeds, lab.orders):
+            yield lab.in_order(order), seed
+
     def planned(self, lab: Any, trial: Trial) -> Iterator[Planned]:
-        for seed in self.config.seeds:
-            yield lab.source_stage(lab.sequence[0], seed)
-            for position in range(len(lab.sequence)):
-                yield lab.task_stage(trial.method, position, seed)
+        for run, seed in self._runs(lab):
+            yield run.source_stage(run.sequence[0], seed)
+            for position in range(len(run.sequence)):
+                yield run.task_stage(trial.method, position, seed)
 
     def measure(self, lab: Any, trial: Trial, tell: Tell) -> dict[str, Any]:
-        rows: list[dict[str, Any]] = []
-        tasks: list[dict[str, Any]] = []
-        for seed in self.config.seeds:
-            for position, domain in enumerate(lab.sequence):
-                tell(f"after {domain}: {says(lab.learned(trial.method, position, seed))}")
-            lab.stages.thin(lab.task_stage(trial.method, position, seed)[0])  # a trial is judged, not used
-            more = lab.whole(trial.method, seed)
-            rows, tasks = rows + more[0], tasks + more[1]
+        for run, seed in self._runs(lab):
+            for position in range(len(run.sequence)):
+                start = 0 if len(lab.orders) > 1 else position
+                seen = ", ".join(run.sequence[start : position + 1])
+                tell(f"after {seen}: {says(run.learned(trial.method, position, seed))}")
+            run.stages.thin(run.task_stage(trial.method, position, seed)[0])  # a trial is judged, not used
+        rows, tasks = lab.everything([trial.method])
         sizes = {domain: len(self.data.domains[domain].test) for domain in lab.sequence}
-        found = measures(lab.sequence, rows, tasks, sizes)
+        found = measures_of(lab.orders, rows, tasks, sizes)
         return {**_means(found), "measures": found, "rows": rows}
 
     def about(self) -> dict[str, Any]:
-        return {"sequence": list(self.config.sequence or ())}
+        orders = [list(order) for order in self.config.in_orders()]
+        return {"sequence": orders[0], **({"orders": orders} if len(orders) > 1 else {})}
 
     def choose(self, trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         return choose(trials, self.grid.tolerance)
@@ -97,7 +102,7 @@ class SequenceSearch(Search):
 
 
 def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds of a method's measures in its first view."""
+    """Means over orders and seeds of a method's measures in its first view."""
     judged = [one for one in found if one["view"] == found[0]["view"]]
     final = {domain: fmean(one["final"][domain] for one in judged) for domain in judged[0]["final"]}
     return {"view": judged[0]["view"], **{name: fmean(one[name] for one in judged) for name in _MEANS}, "final": final}

@@ -26,48 +26,64 @@ class SequenceStudy(Study):
     def make_lab(self) -> SequenceLab:
         return SequenceLab(self.config, self.data, self.folder, self.device)
 
-    def sources(self) -> list[str]:
-        return list(self.lab.sequence if self.config.alone else self.lab.sequence[:1])
+    def _first(self) -> list[str]:
+        """The domains that some order begins with."""
+        return list(dict.fromkeys(order[0] for order in self.lab.orders))
 
-    def _cells(self) -> Iterator[tuple[str, int, int]]:
-        """(method, position, seed) of every task stage, in order."""
-        for seed, method in itertools.product(self.config.seeds, self.config.methods):
-            for position in range(len(self.lab.sequence)):
-                yield method, position, seed
+    def _alone(self) -> list[str]:
+        """The domains that some order has later, where each is trained by itself too."""
+        later = (domain for domain in self.lab.sequence if any(order[0] != domain for order in self.lab.orders))
+        return list(later) if self.config.alone else []
+
+    def sources(self) -> list[str]:
+        return list(dict.fromkeys([*self._first(), *self._alone()]))
 
     def stages(self) -> Iterator[Stage]:
-        first = self.lab.sequence[0]
-        for seed in self.config.seeds:
-            yield self.source_stage(first, seed, f"network of {first}, seed {seed}")
-        for seed, domain in itertools.product(self.config.seeds, self.sources()[1:]):
+        first = self._first()
+        for seed, domain in itertools.product(self.config.seeds, first):
+            yield self.source_stage(domain, seed, f"network of {domain}, seed {seed}")
+        for seed, domain in itertools.product(self.config.seeds, self.sources()[len(first) :]):
             yield self.source_stage(domain, seed, f"network of {domain} alone, seed {seed}")
-        yield from itertools.starmap(self._task_stage, self._cells())
+        shared: set[str] = set()
+        for seed, method, order in itertools.product(self.config.seeds, self.config.methods, self.lab.orders):
+            for position in range(len(order)):
+                stage = self._task_stage(order, method, position, seed)
+                if stage.name not in shared:  # orders that begin alike
+                    yield stage
+                shared.add(stage.name)
 
-    def _task_stage(self, method: str, position: int, seed: int) -> Stage:
-        cell, first = (method, position, seed), self.lab.sequence[0]
-        planned = self.lab.task_stage(*cell)
-        label = f"{position + 1}. {self.lab.sequence[position]}, {method}, seed {seed}"
-        before = self.lab.task_stage(method, position - 1, seed) if position else self.lab.source_stage(first, seed)
-        return Stage(planned[0], label, lambda: says(self.lab.learned(*cell)), [planned], (before[0],))
+    def _task_stage(self, order: tuple[str, ...], method: str, position: int, seed: int) -> Stage:
+        cell, lab = (method, position, seed), self.lab.in_order(order)
+        planned = lab.task_stage(*cell)
+        what = order[position] if len(self.lab.orders) == 1 else " → ".join(order[: position + 1])
+        before = lab.task_stage(method, position - 1, seed) if position else lab.source_stage(order[0], seed)
+
+        def run() -> str:
+            return says(self.lab.in_order(order).learned(*cell))
+
+        return Stage(planned[0], f"{position + 1}. {what}, {method}, seed {seed}", run, [planned], (before[0],))
 
     def results(self) -> dict[str, Any]:
-        sequence, methods = list(self.lab.sequence), self.config.methods
-        found = [self.lab.whole(method, seed) for seed, method in itertools.product(self.config.seeds, methods)]
-        rows, tasks = ([one for part in parts for one in part] for parts in zip(*found, strict=True))
-        sizes = {domain: len(self.data.domains[domain].test) for domain in sequence}
-        alone = [self.lab.source(d, seed).figures for seed in self.config.seeds for d in self.sources()[1:]]
+        orders, methods, seeds = self.lab.orders, self.config.methods, self.config.seeds
+        rows, tasks = self.lab.everything(methods)
+        sizes = {domain: len(self.data.domains[domain].test) for domain in orders[0]}
+        first, alone = (
+            [self.lab.source(domain, seed).figures for seed, domain in itertools.product(seeds, domains)]
+            for domains in (self._first(), self._alone())
+        )
         own = {(one["source"], one["seed"]): one["accuracy"] for one in alone}
         options = {m: recorded(self.config.sequential_method(m)) for m in methods}
         return {
             "format": 1,
             "kind": "sequence",
             **self.measured(
-                sequence=sequence,
+                sequence=list(orders[0]),
+                **({"orders": [list(order) for order in orders]} if len(orders) > 1 else {}),
                 methods=json.loads(json.dumps(options)),
-                sources=[self.lab.source(sequence[0], seed).figures for seed in self.config.seeds],
+                sources=first,
                 tasks=tasks,
                 rows=rows,
-                measures=table.measures(sequence, rows, tasks, sizes, own or None),
+                measures=table.measures_of(orders, rows, tasks, sizes, own or None),
                 **({"alone": alone} if alone else {}),
             ),
         }
@@ -76,7 +92,8 @@ class SequenceStudy(Study):
         rows = table.sequence_table(results)
         yield "results.csv", table.rows_csv(results)
         yield "table.csv", table.to_csv(rows)
-        yield "table.md", f"{table.to_markdown(rows)}\n{said_of(results['data'])}\n"
+        tables = table.to_markdown(rows) + table.orders_markdown(results)
+        yield "table.md", f"{tables}\n{said_of(results['data'])}\n"
         drawn = figures.draw_all(results)
         yield from ((f"figures/{name}", content) for name, content in drawn.items())
         yield "report.html", report.page(results, drawn, self.command())

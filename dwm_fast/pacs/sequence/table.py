@@ -119,6 +119,24 @@ def measures(
     return found
 
 
+def measures_of(
+    orders: Sequence[Sequence[str]],
+    rows: Sequence[Mapping[str, Any]],
+    tasks: Sequence[Mapping[str, Any]],
+    sizes: Mapping[str, int],
+    alone: Mapping[tuple[str, int], float] | None = None,
+) -> list[dict[str, Any]]:
+    """As `measures`, for each of several orders whose rows and tasks say which they are of in "order"."""
+    if len(orders) == 1:
+        return measures(orders[0], rows, tasks, sizes, alone)
+    found: list[dict[str, Any]] = []
+    for order in orders:
+        name = ",".join(order)
+        own_rows, own_tasks = ([one for one in part if one["order"] == name] for part in (rows, tasks))
+        found += [{"order": name, **one} for one in measures(order, own_rows, own_tasks, sizes, alone)]
+    return found
+
+
 def _forward(
     sequence: Sequence[str],
     matrix: Sequence[Sequence[float]],
@@ -132,7 +150,7 @@ def _forward(
 
 @dataclass(frozen=True)
 class SequenceRow:
-    """One method in one view: means and spreads over seeds; `final` by domain in the order of the sequence."""
+    """One method in one view: means and spreads over orders and seeds; `final` by domain in the first order."""
 
     data: str
     method: str
@@ -147,6 +165,7 @@ class SequenceRow:
     weighted_forgetting: Stat
     forward_transfer: Stat
     seeds: int
+    orders: int = 1
 
 
 def sequence_table(results: Mapping[str, Any]) -> list[SequenceRow]:
@@ -165,10 +184,32 @@ def sequence_table(results: Mapping[str, Any]) -> list[SequenceRow]:
                 {domain: over_seeds([run["final"][domain] for run in runs]) for domain in results["sequence"]},
                 **{metric: over_seeds([run[metric] for run in runs]) for metric in METRICS},
                 **{metric: _where_recorded(runs, metric) for metric in LATER_METRICS},
-                seeds=len(runs),
+                seeds=len({run["seed"] for run in runs}),
+                orders=len({run.get("order") for run in runs}),
             )
         )
     return table
+
+
+def orders_in(results: Mapping[str, Any]) -> list[list[str]]:
+    """The orders of a sequence's results; of earlier releases' its one."""
+    return list(results.get("orders", [results["sequence"]]))
+
+
+def by_order(results: Mapping[str, Any]) -> list[tuple[list[str], SequenceRow]]:
+    """(order, row) of every method in every order by itself; none where there is one order."""
+    found = []
+    for order in results.get("orders", ()):
+        own = [one for one in results["measures"] if one["order"] == ",".join(order)]
+        found += [(order, row) for row in sequence_table({**results, "measures": own})]
+    return found
+
+
+def over_what(rows: Sequence[SequenceRow]) -> str:
+    """What means and spreads are over: '3 orders × 2 seeds', '2 seeds', 'one seed'."""
+    seeds, orders = (max((getattr(row, what) for row in rows), default=0) for what in ("seeds", "orders"))
+    counted = f"{seeds} seeds" if seeds > 1 else "one seed"
+    return f"{orders} orders × {counted}" if orders > 1 else counted
 
 
 def _where_recorded(runs: Sequence[Mapping[str, Any]], metric: str) -> Stat:
@@ -187,8 +228,8 @@ def storage(value: Stat) -> str:
 
 def note(rows: Sequence[SequenceRow]) -> str:
     """One sentence on what the table's numbers are."""
-    seeds = max((row.seeds for row in rows), default=0)
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so no spread"
+    over = over_what(rows)
+    spread = "one seed, so no spread" if over == "one seed" else f"mean ± standard deviation over {over}"
     return f"Accuracy after the last domain ({spread}); bits and seconds are per domain added to the first."
 
 
@@ -217,28 +258,43 @@ def to_markdown(rows: Sequence[SequenceRow]) -> str:
         ]
         for row in rows
     ]
-    title = f"**After {', '.join(domains)} in this order, on {rows[0].data}**"
+    order = "this order" if rows[0].orders == 1 else f"{rows[0].orders} orders"
+    title = f"**After {', '.join(domains)} in {order}, on {rows[0].data}**"
     return "\n".join([title, "", markdown(header, body), "", note(rows), ""])
 
 
+def orders_markdown(results: Mapping[str, Any]) -> str:
+    """The rows of single orders in markdown, where there are several; '' where there is one."""
+    found = by_order(results)
+    if not found:
+        return ""
+    body = []
+    for order, row in found:
+        figures = number(row.average), number(row.backward_transfer, True), number(row.forgetting, True)
+        body.append([", ".join(order), row.method, row.view, *figures])
+    header = ["order", "method", "view", "average", "backward transfer", "forgetting"]
+    return "\n".join(["", "**Each order by itself**", "", markdown(header, body), ""])
+
+
 def to_csv(rows: Sequence[SequenceRow]) -> str:
-    """The table, a line per method and view."""
+    """The table, a line per method and view; of several orders with their number."""
+    several = any(row.orders > 1 for row in rows)
     domains = list(rows[0].final) if rows else []
     names = [*(f"final_{domain}" for domain in domains), *METRICS, *LATER_METRICS]
-    lines: list[Sequence[object]] = [
-        ["data", "method", "view", *(column for name in names for column in (name, f"{name}_spread")), "seeds"]
-    ]
+    both = [column for name in names for column in (name, f"{name}_spread")]
+    lines: list[Sequence[object]] = [["data", "method", "view", *both, "seeds", *(["orders"] if several else [])]]
     for row in rows:
         stats: list[Stat] = [*row.final.values(), *(getattr(row, metric) for metric in (*METRICS, *LATER_METRICS))]
         values = [value for one in stats for value in (one.mean, one.spread)]
-        lines.append([row.data, row.method, row.view, *values, row.seeds])
+        lines.append([row.data, row.method, row.view, *values, row.seeds, *([row.orders] if several else [])])
     return csv_text(lines)
 
 
 def rows_csv(results: Mapping[str, Any]) -> str:
-    """One line per method, seed, view and pair of domains (learned last, evaluated on)."""
+    """One line per method, seed, view and pair of domains (learned last, evaluated on), of several orders each."""
     name = results["data"]["name"]
-    return csv_text([["data", *RAW_COLUMNS], *([name, *map(row.get, RAW_COLUMNS)] for row in results["rows"])])
+    columns = (*(["order"] if "orders" in results else []), *RAW_COLUMNS)
+    return csv_text([["data", *columns], *([name, *map(row.get, columns)] for row in results["rows"])])
 
 
 def to_rich(rows: Sequence[SequenceRow]) -> Table:

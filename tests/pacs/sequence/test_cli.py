@@ -63,6 +63,28 @@ def test_alone_is_asked_for_by_a_flag_and_belongs_to_sequences(ask: Ask, configu
         from_dict({"alone": True}, builtin_defaults())
 
 
+def test_orders_are_asked_for_by_their_number_or_one_by_one(ask: Ask, configured: list[StudyConfig]) -> None:
+    ask("pacs", "sequence", "all", "--orders", 3)
+    ask("pacs", "sequence", "photo,art; sketch,P")
+    ask("pacs", "sequence", "photo,art;art,P")
+    ask("pacs", "--sequence", "photo,art;art,P")
+    assert [config.in_orders() for config in configured] == [
+        (DOMAINS, (*DOMAINS[1:], DOMAINS[0]), (*DOMAINS[2:], *DOMAINS[:2])),
+        (("photo", "art"), ("art", "photo")),
+        (("photo", "art"), ("art", "photo")),
+    ]
+    code, out, _ = ask("pacs", "sequence", "photo,art", "--orders", 2, "--methods", "none", "--list-stages")
+    assert code == 0
+    assert out.splitlines() == [
+        "ready\tsource-photo-seed0\t-",
+        "ready\tsource-art-seed0\t-",
+        "waiting\tsequence-none-photo-seed0\tsource-photo-seed0",
+        "waiting\tsequence-none-photo-art-seed0\tsequence-none-photo-seed0",
+        "waiting\tsequence-none-art-seed0\tsource-art-seed0",
+        "waiting\tsequence-none-art-photo-seed0\tsequence-none-art-seed0",
+    ]
+
+
 def test_a_sequence_runs_to_its_table(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(monkeypatch)
     draw_nothing(monkeypatch)
