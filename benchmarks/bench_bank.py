@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import dwm_fast
 from dwm_fast import ops
 from dwm_fast.ops import backends
 from dwm_fast.ops.bank import bank_linear
+from dwm_fast.ops.union import bytes_of
 
-from .bench_linear import close_to
+from .bench_linear import ROTATED, close_to, in_turn
 from .context import Context
 from .measure import Case, Run, Way, require
 from .networks import batch, network
@@ -66,6 +70,62 @@ def linear(context: Context, domains: int, rows: int) -> Case:
     ]
     parameters = {"domains": domains, "rows": rows, "N": n, "K": k, "dtype": str(dtype)[6:]}
     return Case("bank linear", parameters, ways, gate)
+
+
+def union(context: Context, domains: int) -> Case:
+    """A linear layer on `domains` domains of four rows, by the union of what they keep; weights in turn.
+
+    Of a weight they keep a quarter in common, and a twentieth each for itself.
+    """
+    rows, shared, own = 4, 0.25, 0.05
+    n = k = 2048 if context.quick else 4096
+    x = torch.randn(domains * rows, k)
+    offsets, parts = torch.arange(0, len(x) + 1, rows), torch.split(x, rows)
+    weights = [torch.randn(n, k) for _ in range(ROTATED)]
+    places = [torch.rand(n, k) for _ in weights]
+    owned = [(shared + d * own, shared + (d + 1) * own) for d in range(domains)]
+    masks = [[(p < shared) | ((p >= low) & (p < high)) for low, high in owned] for p in places]
+    bits = [torch.stack([ops.pack([mask]) for mask in of]) for of in masks]
+    apart = [[ops.keep_values(w, b) for b in of] for w, of in zip(weights, bits, strict=True)]
+    stored = [ops.keep_union(w, of) for w, of in zip(weights, bits, strict=True)]
+    kept = [sum(len(values) for values, _ in of) // ROTATED for of in zip(*apart, strict=True)]
+    read = bytes_of(n * k, 4, kept, sum(len(values) for values, _ in stored) // ROTATED)
+    other, flops = 4 * len(x) * (n + k), 2 * len(x) * n * k
+
+    def copies() -> Run:
+        made = [[torch.where(m, w, 0.0) for m in of] for w, of in zip(weights, masks, strict=True)]
+        return in_turn([partial(_each, F.linear, parts, of) for of in made])
+
+    def of_each(at: int) -> Any:
+        ways = zip(parts, apart[at], bits[at], strict=True)
+        return torch.cat([ops.linear_kept(part, *store, b) for part, store, b in ways])
+
+    def by_union(at: int) -> Any:
+        return ops.bank_linear_union(x, *stored[at], bits[at], None, offsets, len(x))
+
+    def gate() -> None:
+        for d in range(domains):
+            close_to(by_union(0)[d * rows : (d + 1) * rows], parts[d], weights[0], masks[0][d])
+        require(torch.equal(by_union(0), of_each(0)), "the union and the kept weights of each give other bits")
+
+    numbers = range(ROTATED)
+    from_bits = [partial(bank_linear, x, w, of, None, offsets, len(x)) for w, of in zip(weights, bits, strict=True)]
+    ways = [
+        Way("one dense product, no masks", lambda: in_turn([partial(F.linear, x, w) for w in weights]), flops=flops),
+        Way("loop over domains, weight copies", copies, flops=flops),
+        Way("ours", lambda: in_turn([partial(by_union, i) for i in numbers]), read.union + other, flops,
+            backend=backends.chosen("bank_linear_union", "cpu")),
+        Way("ours, kept weights of each", lambda: in_turn([partial(of_each, i) for i in numbers]),
+            read.separate + other, flops, backend=backends.chosen("linear_kept", "cpu")),
+        Way("ours, all weights and bits", lambda: in_turn(from_bits), read.dense + other, flops,
+            backend=backends.chosen("bank_linear", "cpu")),
+    ]  # fmt: skip
+    parameters = {"domains": domains, "rows": rows, "N": n, "K": k, "shared": shared, "own": own, "weights": ROTATED}
+    return Case("bank linear from a union", parameters, ways, gate)
+
+
+def _each(product: Callable[[Tensor, Tensor], Tensor], parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return torch.cat([product(part, weight) for part, weight in zip(parts, weights, strict=True)])
 
 
 def serving(context: Context, pixels: int) -> Case:

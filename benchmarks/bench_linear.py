@@ -81,11 +81,11 @@ def packed(context: Context, rows: int) -> Case:
     return Case("linear from bits", parameters, ways, gate)
 
 
-_ROTATED = 3
+ROTATED = 3
 """Weights that the calls of a way take in turn, so that no cache holds the next one: 201 MB of dense fp32 ones."""
 
 
-def _in_turn(calls: Sequence[Run]) -> Run:
+def in_turn(calls: Sequence[Run]) -> Run:
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
 
@@ -95,13 +95,13 @@ def kept(context: Context, rows: int, share: float, dtype: torch.dtype) -> Case:
     n = k = 2048 if context.quick else 4096
     device = context.device
     x = torch.randn(rows, k, device=device).to(dtype)
-    weights = [torch.randn(n, k, device=device).to(dtype) for _ in range(_ROTATED)]
+    weights = [torch.randn(n, k, device=device).to(dtype) for _ in range(ROTATED)]
     masks = [torch.rand(n, k, device=device) < share for _ in weights]
     bits = [ops.pack([mask]) for mask in masks]
     stored = [ops.keep_values(w, b) for w, b in zip(weights, bits, strict=True)]
     element, flops = weights[0].element_size(), 2 * rows * n * k
     dense = element * (rows * k + n * k + rows * n)
-    held = sum(element * v.numel() + 8 * starts.numel() + n * k // 8 for v, starts in stored) // _ROTATED
+    held = sum(element * v.numel() + 8 * starts.numel() + n * k // 8 for v, starts in stored) // ROTATED
 
     by_kept = [partial(ops.linear_kept, x, *s, b) for s, b in zip(stored, bits, strict=True)]
     from_bits = [partial(ops.linear_packed, x, w, b) for w, b in zip(weights, bits, strict=True)]
@@ -110,12 +110,12 @@ def kept(context: Context, rows: int, share: float, dtype: torch.dtype) -> Case:
         close_to(by_kept[0](), x, weights[0], masks[0])
 
     ways = [
-        Way("dense product", lambda: _in_turn([partial(F.linear, x, w) for w in weights]), dense, flops),
-        Way("all weights and bits", lambda: _in_turn(from_bits), dense + n * k // 8, flops),
-        Way("ours", lambda: _in_turn(by_kept), dense - element * n * k + held, flops,
+        Way("dense product", lambda: in_turn([partial(F.linear, x, w) for w in weights]), dense, flops),
+        Way("all weights and bits", lambda: in_turn(from_bits), dense + n * k // 8, flops),
+        Way("ours", lambda: in_turn(by_kept), dense - element * n * k + held, flops,
             backend=backends.chosen("linear_kept", device.type)),
     ]  # fmt: skip
-    parameters = {"M": rows, "N": n, "K": k, "kept": share, "dtype": str(dtype)[6:], "weights": _ROTATED}
+    parameters = {"M": rows, "N": n, "K": k, "kept": share, "dtype": str(dtype)[6:], "weights": ROTATED}
     return Case("linear from kept weights", parameters, ways, gate)
 
 

@@ -88,6 +88,11 @@ def _bank(domains: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Entry:
     return Entry(f"bank-{domains}", ("bits", "bank"), partial(bench_bank.linear, domains=domains, rows=4), devices)
 
 
+def _union(domains: int) -> Entry:
+    build = partial(bench_bank.union, domains=domains)
+    return Entry(f"bank-union-{domains}", ("bits", "bank", "kept", "union"), build, ("cpu",), quick=domains == 2)
+
+
 def _kept() -> tuple[Entry, ...]:
     """Rows, shares and dtypes in which a product from kept weights may beat a dense one; a quick run has one share."""
     entries = []
@@ -117,6 +122,7 @@ ENTRIES = (
     _linear(64),
     *_kept(),
     _bank(16),
+    *(_union(domains) for domains in (2, 3, 4)),
     Entry("bits-pack", ("bits",), bench_bits.pack),
     Entry("bits-unpack", ("bits",), bench_bits.unpack),
     Entry("sample-forward-bits", (*_SAMPLE, "bits"), bench_sample.forward_bits, compiled=True),

@@ -112,11 +112,19 @@ DWM_NOINLINE static void sample_run(const RunRule& rule, const float* __restrict
   }
 }
 
+// In sixteen lanes, whatever a register holds: the same bits from every instruction set.
 DWM_NOINLINE static float sum_run(const float* terms, int n) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += terms[i];
-  return sum;
+  constexpr int kSumLanes = 16;
+  alignas(64) float sums[kSumLanes] = {};
+  int i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    for (int lane = 0; lane < kSumLanes; ++lane) sums[lane] += terms[i + lane];
+  }
+  for (int lane = 0; i + lane < n; ++lane) sums[lane] += terms[i + lane];
+  for (int half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
 }
 
 template <int kMode, bool kBits>

@@ -139,3 +139,14 @@ def test_sizes_are_those_of_what_the_ways_return() -> None:
     rows = rows_of(case, found, {}, FACTS, "abc")
     assert [(r.metric, r.unit) for r in rows] == [("time", "ms"), ("size", "bytes")]
     assert 1_395_864 < rows[1].p50 < 1_395_864 + (16 << 10)
+
+
+def test_the_ways_of_a_union_compute_the_same_and_count_fewer_bytes_than_their_rivals() -> None:
+    case = bench_bank.union(CPU, domains=2)
+    case.gate()
+    of = {way.name: way for way in case.ways if way.name != "one dense product, no masks"}
+    first, *rest = (way.make()() for way in of.values())
+    for found in rest:  # fp32 sums of 2048 terms in several orders
+        torch.testing.assert_close(found, first, rtol=0.0, atol=2048 * 2.0**-24 * float(first.abs().max()))
+    counted = [of[f"ours{more}"].moved for more in ("", ", kept weights of each", ", all weights and bits")]
+    assert counted == sorted(counted)

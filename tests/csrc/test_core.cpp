@@ -192,6 +192,7 @@ std::vector<uint8_t> results(const Kernels& k, const Shape& shape, int mode, Typ
     const uint8_t* p = static_cast<const uint8_t*>(data);
     all.insert(all.end(), p, p + nbytes);
   };
+  add(&penalty, sizeof penalty);
   for (const Block<uint8_t>* block : {&out, &bits, &dweight, &weight}) add(block->get(), block->size);
   for (const Block<float>* block : {&dlogits, &logits, &exp_avg, &exp_avg_sq}) add(block->get(), 4 * n);
   return all;

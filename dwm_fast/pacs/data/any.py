@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 
 from dwm_fast._options import FRACTION, check_options
 from dwm_fast.errors import DataError, InputError
@@ -125,9 +127,21 @@ def load_any(
     split = (
         listed.split if has_parts else f"{options.holdout:g} of each class held out for testing, by a hash of the names"
     )
+    again = sum(map(_trained_on, sets.values()))
+    split += f"; {again:,} of the test images are training images of their domain too" if again else ""
     name = listed.name + ("" if validation is None else VALIDATION_NAME)
     everything = tuple(k for k in listed.classes if any(k in own for own in classes.values()))
     return PacsData(name, True, sets, everything, image_size, fingerprint(sets), dict(listed.left_out), split)
+
+
+def _trained_on(domain: DomainSet) -> int:
+    """How many test images of a domain have the pixels of one of its training images."""
+
+    def pixels(positions: Tensor) -> list[bytes]:
+        return [hashlib.blake2b(domain.images[i].numpy().data, digest_size=16).digest() for i in positions.tolist()]
+
+    trained = set(pixels(domain.train))
+    return sum(one in trained for one in pixels(domain.test))
 
 
 def _check_memory(count: int, image_size: int) -> None:
@@ -186,6 +200,8 @@ def _wanted(listed: Listed, domains: Iterable[str] | None) -> dict[str, tuple[li
         records, parts = groups.setdefault(record.domain, ([], []))
         records.append(record)
         parts.append(part)
+    if not groups:
+        raise DataError(f"{listed.name}: no image is listed; expected some of each class")
     wanted = list(groups) if domains is None else list(domains)
     if not wanted:
         raise InputError(f"domains is empty: {listed.name} has {', '.join(groups)}; expected some of them, or None")

@@ -114,7 +114,9 @@ def test_parts_of_a_folder_above_or_below_its_domains_are_its_split(tmp_path: Pa
     data = load(tmp_path)
     for domain, count in zip(data.domains.values(), OFFICE.values(), strict=True):
         assert len(domain.train) == len(domain.test) == 3 * count
-    assert data.split == "the folder's own train and test parts"
+    assert data.split == (
+        "the folder's own train and test parts; 21 of the test images are training images of their domain too"
+    )
 
 
 def test_a_folder_of_classes_is_one_domain_and_val_tests_where_there_is_no_test(tmp_path: Path) -> None:
@@ -490,6 +492,16 @@ def test_images_that_no_memory_holds_are_refused_before_they_are_decoded(tmp_pat
         load_any(Place(str(write_office(tmp_path))), ImageOptions(), image_size=1_000_000)
 
 
+def test_test_images_that_train_too_are_counted_and_others_are_not(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_office(tmp_path / part)
+    for n, file in enumerate(sorted((tmp_path / "test").rglob("*.png"))):
+        file.write_bytes(png((n, 250, 0)))
+    assert load(tmp_path).split == "the folder's own train and test parts"
+    (tmp_path / "test" / "Art" / "Bed" / "00000.png").write_bytes(png(colour(0, 2, 2)))
+    assert load(tmp_path).split.endswith("; 1 of the test images are training images of their domain too")
+
+
 def test_hidden_files_beside_the_classes_are_no_images(tmp_path: Path) -> None:
     write_office(tmp_path)
     (tmp_path / "Art" / "._00000.png").write_bytes(b"what macOS leaves")
@@ -503,6 +515,10 @@ def test_a_path_that_holds_nothing_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=re.escape(str(path)) + f": {match}"):
             load(path)
+    none = write_rows(tmp_path / "none.parquet", rows({"cat": 1}, "image", "label"), {}, pq.write_table)
+    pq.write_table(pq.read_table(none)[:0], none)
+    with pytest.raises(DataError, match="none: no image is listed"):
+        load(none)
     (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(DataError, match="unpack archives first"):
         load(tmp_path / "x.zip")
