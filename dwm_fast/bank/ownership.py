@@ -102,7 +102,7 @@ def read_ownership(path: str | os.PathLike[str]) -> Ownership:
     for name, masks in parts.items():
         if len(masks) != count:
             fail(Path(path), name, f"{len(masks)} parts; expected {count} for {len(tasks)} tasks")
-        owner[name] = _of_digits(masks) if way == "digits" else _of_chain(Path(path), name, masks)
+        owner[name] = _of_digits(Path(path), name, masks) if way == "digits" else _of_chain(Path(path), name, masks)
         if owner[name].numel() and int(owner[name].max()) > len(tasks):
             fail(Path(path), name, f"owner {int(owner[name].max())} of {len(tasks)} tasks")
     return Ownership(tasks, owner)
@@ -125,8 +125,12 @@ def _digits(owner: Tensor, tasks: int) -> Iterator[Tensor]:
         yield (owner >> digit & 1).bool()
 
 
-def _of_digits(digits: list[Tensor]) -> Tensor:
-    owner = torch.zeros(digits[0].shape, dtype=torch.uint8)
+def _of_digits(path: Path, name: str, digits: list[Tensor]) -> Tensor:
+    shape = digits[0].shape
+    for number, mask in enumerate(digits):
+        if mask.shape != shape:
+            fail(path, f"{number}.{name}", f"shape {tuple(mask.shape)}; expected {tuple(shape)}, that of 0.{name}")
+    owner = torch.zeros(shape, dtype=torch.uint8)
     for digit, mask in enumerate(digits):
         owner |= mask.to(torch.uint8) << digit
     return owner

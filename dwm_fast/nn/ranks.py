@@ -63,6 +63,13 @@ def as_group(given: Any) -> Any:
     return group
 
 
+def require_equal(about: str, group: Any, device: torch.device, what: str) -> None:
+    """InputError "ranks 1, 2 " + `what`, on every rank, where these say other than rank 0; all have to call it."""
+    others = _others(torch.tensor([zlib.crc32(about.encode())], device=device), group)
+    if others:
+        raise InputError(f"ranks {_listed(others)} {what}")
+
+
 def check_ranks(source: nn.Module, process_group: Any = None) -> None:
     """InputError, on every rank, where the ranks do not hold the same model: weights, logits, noise and temperature.
 
@@ -83,15 +90,15 @@ def check_ranks(source: nn.Module, process_group: Any = None) -> None:
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     about = [f"{n} {tuple(t.shape)} {t.dtype}" for n, t in tensors.items()]
     about += [repr(getattr(source, name, None)) for name in ("kind", "mask_samples", "noise")]
-    form = torch.tensor([zlib.crc32("\n".join(about).encode())], device=device)
-    others = _others(form, group)
-    if others:
-        raise InputError(
-            f"ranks {_listed(others)} hold another model than rank 0: other tensors, shapes or options of mask_model; "
-            "make the same one everywhere"
-        )
-    found = torch.stack([_sum64(t).to(device) for t in tensors.values()]) if tensors else form
-    others = _others(found, group)
+    require_equal(
+        "\n".join(about),
+        group,
+        device,
+        "hold another model than rank 0: other tensors, shapes or options of mask_model; make the same one everywhere",
+    )
+    if not tensors:
+        return
+    others = _others(torch.stack([_sum64(t).to(device) for t in tensors.values()]), group)
     if others:
         names = [name for i, name in enumerate(tensors) if any(i in places for places in others.values())]
         raise InputError(

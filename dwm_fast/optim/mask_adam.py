@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dwm_fast.errors import InputError
-from dwm_fast.nn.ranks import Ranks, check_ranks
+from dwm_fast.nn.ranks import Ranks, check_ranks, require_equal
 from dwm_fast.ops.sample import penalty
 from dwm_fast.ops.shards import is_shard
 from dwm_fast.ops.update import frozen_adamw, step_masks
@@ -43,11 +43,11 @@ class MaskAdam(DeviceOptimizer):
         process_group: a torch.distributed ProcessGroup or DeviceMesh of one dimension, whose ranks each have a part of
             the batch: `step` averages gradients over them, so the logits need no DistributedDataParallel. Where all
             ranks draw the same masks it averages those of the masked weights, and the step stays one pass. All ranks
-            make the optimiser together; it compares their models (`dwm_fast.nn.check_ranks`).
+            make the optimiser together; it compares their models (`dwm_fast.nn.check_ranks`) and options.
 
     Raises:
         InputError: no masked model, a number out of range, coefficient with fold=False, process_group with shards or
-            with ranks whose models differ.
+            with ranks whose models or options differ.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -90,11 +90,26 @@ class MaskAdam(DeviceOptimizer):
         self._recorders: list[DrawRecorder] = []
         groups = [{"params": list(one.mask_parameters())} for one in sources]
         super().__init__(groups, defaults, keep=None, compact=False)
+        self._check_options()
         if fold:
             for one in sources:
                 rule: int | None = getattr(getattr(one, "kind", None), "training_mode", None)
                 self._recorders.append(DrawRecorder(one.mask_parameters(), rule, self._ranks is not None))
                 one.attach_recorder(self._recorders[-1])
+
+    def _check_options(self) -> None:
+        """InputError on every rank of `process_group` where their options differ, and so would their steps."""
+        if self._ranks is None:
+            return
+        group = self.param_groups[0]
+        options = {name: group[name] for name in self.defaults}
+        said = {name: float(value) if isinstance(value, Tensor) else value for name, value in options.items()}
+        require_equal(
+            repr((said, len(self.param_groups))),
+            self._ranks.group,
+            group["params"][0].device,
+            f"give MaskAdam other options than rank 0; this one {said}; give all ranks the same",
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's, without its detours."""

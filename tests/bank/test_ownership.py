@@ -118,6 +118,8 @@ def forged(path, masks, **options):
         ({"0.a": [1], "2.a": [0]}, {}, "2.a: expected part 1 of 'a' here"),
         ({"0.a": [1]}, {}, "a: 1 parts; expected 2 for 2 tasks"),
         ({"0.a": [1], "1.a": [1]}, {}, "a: owner 3 of 2 tasks"),
+        ({"0.a": [1, 0], "1.a": [1]}, {}, r"1\.a: shape \(1,\); expected \(2,\), that of 0\.a"),
+        ({"0.a": [1, 0], "1.a": [1, 0, 0]}, {}, r"1\.a: shape \(3,\); expected \(2,\), that of 0\.a"),
         ({"0.a": [1, 0], "1.a": [1, 1]}, {"ownership": "chain"}, "2 bits for task 2; expected 1"),
     ],
 )

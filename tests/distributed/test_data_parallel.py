@@ -132,6 +132,7 @@ def _averaged(rank: int, two: Any) -> dict[str, Any]:
     found["seeds and weights differ"] = _told(lambda: dwm.nn.check_ranks(seeded, mesh))
     torch.manual_seed(0)
     other = dwm.mask_model(nn.Linear(4, 4), dwm.Threshold(threshold=0.001 * rank), seed=0)
+    found["rates differ"] = _told(lambda: MaskAdam(_masked(), lr=0.1 * (1 + rank), process_group=two))
     found["kinds differ"] = _told(lambda: dwm.nn.check_ranks(other, two))
     return found
 
@@ -316,6 +317,7 @@ def test_ranks_with_other_values_are_told_so_and_which(ranks: Any) -> None:
             "ranks 1 start from other values than rank 0 in 'model.0.mask_logits': give"
         )
         assert "in 'rng_state', 'model.weight', 'model.bias': give" in rank["seeds and weights differ"]
+        assert rank["rates differ"].startswith("ranks 1 give MaskAdam other options than rank 0; this one {'lr': 0.")
         assert rank["kinds differ"].startswith("ranks 1 hold another model than rank 0")
         assert "in 'model.unit': give" in rank["units"]  # DDP gave weights, not what was measured on them
     assert "a group that this process is not in" in ranks[2]["not in"]
