@@ -100,6 +100,10 @@ class Kept:
     def __init__(self) -> None:
         self._baked: dict[Form, Baked] = {}
 
+    def holds_any(self) -> bool:
+        """Whether something is kept."""
+        return bool(self._baked)
+
     def conv2d(self, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, how: How) -> Tensor | None:
         """The convolution of x, in the compute dtype as `bias` is, by what is kept; None where nothing may be."""
         if _obstacle_now(weight):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dwm_fast.errors import BackendUnavailable, InputError
-from dwm_fast.nn.baked import BUDGET, obstacle
+from dwm_fast.nn import baked
+from dwm_fast.nn.baked import obstacle
 from dwm_fast.nn.hosts import MaskedParameter
 from dwm_fast.nn.kept import KeptLinear
 from dwm_fast.nn.layers import MaskedConv2d, MaskedLayer, MaskedLinear
@@ -113,12 +114,23 @@ def _check_shape(layer: MaskedLayer | PackedLayer, shape: Sequence[int]) -> None
 
 
 def _choice(op: str, layer: MaskedLayer | PackedLayer, shape: Sequence[int], dtype: torch.dtype | None) -> Choice:
-    weight = _weight(layer)
-    if isinstance(layer, PackedConv2d) and op == "conv2d_packed" and not obstacle(weight, layer.bits):
-        nbytes = weight.numel() * weight.element_size()
+    if not isinstance(layer, PackedConv2d) or op != "conv2d_packed" or obstacle(layer.backbone_weight, layer.bits):
+        return _choice_of_rule(op, layer, shape, dtype)
+    nbytes = layer.backbone_weight.numel() * layer.backbone_weight.element_size()
+    kept, budget = baked.kept_bytes(), baked.BUDGET
+    if kept + nbytes <= budget or (layer._kept is not None and layer._kept.holds_any()):
         return Choice(STAGED, f"its masked weight is kept from the first call on, {nbytes:,} bytes of a budget of "
-                              f"{BUDGET:,} for the process; in fp32 laid out for oneDNN where the input is "
+                              f"{budget:,} for the process; in fp32 laid out for oneDNN where the input is "
                               "channels_last, or the channels come in blocks of 16")  # fmt: skip
+    choice = _choice_of_rule(op, layer, shape, dtype)
+    no_room = f"its masked weight, {nbytes:,} bytes, is not kept: the process keeps {kept:,} of {budget:,} by now"
+    return Choice(choice.way, f"{choice.why}; {no_room}")
+
+
+def _choice_of_rule(
+    op: str, layer: MaskedLayer | PackedLayer, shape: Sequence[int], dtype: torch.dtype | None
+) -> Choice:
+    weight = _weight(layer)
     try:
         backend = backends.chosen(op, weight.device.type)
     except BackendUnavailable as error:

@@ -267,6 +267,17 @@ def test_explain_tells_of_the_bytes():
     assert "kept from the first" not in told.input_gradient.why
 
 
+def test_explain_tells_where_there_is_no_room_and_what_is_kept_stays(monkeypatch):
+    kept, other = packed().requires_grad_(False), packed().requires_grad_(False)
+    kept(X)
+    monkeypatch.setattr(baked, "BUDGET", baked.kept_bytes())
+    other(X)
+    why = dwm.explain(other, (2, 4, 9, 8)).forward.why
+    assert f"864 bytes, is not kept: the process keeps {baked.kept_bytes():,} of {baked.kept_bytes():,}" in why
+    assert "kept from the first call on" not in why
+    assert "kept from the first call on" in dwm.explain(kept, (2, 4, 9, 8)).forward.why
+
+
 def test_a_weight_that_could_not_be_made_takes_no_room(monkeypatch):
     def fails(*args):
         raise MemoryError
