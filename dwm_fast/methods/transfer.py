@@ -42,7 +42,8 @@ class TrainOptions:
         label_smoothing: in [0, 1).
         start_decay: c of the penalty c/2 * |w - w0|^2 on every trained parameter, w0 its value when training begins
             (L2-SP, Li, Grandvalet and Davoine 2018, arXiv 1802.01483). Applied apart from the gradient, as AdamW
-            applies weight decay: after each step w <- w + rate * c * (w0 - w).
+            applies weight decay: after each step w <- w + rate * c * (w0 - w). Where rate * c is above 1 a step goes
+            past the start, above 2 it diverges.
         kept_decay: None: kept weights are frozen. A number: they are trained as all others are, and pulled to their
             start by this c in place of `start_decay`: one bit a weight says how dear it is to the source, as elastic
             weight consolidation says with a number (Kirkpatrick et al. 2017, arXiv 1612.00796). The source under its
