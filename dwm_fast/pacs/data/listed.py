@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from dwm_fast.errors import DataError
 from dwm_fast.pacs.data.layouts import Record
 
 TRAIN, TEST, VALIDATION = "train", "test", "validation"
+_LONGEST = 100
+"""Characters of a domain's name: mask files are called like it."""
 _PARTS = {"train": TRAIN, "test": TEST, "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION}
 
 
@@ -42,13 +45,17 @@ def part_of(name: str) -> str | None:
 
 
 def domain_name(name: str) -> str:
-    """A domain's name as the command line and the files of a run folder have it: "Real World" is "real-world".
+    """A domain's name as the command line, the files of a run folder and banks have it: "Real World" is "real-world".
 
-    Raises DataError for one that has no letter and no digit.
+    Letters lose their accents; one that is none of a to z even then is written as its code point, "u65e5".
+    Raises DataError for one that has no letter and no digit, or is longer than 100 characters then.
     """
-    short = re.sub(r"[^\w+]+|_+", "-", name.strip().lower()).strip("-")
-    if not short:
-        raise DataError(f"domain {name!r}: no letter or digit in the name; rename it")
+    letters = (c for c in unicodedata.normalize("NFKD", name.lower()) if not unicodedata.combining(c))
+    spelt = (f"u{ord(c):04x}" if c.isalnum() and not c.isascii() else c for c in letters)
+    short = re.sub("[^a-z0-9]+", "-", "".join(spelt)).strip("-")
+    if not short or len(short) > _LONGEST:
+        what = "no letter or digit in the name" if not short else f"more than {_LONGEST} characters"
+        raise DataError(f"domain {name[:_LONGEST]!r}: {what}; rename it")
     return short
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ def _classes(domain: str, part: str, folders: Sequence[Path], left_out: Counter[
             if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
                 empty = False
                 name = f"{folder.parent.name}/{folder.name}/{file.name}"
-                yield domain, folder.name, part, Record(domain, 0, name, file, str(file))
+                yield domain, _spelt(folder.name), part, Record(domain, 0, name, file, str(file))
             else:
                 left_out["folders inside a class" if file.is_dir() else f"'{file.suffix.lower()}' files"] += 1
         if empty:
@@ -110,7 +111,7 @@ def _check_domains(path: Path, found: Sequence[Found]) -> None:
 
 def _by_lists(folder: Path, found: Sequence[Found], left_out: Counter[str]) -> tuple[list[Found], list[str]]:
     """What the lists name, and the classes in the order of the lists' numbers."""
-    named = {(domain, kind, Path(r.name).name): (domain, kind, r) for domain, kind, _, r in found}
+    named = {(domain, kind, _spelt(Path(r.name).name)): (domain, kind, r) for domain, kind, _, r in found}
     numbers: dict[str, int] = {}
     seen: dict[tuple[str, str, str], str] = {}
     chosen: list[Found] = []
@@ -157,7 +158,12 @@ def _lines(file: Path, domain: str) -> Iterator[tuple[str, tuple[str, str, str],
             raise DataError(f"{where}: {line.strip()!r}; expected '<domain>/<class>/<image> <number>'")
         if domain_name(pieces[-3]) != domain:
             raise DataError(f"{where}: names an image of {pieces[-3]} in a list of domain {domain!r}")
-        yield where, (domain, pieces[-2], pieces[-1]), int(label[0])
+        yield where, (domain, _spelt(pieces[-2]), _spelt(pieces[-1])), int(label[0])
+
+
+def _spelt(name: str) -> str:
+    """A name whose accents are written in one way: file systems and archives have two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ import pytest
 import torchvision
 from PIL import Image
 
+from dwm_fast.bank.record import check_domain_name
 from dwm_fast.errors import DataError, DwmError, InputError
 from dwm_fast.pacs.data import PacsData
 from dwm_fast.pacs.data.any import ImageOptions, Place, is_other, load_any
@@ -328,9 +329,15 @@ def test_a_wrong_class_split_is_refused(text: str, match: str) -> None:
 
 
 def test_names_of_domains_go_into_files_and_numbers_within_names_count() -> None:
-    assert [domain_name(n) for n in ("Real World", "art_painting", "CIFAR-100", " Öl ")] == [
-        "real-world", "art-painting", "cifar-100", "öl",
+    assert [domain_name(n) for n in ("Real World", "art_painting", "CIFAR-100")] == [
+        "real-world", "art-painting", "cifar-100",
     ]  # fmt: skip
+    assert [domain_name(n) for n in (" Öl ", "O\u0308l", "a+b", "日本 2")] == ["ol", "ol", "a-b", "u65e5u672c-2"]
+    for name in ("Straße", "Фото", "ｆｕｌｌ", "x" * 100):
+        assert check_domain_name(domain_name(name))
+    for name in ("...", "x" * 101):
+        with pytest.raises(DataError, match="rename it"):
+            domain_name(name)
     assert naturally(["b10", "B2", "a", "b2x", "b2"]) == ["a", "B2", "b2", "b2x", "b10"]
 
 
@@ -500,6 +507,22 @@ def test_test_images_that_train_too_are_counted_and_others_are_not(tmp_path: Pat
     assert load(tmp_path).split == "the folder's own train and test parts"
     (tmp_path / "test" / "Art" / "Bed" / "00000.png").write_bytes(png(colour(0, 2, 2)))
     assert load(tmp_path).split.endswith("; 1 of the test images are training images of their domain too")
+
+
+def test_accents_that_are_written_in_two_ways_are_one_class(tmp_path: Path) -> None:
+    for domain, kind in (("one", "caf\u00e9"), ("two", "cafe\u0301")):
+        write_office(tmp_path / domain, kinds=(kind, "bar"))
+        for found in list((tmp_path / domain).iterdir()):
+            found.rename(tmp_path / f"{domain}-{found.name}")
+        (tmp_path / domain).rmdir()
+    assert load(tmp_path).classes == ("bar", "caf\u00e9")
+    for folder in [f for f in tmp_path.iterdir() if f.is_dir()]:
+        for part, numbers in (("train", "01"), ("test", "2")):
+            lines = [
+                f"{folder.name}/{kind}/0000{n}.png {kind == 'bar':d}" for n in numbers for kind in ("bar", "caf\u00e9")
+            ]
+            (tmp_path / f"{folder.name}_{part}.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert len(load(tmp_path).domains["one-art"].train) == 4
 
 
 def test_hidden_files_beside_the_classes_are_no_images(tmp_path: Path) -> None:
