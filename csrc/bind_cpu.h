@@ -15,16 +15,19 @@ namespace dwm {
 
 using Numbers = std::vector<double>;
 
-// The widest copy that the processor can run. DWM_FAST_ISA=baseline insists on the portable one, avx2 on no wider one.
+// The widest copy that the processor can run. DWM_FAST_ISA=baseline insists on the portable one, avx2 and avx512 on no
+// wider one.
 inline const Kernels& best_kernels() {
 #if defined(DWM_WITH_AVX2)
   const char* set = std::getenv("DWM_FAST_ISA");
   const std::string_view asked = set ? set : "";
-  if (asked == "baseline" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("popcnt")) return kKernelsBaseline;
+  const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+  if (asked == "baseline" || !narrow) return kKernelsBaseline;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                    __builtin_cpu_supports("avx512vbmi2");
-  return wide && asked != "avx2" ? kKernelsAvx512 : kKernelsAvx2;
+                    __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq");
+  if (asked == "avx2" || !wide) return kKernelsAvx2;
+  return asked != "avx512" && __builtin_cpu_supports("avx512bf16") ? kKernelsAvx512Bf16 : kKernelsAvx512;
 #else
   return kKernelsBaseline;
 #endif

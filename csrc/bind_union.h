@@ -17,7 +17,7 @@ void linear_union(Tensor x, Tensor values, Tensor starts, Tensor bits, std::opti
     STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous(), "dwm_fast: linear_union takes contiguous matrices");
   }
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "dwm_fast: values must be a contiguous vector");
-  check_starts(starts, values);
+  check_starts(starts, values, 16);
   const int64_t m = x.size(0), k = x.size(1), n = starts.numel() - 1;
   STD_TORCH_CHECK(out.size(0) == m && out.size(1) == n, "dwm_fast: linear_union got matrices that do not fit each other");
   check_domains(bits, n * k);

@@ -257,7 +257,7 @@ struct LinearPacked {
 };
 
 struct KeptLinear {
-  const float* x;         // (m, pitch), zero from column k on
+  const void* x;          // (m, pitch), fp32 or bf16, zero from column k on
   const void* values;     // kept weights in logical order
   const int64_t* starts;  // (n + 1,): the first value of every row
   const uint8_t* bits;    // n * k bits
@@ -296,7 +296,8 @@ struct Kernels {
   void (*mask_adam)(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end);
   void (*coded_adam)(CodedTypes types, const CodedTensor& t, int64_t begin, int64_t end);
   void (*linear_packed)(const LinearPacked& job, int64_t first_row, int64_t last_row);
-  bool (*linear_kept)(const KeptLinear& job, int64_t first_row, int64_t last_row);
+  bool (*linear_kept)(const KeptLinear& job, int64_t first_row, int64_t last_row);       // x in fp32
+  bool (*linear_kept_bf16)(const KeptLinear& job, int64_t first_row, int64_t last_row);  // x and values in bf16
   bool (*linear_union)(const KeptUnion& job, int64_t first_row, int64_t last_row);
   // The filter kernels work on rows [begin, end) of outer; soft_masked_sgd on lanes in memory order.
   FilterRange (*filter_range)(float threshold, const FilterTensor& t);
@@ -318,5 +319,6 @@ constexpr int64_t chunk_elements(const Shape& shape) {
 extern const Kernels kKernelsBaseline;
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
+extern const Kernels kKernelsAvx512Bf16;
 
 }  // namespace dwm

@@ -163,28 +163,59 @@ static inline int64_t ones_of(const uint8_t* bits, int64_t first, int64_t count)
   return ones;
 }
 
-// Calls body(c, sixteen weights) for columns c = 0, 16, ... of n; columns beyond n are +0. At the pace at which it reads
+// How kept.h multiplies fp32 x by values of kType: sixteen columns at a time, one in each lane, products and sums rounded.
+template <Type kType>
+struct Singles {
+  using Value = Stored<kType>;
+  using Input = float;
+  using Kept = Lanes;
+  struct Rounding {};
+  static constexpr int kWidth = kLanes;   // columns of a Kept
+  static constexpr int kFloats = kLanes;  // of a panel, which it takes
+
+  static void add(Lanes& sum, const Kept& a, const Kept& b) { add_product(sum, a, b); }
+  static Kept load(const Input* x) { return dwm::DWM_ISA::load(x); }
+#if defined(__AVX512F__)
+  static Kept place(const Value* first, uint32_t word) { return place16<kType>(first, word); }
+  static __m512 added(__m512 sum, const Kept& a, const Kept& b) { return _mm512_add_ps(sum, _mm512_mul_ps(a.all, b.all)); }
+#endif
+  static void expand_step(const Value*& values, const uint8_t* bits, Kept (&kept)[2]) {
+    dwm::DWM_ISA::expand_step<kType>(values, bits, kept);
+  }
+  static void store(const Kept& kept, float* panel) { dwm::DWM_ISA::store(kept, panel); }
+  static Kept stored(const float* panel) { return dwm::DWM_ISA::load(panel); }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  using Half = __m256;
+  static Half load_half(const Input* x) { return _mm256_loadu_ps(x); }
+  static void add_half(__m256& sum, const float* panel, const Half& x) {
+    sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_load_ps(panel), x));
+  }
+#endif
+};
+
+// Calls body(c, kept weights) for columns c = 0, kWidth, ... of n; columns beyond n are +0. At the pace at which it reads
 // `values` it asks for what lies from `ahead` on.
-template <Type kType, typename Body>
-static inline const Stored<kType>* for_lanes(const Stored<kType>* values, const Stored<kType>* ahead,
-                                             const uint8_t* bits, int64_t n, const Body& body) {
+template <typename Product, typename Body>
+static inline const typename Product::Value* for_kept(const typename Product::Value* values,
+                                                      const typename Product::Value* ahead, const uint8_t* bits,
+                                                      int64_t n, const Body& body) {
+  constexpr int kParts = kStep / Product::kWidth;
   const intptr_t lead = reinterpret_cast<intptr_t>(ahead) - reinterpret_cast<intptr_t>(values);
-  Lanes kept[2];
+  typename Product::Kept kept[kParts];
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep) {
     fetch(reinterpret_cast<const float*>(reinterpret_cast<intptr_t>(values) + lead));
-    expand_step<kType>(values, bits + c / 8, kept);
-    body(c, kept[0]);
-    body(c + kLanes, kept[1]);
+    Product::expand_step(values, bits + c / 8, kept);
+    for (int i = 0; i < kParts; ++i) body(c + i * Product::kWidth, kept[i]);
   }
   if (c < n) {
     const int left = static_cast<int>(n - c);
     uint8_t keep[kStep / 8] = {};
     std::memcpy(keep, bits + c / 8, static_cast<size_t>((left + 7) / 8));
     if (left % 8 != 0) keep[left / 8] = static_cast<uint8_t>(keep[left / 8] & ((1 << left % 8) - 1));
-    expand_step<kType>(values, keep, kept);
-    body(c, kept[0]);
-    if (left > kLanes) body(c + kLanes, kept[1]);
+    Product::expand_step(values, keep, kept);
+    for (int i = 0; i * Product::kWidth < left; ++i) body(c + i * Product::kWidth, kept[i]);
   }
   return values;
 }

@@ -1,4 +1,8 @@
 // The core, compiled once for every instruction set: DWM_ISA names the set, DWM_TABLE the table it exports.
+#if defined(__AVX512BF16__)
+#pragma GCC diagnostic ignored "-Wunused-function"  // most of what the headers hold
+#include "kept.h"
+#else
 #include "coded_adam.h"
 #include "kept.h"
 #include "linear.h"
@@ -7,9 +11,28 @@
 #include "soft.h"
 #include "union.h"
 #include "update.h"
+#endif
 
 #define DWM_TEXT_(x) #x
 #define DWM_TEXT(x) DWM_TEXT_(x)
+
+#if defined(__AVX512BF16__)
+
+namespace dwm {
+
+// One instruction more: all that does not use it is the AVX-512 copy's.
+static Kernels with_pairs() {
+  Kernels kernels = kKernelsAvx512;
+  kernels.name = DWM_TEXT(DWM_ISA);
+  kernels.linear_kept_bf16 = DWM_ISA::linear_kept_bf16;
+  return kernels;
+}
+
+const Kernels DWM_TABLE = with_pairs();
+
+}  // namespace dwm
+
+#else
 
 namespace dwm::DWM_ISA {
 
@@ -43,6 +66,7 @@ const Kernels DWM_TABLE = {
     .coded_adam = DWM_ISA::coded_adam,
     .linear_packed = DWM_ISA::linear_packed,
     .linear_kept = DWM_ISA::linear_kept,
+    .linear_kept_bf16 = DWM_ISA::linear_kept_bf16,
     .linear_union = DWM_ISA::linear_union,
     .filter_range = DWM_ISA::filter_range,
     .kernel_soft = DWM_ISA::kernel_soft,
@@ -51,3 +75,5 @@ const Kernels DWM_TABLE = {
 };
 
 }  // namespace dwm
+
+#endif

@@ -113,10 +113,17 @@ static inline void fetch_early(const void* p) {
 
 // The lanes' sum, in a fixed order.
 static inline float total(const float* lanes) {
+#if defined(__AVX2__)
+  const __m256 half = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float half[kLanes / 2];
   for (int j = 0; j < 8; ++j) half[j] = lanes[j] + lanes[j + 8];
   for (int j = 0; j < 4; ++j) half[j] += half[j + 4];
   return (half[0] + half[2]) + (half[1] + half[3]);
+#endif
 }
 
 }  // namespace dwm::DWM_ISA

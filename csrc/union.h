@@ -51,10 +51,10 @@ static void union_block(const KeptUnion& job, const Slot* slots, int count, int6
       for (int j = 0; j < rows; ++j) {
         join_bits(job, first + j * job.k, n, joined);
         const float*& values = next[i + j];
-        const float* from = with_room<Type::f32>(job.values, values, joined, n, room);
+        const float* from = with_room<Singles<Type::f32>>(job.values, values, joined, n, room);
         const float* ahead = n == job.k ? from + kAhead / sizeof *from : next[i + j + 1];
         const auto put = [&](int64_t c, const Lanes& kept) { store(kept, panel + j * columns + c); };
-        values += for_lanes<Type::f32>(from, ahead, joined, n, put) - from;
+        values += for_kept<Singles<Type::f32>>(from, ahead, joined, n, put) - from;
       }
       const WeightPiece piece{panel, columns, first, job.k, n, rows};
       for (int s = 0; s < count; ++s) {

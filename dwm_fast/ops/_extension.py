@@ -208,9 +208,10 @@ def linear_kept(
     problem: Problem, x: Tensor, values: Tensor, row_starts: Tensor, bits: Tensor, bias: Tensor | None
 ) -> Tensor:
     n, k = problem.n, problem.k
-    rows = rows_of(x).float()
-    if k % 16:
-        rows = F.pad(rows, (0, -k % 16))
+    pairs = x.dtype == values.dtype == torch.bfloat16
+    rows, step = (rows_of(x), 32) if pairs else (rows_of(x).float(), 16)
+    if k % step:
+        rows = F.pad(rows, (0, -k % step))
     y = torch.empty((problem.m, n), dtype=torch.float32)
     shift = None if bias is None else bias.float().contiguous()
     _OPS.linear_kept.default(

@@ -83,12 +83,15 @@ def compile_flags(msvc: bool) -> list[str]:
 
 
 def instruction_sets() -> list[tuple[str, str, list[str]]]:
-    """(namespace, table, flags) of every copy of the kernels: the portable one, AVX2 and AVX-512 on x86-64."""
+    """(namespace, table, flags) of every copy of the kernels: the portable one, AVX2 and two of AVX-512 on x86-64."""
     sets = [("baseline", "kKernelsBaseline", list[str]())]
     if platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32":
-        sets.append(("avx2", "kKernelsAvx2", ["-mavx2", "-mpopcnt"]))
-        wide = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2"]
-        sets.append(("avx512", "kKernelsAvx512", ["-mavx2", "-mpopcnt", *wide]))
+        narrow = ["-mavx2", "-mfma", "-mpopcnt"]
+        parts = ("f", "bw", "dq", "vl", "vbmi2", "vpopcntdq")
+        wide = [*narrow, *(f"-mavx512{part}" for part in parts)]
+        sets.append(("avx2", "kKernelsAvx2", narrow))
+        sets.append(("avx512", "kKernelsAvx512", wide))
+        sets.append(("avx512bf16", "kKernelsAvx512Bf16", [*wide, "-mavx512bf16"]))
     return sets
 
 

@@ -3,6 +3,7 @@
 #include "core.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -325,6 +326,60 @@ void check_kept(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep,
   }
 }
 
+// x and values in bf16: the order of pairs.h, where no denormal is met. `wild`: any bits but NaN, rows apart by size, so that
+// denormals, overflows and infinities are met. Returns the outputs.
+std::vector<float> check_pairs(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep, bool wild) {
+  std::srand(10);
+  const int64_t pitch = (width + 31) / 32 * 32;
+  Block<uint16_t> x(m * pitch);
+  Block<uint8_t> bits(packed_nbytes(n * width));
+  Block<int64_t> starts(n + 1);
+  Block<float> bias(n), out(m * n);
+  std::vector<uint16_t> kept;
+  const auto number = [&](int64_t row) {
+    constexpr int kLowest[] = {0, 56, 187, 120};
+    const int exponent = wild ? kLowest[row % 4] + std::rand() % 16 : 120 + std::rand() % 8;
+    const bool infinite = wild && row % 5 == 4 && std::rand() % 64 == 0;
+    return static_cast<uint16_t>((std::rand() % 2) << 15 | (infinite ? 255 << 7 : exponent << 7 | std::rand() % 128));
+  };
+  for (int64_t i = 0; i < m * width; ++i) x[i / width * pitch + i % width] = number(i / width);
+  for (int64_t i = 0; i < n; ++i) bias[i] = wild ? 0.0f : next_float();
+  std::vector<float> w(static_cast<size_t>(n * width));
+  const auto wide = [](uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); };
+  for (int64_t e = 0; e < n * width; ++e) {
+    const bool one = std::rand() % 10 < keep;
+    bits[e / 8] = static_cast<uint8_t>(bits[e / 8] | (one ? 1 : 0) << (e % 8));
+    if (one) kept.push_back(number(e / width)), w[static_cast<size_t>(e)] = wide(kept.back());
+    starts[e / width + 1] = static_cast<int64_t>(kept.size());
+  }
+  const int64_t count = static_cast<int64_t>(kept.size());
+  Block<uint16_t> values(count + 32);
+  std::copy(kept.begin(), kept.end(), values.get());
+  const KeptLinear job{x.get(), values.get(), starts.get(), bits.get(), bias.get(), out.get(), m, n, width, pitch,
+                       Type::bf16};
+  const int64_t middle = n / 2;
+  require(k.linear_kept_bf16(job, 0, middle) && k.linear_kept_bf16(job, middle, n), "bits that fit are taken", k.name);
+  for (int64_t i = 0; !wild && i < m * n; ++i) {
+    float lanes[16] = {};
+    for (int64_t step = 0; step < width; step += 32) {
+      for (int64_t j = 0; j < 16; ++j) {
+        for (const int64_t c : {step + 2 * j + 1, step + 2 * j}) {
+          if (c >= width) continue;
+          lanes[j] = std::fma(wide(x[i / n * pitch + c]), w[static_cast<size_t>(i % n * width + c)], lanes[j]);
+        }
+      }
+    }
+    for (int64_t half = 8; half > 0; half /= 2) {
+      for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    }
+    require(out[i] == lanes[0] + bias[i % n], "pairs are added odd, then even, in one rounding each", k.name);
+  }
+  bits[0] = static_cast<uint8_t>(bits[0] ^ 1);
+  require(!k.linear_kept_bf16(job, 0, n), "bits that do not fit the values are refused", k.name);
+  for (int64_t i = 0; i < m * n; ++i) out[i] = out[i] == out[i] ? out[i] : 0x1p-140f;  // whose NaN is not told
+  return {out.get(), out.get() + out.size};
+}
+
 // The weights that one of three domains keeps give bit for bit what all weights give; what does not fit is refused.
 void check_union(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep) {
   std::srand(9);
@@ -439,10 +494,11 @@ int main() {
                                      {3 * 2 * 64, 2, 64}};
   std::vector<const Kernels*> tables = {&kKernelsBaseline};
 #if defined(DWM_WITH_AVX2)
-  if (__builtin_cpu_supports("avx2")) tables.push_back(&kKernelsAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kKernelsAvx2);
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vbmi2")) {
+      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq")) {
     tables.push_back(&kKernelsAvx512);
+    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&kKernelsAvx512Bf16);
   }
 #endif
   check_rare_events();
@@ -456,12 +512,17 @@ int main() {
         check_kept(*k, m, 13, width, 10, Type::bf16);
         check_kept(*k, m, 2, width, 0, Type::f16);
         check_kept(*k, m, 3, width, 7, Type::f16);
+        check_pairs(*k, m, 19, width, 4, false);
+        const auto wild = check_pairs(*tables.front(), m, 21, width, 6, true);
+        require(wild == check_pairs(*k, m, 21, width, 6, true), "sets agree on denormals and infinities", k->name);
       }
     }
     for (const int64_t m : {1, 3, 6}) {
       for (const int64_t width : {5, 24, 4101}) check_union(*k, m, 9, width, 3);
     }
     check_union(*k, 23, 21, 33, 2);  // more slots than are worked on at a time
+    check_pairs(*k, 1, 16, 24, 4, false);
+    check_pairs(*k, 6, 3, 64, 10, false);     // values to the last of their padding
     check_kept(*k, 1, 16, 24, 4, Type::f32);  // bits that end with the last row's last byte
     for (const int64_t taps : {1, 4, 9, 49}) {
       for (const bool last : {false, true}) {
