@@ -140,11 +140,16 @@ static inline float widened(Stored<kType> value) {
   else return kType == Type::bf16 ? from_bf16(value) : from_f16(value);
 }
 
+// Without a branch on a bit, which nobody could foretell: one value behind those that are kept is read.
 template <Type kType>
 static inline void expand_step(const Stored<kType>*& values, const uint8_t* bits, Lanes (&kept)[2]) {
   for (int i = 0; i < 2; ++i) {
     const uint32_t word = load16(bits + 2 * i);
-    for (int j = 0; j < kLanes; ++j) kept[i].lane[j] = (word & (1u << j)) != 0 ? widened<kType>(*values++) : 0.0f;
+    for (int j = 0; j < kLanes; ++j) {
+      const uint32_t one = word >> j & 1u;
+      kept[i].lane[j] = std::bit_cast<float>(std::bit_cast<uint32_t>(widened<kType>(*values)) & (0u - one));
+      values += one;
+    }
   }
 }
 

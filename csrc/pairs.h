@@ -98,8 +98,10 @@ static inline HalfPairs place_half_pairs(const uint16_t* first, const uint16_t* 
 
 #else
 
+// `plain`: every factor is zero or within 2^-63 and 2^64, so that every product with another such is exact in fp32.
 struct Pairs {
   float odd[kLanes], even[kLanes];
+  uint32_t plain;
 };
 
 static DWM_INLINE float flushed(float x) {
@@ -118,24 +120,34 @@ static inline float fused(float sum, float a, float b) {
   return std::fabs(exact) < kSmallest * kScale ? std::copysign(0.0f, exact) : exact / kScale;
 }
 
-static inline void add_one_of_pairs(float* sum, const float* a, const float* b) {
-  float next[kLanes];
-  uint32_t rare = 0;
-  for (int j = 0; j < kLanes; ++j) {
-    const float product = a[j] * b[j];
-    const uint32_t size = std::bit_cast<uint32_t>(product) & 0x7FFFFFFFu;
-    // Beyond the exponents of normal numbers, and not the exact product by a zero.
-    rare |= static_cast<uint32_t>(size - 0x00800000u >= 0x7F000000u) & static_cast<uint32_t>(a[j] != 0.0f) &
-            static_cast<uint32_t>(b[j] != 0.0f);
-    next[j] = flushed(sum[j] + product);
-  }
-  for (int j = 0; rare != 0 && j < kLanes; ++j) next[j] = fused(sum[j], a[j], b[j]);
-  std::memcpy(sum, next, sizeof next);
+static inline void add_plain(float* sum, const float* a, const float* b) {
+  for (int j = 0; j < kLanes; ++j) sum[j] = flushed(sum[j] + a[j] * b[j]);
+}
+
+static DWM_NOINLINE void add_any(float* sum, const float* a, const float* b) {
+  for (int j = 0; j < kLanes; ++j) sum[j] = fused(sum[j], flushed(a[j]), flushed(b[j]));
 }
 
 static inline void add_pairs(Lanes& sum, const Pairs& a, const Pairs& b) {
-  add_one_of_pairs(sum.lane, a.odd, b.odd);
-  add_one_of_pairs(sum.lane, a.even, b.even);
+  const auto add = (a.plain & b.plain) != 0 ? add_plain : add_any;
+  add(sum.lane, a.odd, b.odd);
+  add(sum.lane, a.even, b.even);
+}
+
+static inline Pairs load_pairs(const uint16_t* p) {
+  constexpr int kSmallest = 64 << 7, kRange = (190 << 7) - kSmallest;  // of exponents, of 127 + -63 to 127 + 63
+  Pairs pairs;
+  uint16_t strange = 0;
+  for (int j = 0; j < kStep; ++j) {
+    const uint16_t size = p[j] & 0x7FFF, above = static_cast<uint16_t>((size & 0x7F80) - kSmallest);
+    strange = static_cast<uint16_t>(strange | ((above > kRange) & (size != 0)));
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    pairs.odd[j] = from_bf16(p[2 * j + 1]);
+    pairs.even[j] = from_bf16(p[2 * j]);
+  }
+  pairs.plain = strange == 0 ? 1 : 0;
+  return pairs;
 }
 
 #endif
@@ -204,22 +216,17 @@ struct BothBf16 {
   }
 #else
   static void add(Lanes& sum, const Kept& a, const Kept& b) { add_pairs(sum, a, b); }
-  static Kept load(const Input* x) {
-    Kept pairs;
-    for (int j = 0; j < kLanes; ++j) {
-      pairs.odd[j] = flushed(from_bf16(x[2 * j + 1]));
-      pairs.even[j] = flushed(from_bf16(x[2 * j]));
-    }
-    return pairs;
-  }
+  static Kept load(const Input* x) { return load_pairs(x); }
 
+  // Reads one value behind those that are kept.
   static void expand_step(const Value*& values, const uint8_t* bits, Kept (&kept)[1]) {
     Value placed[kStep];
     for (int j = 0; j < kStep; ++j) {
-      placed[j] = 0;
-      if ((bits[j / 8] >> j % 8 & 1) != 0) placed[j] = *values++;
+      const int one = bits[j / 8] >> j % 8 & 1;
+      placed[j] = static_cast<Value>(*values & -one);
+      values += one;
     }
-    kept[0] = load(placed);
+    kept[0] = load_pairs(placed);
   }
 #endif
 

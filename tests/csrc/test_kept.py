@@ -73,7 +73,7 @@ def test_sums_of_bf16_are_fp64s_within_the_budget_of_fused_sums(shape, kept, wit
     bias = torch.randn(n, generator=generator).bfloat16() if with_bias else None
     shift = torch.zeros(n).double() if bias is None else bias.double()
     got = sums_of_pairs(x, values, starts, bits, None if bias is None else bias.float())
-    # Each lane adds two exact products a step of 32 columns, in one rounding each; four levels add the lanes, one the bias.
+    # A lane adds two exact products a step of 32 columns, each in one rounding; four levels add lanes, one the bias.
     terms = 2 * -(-k // 32) + 5
     size = x.double().abs() @ masked.abs().t() + shift.abs()
     error = (got - (x.double() @ masked.t() + shift)).abs()
