@@ -69,6 +69,7 @@ def killed_at_a_moment_of_its_own(number: int, tmp_path: Path) -> None:
     driver = subprocess.Popen([sys.executable, "-m", MODULE, "drive", str(folder), "ray"], env=environment)
     stop, wanted = time.monotonic() + 120, chance.randrange(4)
     while (len(stages(folder)) < wanted or not workers(driver.pid)) and time.monotonic() < stop:
+        assert driver.poll() is None, "the driver ended before anything was killed"
         time.sleep(0.02)
     time.sleep(chance.random())
     busy = workers(driver.pid)
