@@ -2,13 +2,18 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <optional>
+#include <vector>
 
 #include "bind_cpu.h"
 
 namespace {
 
 using namespace dwm;
+
+// Rows of x, at a kept fraction of 1, from which on weights are multiplied column by column; by measurement.
+constexpr double kRowsPerKept = 53.0;
 
 // First value of every row: rising, and all of them with `overread` more, which a load may reach, inside of `values`.
 void check_starts(const Tensor& starts, const Tensor& values, int64_t overread) {
@@ -21,6 +26,47 @@ void check_starts(const Tensor& starts, const Tensor& values, int64_t overread) 
   for (int64_t i = 0; i < n; ++i) rising = rising && at[i] <= at[i + 1];
   STD_TORCH_CHECK(rising && at[n] <= values.numel() - overread,
                   "dwm_fast: row_starts must rise from 0 and end before the padding of values");
+}
+
+// How many rows of x are multiplied column by column: the groups of kTurned, of which the last may lack some, for which that
+// takes less time than to multiply every weight, dropped ones too.
+int64_t rows_to_turn(const KeptLinear& job) {
+  const double kept = static_cast<double>(job.starts[job.n]) / (static_cast<double>(job.n) * static_cast<double>(job.k));
+  const int64_t rest = job.m % kTurned;
+  const auto worth = [&](int64_t rows) { return static_cast<double>(rows) >= kRowsPerKept * kept; };
+  if (!worth(kTurned)) return 0;
+  return job.m - (worth(rest) ? 0 : rest);
+}
+
+// Lays those rows of x out in `room`, and tells the job, if all of their numbers are finite.
+void turn_rows(KeptLinear& job, std::vector<float>& room) {
+  const int64_t rows = job.n * job.k > 0 ? rows_to_turn(job) : 0, groups = (rows + kTurned - 1) / kTurned;
+  if (rows == 0) return;
+  constexpr size_t kAligned = 64 / sizeof(float);
+  room.assign(static_cast<size_t>(groups * kTurned * job.k) + kAligned, 0.0f);
+  const size_t past = reinterpret_cast<uintptr_t>(room.data()) / sizeof(float) % kAligned;
+  float* const turned = room.data() + (kAligned - past) % kAligned;
+  const auto* const x = static_cast<const float*>(job.x);
+  std::atomic<bool> finite{true};
+  constexpr int64_t kColumns = 512;  // handed to one thread at a time
+  const int64_t blocks = (job.k + kColumns - 1) / kColumns;
+  parallel(groups * blocks, groups * blocks, [&](int64_t i) {
+    const int64_t first = i / blocks * kTurned, begin = i % blocks * kColumns, end = std::min(begin + kColumns, job.k);
+    const int64_t count = std::min<int64_t>(rows - first, kTurned);
+    float* const to = turned + first * job.k;
+    uint32_t largest = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      const float* const from = x + (first + r) * job.pitch;
+      for (int64_t c = begin; c < end; ++c) {
+        largest = std::max(largest, std::bit_cast<uint32_t>(from[c]) << 1);
+        to[c * kTurned + r] = from[c];
+      }
+    }
+    if (largest >= 0xFF000000u) finite = false;  // an exponent of ones
+  });
+  if (!finite) return;
+  job.turned = turned;
+  job.turned_rows = rows;
 }
 
 // x: (m, pitch), its columns behind k zero, in fp32 with a pitch that is a multiple of 16, or, as values are, in bf16 with
@@ -44,8 +90,10 @@ void linear_kept(Tensor x, Tensor values, Tensor starts, Tensor bits, std::optio
     check_float(*bias, "bias");
     STD_TORCH_CHECK(bias->numel() == n && bias->is_contiguous(), "dwm_fast: bias has another length");
   }
-  const KeptLinear job{x.data_ptr(), values.data_ptr(), static_cast<const int64_t*>(starts.data_ptr()), bytes(bits),
-                       bias ? floats(*bias) : nullptr, floats(out), m, n, k, pitch, type_of(values)};
+  KeptLinear job{x.data_ptr(), values.data_ptr(), static_cast<const int64_t*>(starts.data_ptr()), bytes(bits),
+                 bias ? floats(*bias) : nullptr, floats(out), m, n, k, pitch, type_of(values)};
+  std::vector<float> room;
+  if (!pairs && kernels().turns) turn_rows(job, room);
   constexpr int64_t kRows = 48;  // of the weight, handed to one thread at a time
   std::atomic<bool> sound{true};
   const int64_t count = (n + kRows - 1) / kRows;

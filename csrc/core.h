@@ -256,6 +256,8 @@ struct LinearPacked {
   int64_t n, k;
 };
 
+constexpr int kTurned = 16;  // rows of x that lie side by side
+
 struct KeptLinear {
   const void* x;          // (m, pitch), fp32 or bf16, zero from column k on
   const void* values;     // kept weights in logical order
@@ -265,6 +267,9 @@ struct KeptLinear {
   float* out;             // (m, n)
   int64_t m, n, k, pitch;
   Type type;  // of the values
+  // Of x in fp32, or nullptr: its first `turned_rows` rows, all finite, in groups of kTurned: (group, k, kTurned).
+  const float* turned = nullptr;
+  int64_t turned_rows = 0;
 };
 
 struct KeptUnion {
@@ -296,6 +301,7 @@ struct Kernels {
   void (*mask_adam)(const BackwardRule& chain, const MaskAdamTensor& t, int64_t begin, int64_t end);
   void (*coded_adam)(CodedTypes types, const CodedTensor& t, int64_t begin, int64_t end);
   void (*linear_packed)(const LinearPacked& job, int64_t first_row, int64_t last_row);
+  bool turns;  // whether linear_kept gains by `turned` where few weights are kept
   bool (*linear_kept)(const KeptLinear& job, int64_t first_row, int64_t last_row);       // x in fp32
   bool (*linear_kept_bf16)(const KeptLinear& job, int64_t first_row, int64_t last_row);  // x and values in bf16
   bool (*linear_union)(const KeptUnion& job, int64_t first_row, int64_t last_row);

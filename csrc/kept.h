@@ -8,14 +8,17 @@
 
 #include <algorithm>
 
+#include "columns.h"
 #include "linear.h"
 #include "panel.h"
 
 namespace dwm::DWM_ISA {
 
 #if defined(__AVX512F__)
+constexpr bool kTurns = true;
 constexpr int kSideBySide = 4;  // rows of W that few rows of x meet at a time
 #else
+constexpr bool kTurns = false;
 constexpr int kSideBySide = 1;
 #endif
 constexpr int kAhead = 1024;    // bytes: hardware stops to look ahead at the end of a page
@@ -282,13 +285,27 @@ static inline bool rows_fit(const KeptLinear& job, int64_t first, int64_t last) 
   return true;
 }
 
+template <Type kType>
+static void kept_singles(const KeptLinear& job, int64_t first, int64_t last) {
+  KeptLinear rest = job;
+#if defined(__AVX512F__)
+  if (job.turned) {
+    kept_columns<kType>(job, first, last);
+    rest.x = static_cast<const float*>(job.x) + job.turned_rows * job.pitch;
+    rest.out += job.turned_rows * job.n;
+    rest.m -= job.turned_rows;
+  }
+#endif
+  if (rest.m > 0) kept_rows<Singles<kType>>(rest, first, last);
+}
+
 // x is fp32. False, and nothing computed, where a row's bits and its share of the values do not agree.
 static inline bool linear_kept(const KeptLinear& job, int64_t first, int64_t last) {
   if (!rows_fit(job, first, last)) return false;
   switch (job.type) {
-    case Type::f32: kept_rows<Singles<Type::f32>>(job, first, last); break;
-    case Type::bf16: kept_rows<Singles<Type::bf16>>(job, first, last); break;
-    default: kept_rows<Singles<Type::f16>>(job, first, last);
+    case Type::f32: kept_singles<Type::f32>(job, first, last); break;
+    case Type::bf16: kept_singles<Type::bf16>(job, first, last); break;
+    default: kept_singles<Type::f16>(job, first, last);
   }
   return true;
 }

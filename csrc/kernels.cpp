@@ -65,6 +65,7 @@ const Kernels DWM_TABLE = {
     .mask_adam = DWM_ISA::mask_adam,
     .coded_adam = DWM_ISA::coded_adam,
     .linear_packed = DWM_ISA::linear_packed,
+    .turns = DWM_ISA::kTurns,
     .linear_kept = DWM_ISA::linear_kept,
     .linear_kept_bf16 = DWM_ISA::linear_kept_bf16,
     .linear_union = DWM_ISA::linear_union,

@@ -316,6 +316,19 @@ void check_kept(const Kernels& k, int64_t m, int64_t n, int64_t width, int keep,
   const int64_t middle = n / 2;
   require(k.linear_kept(job, 0, middle) && k.linear_kept(job, middle, n), "bits that fit are taken", k.name);
   require(std::memcmp(out.get(), expected.get(), static_cast<size_t>(m * n) * 4) == 0, "kept weights are enough", k.name);
+  for (const int64_t turned_rows : {m, m / kTurned * kTurned}) {
+    if (!k.turns || turned_rows == 0) continue;
+    Block<float> turned((turned_rows + kTurned - 1) / kTurned * kTurned * width);
+    for (int64_t i = 0; i < turned_rows * width; ++i) {
+      const int64_t r = i / width, c = i % width;
+      turned[(r / kTurned * width + c) * kTurned + r % kTurned] = x[i];
+    }
+    std::fill_n(out.get(), m * n, 7.0f);
+    KeptLinear by_column = job;
+    by_column.turned = turned.get(), by_column.turned_rows = turned_rows;
+    require(k.linear_kept(by_column, 0, middle) && k.linear_kept(by_column, middle, n), "bits that fit are taken", k.name);
+    require(std::memcmp(out.get(), expected.get(), static_cast<size_t>(m * n) * 4) == 0, "columns are enough", k.name);
+  }
   bits[0] = static_cast<uint8_t>(bits[0] ^ 1);
   require(!k.linear_kept(job, 0, n), "bits that do not fit the values are refused", k.name);
   bits[0] = static_cast<uint8_t>(bits[0] ^ 1);

@@ -116,8 +116,9 @@ def test_a_bf16_factor_that_is_denormal_counts_as_zero_and_so_does_a_sum():
 
 @pytest.mark.parametrize("m", [1, 3, 4, 6, 33])
 @pytest.mark.parametrize("k", [5, 512, 4101])
-def test_kept_weights_give_the_bits_that_all_weights_give_on_any_number_of_threads(m, k):
-    weight, _, bits, values, starts = problem(101, k, 0.3, torch.float32)
+@pytest.mark.parametrize("kept", [0.2, 0.5])
+def test_kept_weights_give_the_bits_that_all_weights_give_on_any_number_of_threads(m, k, kept):
+    weight, _, bits, values, starts = problem(101, k, kept, torch.float32)
     x, before = torch.randn(m, k, generator=torch.Generator().manual_seed(1)), torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -141,9 +142,9 @@ with ops.use_backend("cpp"), ops.use_way("one-pass"):
     test_kept.test_of_two_bf16_columns_the_odd_one_is_added_first_in_one_rounding()
     test_kept.test_a_bf16_factor_that_is_denormal_counts_as_zero_and_so_does_a_sum()
     for dtype in DTYPES:
-        for k in (33, 1100):
-            _, _, bits, values, starts = problem(50, k, 0.4, dtype)
-            for m in (1, 2, 3, 4, 9, 40):
+        for k, kept in ((33, 0.4), (1100, 0.4), (37, 0.1), (2100, 0.2)):
+            _, _, bits, values, starts = problem(50, k, kept, dtype)
+            for m in (1, 2, 3, 4, 9, 40, 79):
                 x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
                 found.update(ops.linear_kept(x, values, starts, bits).numpy().tobytes())
     for k in (33, 64, 1100):
@@ -209,26 +210,28 @@ def test_every_sixteen_bit_value_is_widened_exactly(dtype):
         assert ops.linear_kept(torch.ones(1, 1), *nan, ops.pack([torch.ones(1, 1)])).isnan().all()
 
 
-@pytest.mark.parametrize("m", [1, 8])
-def test_infinite_inputs_meet_dropped_weights_as_in_a_product(m):
-    _, masked, bits, values, starts = problem(19, 33, 0.5, torch.float32)
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize(("m", "kept"), [(1, 0.5), (8, 0.5), (16, 0.1)])
+def test_infinite_inputs_meet_dropped_weights_as_in_a_product(m, kept, infinite):
+    _, masked, bits, values, starts = problem(19, 33, kept, torch.float32)
     x = torch.randn(m, 33)
-    x[0, 5] = torch.inf
+    x[m // 2, 5] = infinite
     with ops.use_backend("cpp"), ops.use_way("one-pass"):
         got = ops.linear_kept(x, values, starts, bits)
     torch.testing.assert_close(got, torch.nn.functional.linear(x, masked.float()), equal_nan=True)
 
 
 @pytest.mark.parametrize("k", [5, 24, 33, 1030])
-@pytest.mark.parametrize("m", [1, 8])
-def test_what_is_not_finite_in_a_row_stays_in_its_row(m, k):
-    weight = torch.ones(4, k)
+@pytest.mark.parametrize("m", [1, 8, 18])
+@pytest.mark.parametrize("every", [1, 5])
+def test_what_is_not_finite_in_a_row_stays_in_its_row(m, k, every):
+    weight, mask = torch.ones(4, k), torch.arange(k).expand(4, k) % every == 0
     weight[2] = torch.nan
-    bits = ops.pack([torch.ones(4, k)])
+    bits = ops.pack([mask])
     with ops.use_backend("cpp"), ops.use_way("one-pass"):
         y = ops.linear_kept(torch.ones(m, k), *ops.keep_values(weight, bits), bits)
     assert y[:, 2].isnan().all()
-    assert torch.equal(y[:, [0, 1, 3]], torch.full((m, 3), float(k)))
+    assert torch.equal(y[:, [0, 1, 3]], torch.full((m, 3), float(mask[0].sum())))
 
 
 def test_tensors_that_do_not_fit_each_other_are_refused_before_values_are_read():
