@@ -100,6 +100,10 @@ class BankLinear:
         straight = self.large and multiplies_bits(self.weight) and not transformed()
         if x.device.type == "cpu" and not straight:
             return self._part_by_part(x, bias, batch)
+        return self._in_one(x, bias, batch)
+
+    def _in_one(self, x: Tensor, bias: Tensor | None, batch: Batch) -> Tensor:
+        """All domains in one operation, from kept weights or from bits."""
         y = None if self.store is None else self.store.product(x, self.weight, self.bits, bias, batch)
         if y is not None:
             return y
