@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ import torch
 from dwm_fast._files import write_atomic
 from dwm_fast._options import FRACTION, at_least, check_options
 from dwm_fast.errors import InputError
+from dwm_fast.methods import load_method
 from dwm_fast.pacs.config import StudyConfig, builtin_defaults, from_dict, real_defaults
 from dwm_fast.pacs.config_values import read_file
 from dwm_fast.pacs.data import PacsData
@@ -109,6 +110,24 @@ def dotted(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def nested(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """`dotted` undone: a method's options by section; InputError for an option beside its whole section.
+
+    >>> nested({"options.lr": 0.1, "kind.threshold": 0.01}, "piggyback")
+    {'options': {'lr': 0.1}, 'kind': {'threshold': 0.01}}
+    """
+    own: dict[str, Any] = {}
+    for name, value in settings.items():
+        *sections, entry = name.split(".")
+        place: Any = own
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise InputError(f"search: a trial of {method} sets {name} and {section} too; give one")
+        place[entry] = value
+    return own
+
+
 def combinations(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every combination of a trial's entries: a list is tried value by value.
 
@@ -123,6 +142,20 @@ def combinations(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def mark(settings: Any) -> str:
     """A short name of settings, plain data: equal ones have the same, on every machine."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def method_and_reason(given: Any, offered: Callable[[], Iterable[str]]) -> tuple[str, str]:
+    """A trial's method by name, loaded where it is "file.py:Class", and its reason.
+
+    Raises InputError where one of them is missing, and for a method that is not offered.
+    """
+    if not isinstance(given, Mapping) or not given.get("method") or not given.get("reason"):
+        raise InputError(f"search: a trial has no method of {', '.join(offered())}, or no reason; it needs both")
+    method = str(given["method"])
+    name = load_method(method) if ":" in method else method
+    if name not in offered():
+        raise InputError(f"search: unknown method '{name}'; expected some of {', '.join(offered())}")
+    return name, str(given["reason"])
 
 
 class MarkedStages(StageFolder):

@@ -16,9 +16,22 @@ from dwm_fast.pacs.data import canonical_domain
 from dwm_fast.pacs.data.any import is_other
 from dwm_fast.pacs.data.listed import domain_name
 from dwm_fast.pacs.lab import Planned
-from dwm_fast.pacs.pairs.config import METHODS
+from dwm_fast.pacs.pairs.config import METHODS, offered
 from dwm_fast.pacs.pairs.lab import PairLab, Run
-from dwm_fast.pacs.search import Grid, MarkedStages, Search, Tell, Trial, combinations, dotted, known_entries, mark
+from dwm_fast.pacs.pairs.table import rank
+from dwm_fast.pacs.search import (
+    Grid,
+    MarkedStages,
+    Search,
+    Tell,
+    Trial,
+    combinations,
+    dotted,
+    known_entries,
+    mark,
+    method_and_reason,
+    nested,
+)
 
 _OWN = ("deviations", "edit_threshold", "edit_spread", "logit_init", "tau")
 
@@ -30,8 +43,8 @@ class PairTrial(Trial):
     Attributes:
         method, init: of the study; `init` is "-" for `none`.
         reason: why it is tried, in words.
-        settings: dotted entry -> value: ``tune.*`` of the method, ``binary.*`` or ``edit.*``, or a constant of the
-            study such as ``deviations``.
+        settings: dotted entry -> value: ``tune.*`` of the method, ``binary.*`` or ``edit.*`` or, of a registered
+            method, its options under its name, or a constant of the study such as ``deviations``.
     """
 
     init: str = "-"
@@ -42,19 +55,24 @@ class PairTrial(Trial):
     def entries(self) -> dict[str, Any]:
         """The settings as a file of the study has them; of the method's ways to fine-tune the first alone."""
         entries: dict[str, Any] = {"tune": {self.method: {}}}
+        registered = {}
         for name, value in self.settings.items():
             section, _, entry = name.partition(".")
             if section == "tune" and entry:
                 entries["tune"][self.method][entry] = value
             elif section == self.method and section in ("binary", "edit") and entry:
                 entries.setdefault(section, {})[entry] = value
+            elif section == self.method and section not in METHODS and entry:
+                registered[entry] = value
             elif name in _OWN:
                 entries[name] = value
             else:
-                own = f"{self.method}.*, " if self.method in ("binary", "edit") else ""
+                own = "" if self.method in ("none", "naive") else f"{self.method}.*, "
                 raise InputError(
                     f"search: a trial of {self.method} sets {name}; expected tune.*, {own}{', '.join(_OWN)}"
                 )
+        if registered:
+            entries["pairwise"] = {self.method: nested(registered, self.method)}
         return entries
 
 
@@ -87,15 +105,14 @@ def _pair(text: Any) -> tuple[str, str]:
 
 
 def _expand(given: Any) -> Iterator[PairTrial]:
-    if not isinstance(given, Mapping) or given.get("method") not in METHODS or not given.get("reason"):
-        raise InputError(f"search: a trial has no method of {', '.join(METHODS)}, or no reason; it needs both")
+    method, reason = method_and_reason(given, offered)
     settings = {name: value for name, value in given.items() if name not in ("method", "init", "reason")}
-    inits = given.get("init", "S_end") if given["method"] != "none" else "-"
+    inits = given.get("init", "S_end") if method != "none" else "-"
     for chosen in combinations({**dotted(settings), "init": inits}):
         init = chosen.pop("init")
         if init not in ("-", *INITS):
             raise InputError(f"search: init is '{init}'; expected some of {', '.join(INITS)}")
-        yield PairTrial(given["method"], str(given["reason"]), chosen, init)
+        yield PairTrial(method, reason, chosen, init)
 
 
 class PairSearch(Search):
@@ -106,12 +123,15 @@ class PairSearch(Search):
     @staticmethod
     def read(section: dict[str, Any], data: str | None) -> tuple[dict[str, Any], Grid]:
         known_entries(section, "trials", "pairs", "validation", "tolerance")
-        trials = tuple(itertools.chain.from_iterable(map(_expand, section.pop("trials"))))
+        given = section.pop("trials")
+        trials = tuple(itertools.chain.from_iterable(map(_expand, given)))
         texts = [_pair(pair) for pair in section.pop("pairs", [])]
         name = domain_name if is_other(data) else canonical_domain
         pairs = tuple((name(source), name(target)) for source, target in texts)
         domains = {"sources": [s for s, _ in pairs], "targets": [t for _, t in pairs]} if pairs else {}
-        return domains, PairGrid(trials, **section, pairs=pairs)
+        outside = [one["method"] for one in given if ":" in one["method"]]
+        own = {"own_methods": list(dict.fromkeys(outside))} if outside else {}
+        return {**domains, **own}, PairGrid(trials, **section, pairs=pairs)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -180,7 +200,7 @@ def choose(trials: Sequence[Mapping[str, Any]], tolerance: float) -> dict[str, i
         return {}
     floor = max(plain) - tolerance
     chosen = {}
-    for method in METHODS:
+    for method in sorted({trials[n]["method"] for n in done}, key=lambda one: rank(METHODS, one)):
         own = [n for n in done if trials[n]["method"] == method]
         near = [n for n in own if trials[n]["target_after"] >= floor]
         if own:

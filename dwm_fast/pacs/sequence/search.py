@@ -9,11 +9,21 @@ from statistics import fmean
 from typing import Any
 
 from dwm_fast._options import recorded
-from dwm_fast.errors import InputError
-from dwm_fast.methods import load_method
 from dwm_fast.pacs.config import from_dict
 from dwm_fast.pacs.lab import Planned
-from dwm_fast.pacs.search import Grid, MarkedStages, Search, Tell, Trial, combinations, dotted, known_entries, mark
+from dwm_fast.pacs.search import (
+    Grid,
+    MarkedStages,
+    Search,
+    Tell,
+    Trial,
+    combinations,
+    dotted,
+    known_entries,
+    mark,
+    method_and_reason,
+    nested,
+)
 from dwm_fast.pacs.sequence.config import offered
 from dwm_fast.pacs.sequence.lab import SequenceLab, says
 from dwm_fast.pacs.sequence.table import measures_of
@@ -28,26 +38,14 @@ class SequenceTrial(Trial):
     """One choice to try; `settings`: dotted option of the method, such as ``options.lr``, -> value."""
 
     def entries(self) -> dict[str, Any]:
-        own: dict[str, Any] = {}
-        for name, value in self.settings.items():
-            *sections, entry = name.split(".")
-            place: Any = own
-            for section in sections:
-                place = place.setdefault(section, {})
-                if not isinstance(place, dict):
-                    raise InputError(f"search: a trial of {self.method} sets {name} and {section} too; give one")
-            place[entry] = value
-        return {"sequential": {self.method: own}}
+        return {"sequential": {self.method: nested(self.settings, self.method)}}
 
 
 def _expand(given: Any) -> Iterator[SequenceTrial]:
-    if not isinstance(given, Mapping) or not given.get("method") or not given.get("reason"):
-        raise InputError(f"search: a trial has no method of {', '.join(offered())}, or no reason; it needs both")
-    method = str(given["method"])
-    name = load_method(method) if ":" in method else method
+    method, reason = method_and_reason(given, offered)
     settings = {entry: value for entry, value in given.items() if entry not in ("method", "reason")}
     for chosen in combinations(dotted(settings)):
-        yield SequenceTrial(name, str(given["reason"]), chosen)
+        yield SequenceTrial(method, reason, chosen)
 
 
 class SequenceSearch(Search):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from dwm_fast.errors import InputError
+from dwm_fast.methods import load_method, registry
 from dwm_fast.pacs import lab, search
 from dwm_fast.pacs.config import builtin_defaults, from_dict
 from dwm_fast.pacs.data import load_pacs, validation_part
@@ -170,6 +172,11 @@ def test_the_choice_keeps_the_source_best_among_those_that_reach_the_target() ->
         (('reason = "does', '#reason = "does'), "no reason"),
         (("photo->sketch", "photo"), "expected 'photo->sketch'"),
         (('"binary.epochs"', '"edit.epochs"'), "a trial of binary sets edit.epochs"),
+        (('"binary.coefficient"', '"binary"'), "a trial of binary sets binary;"),
+        (
+            ('method = "binary"', 'method = "magic"'),
+            "unknown method 'magic'; expected some of none, naive, edit, binary",
+        ),
         (('"S_start"', '"start"'), "init is 'start'"),
         (("validation = 0.34", "validation = 1.5"), "validation is 1.5"),
         (("validation = 0.34", "fraction = 0.3"), "unknown entry 'fraction'"),
@@ -198,3 +205,82 @@ def test_a_trial_is_one_way_of_fine_tuning_also_where_the_defaults_have_several(
         first = builtin_defaults().tune[trial.method][0]
         assert [way.kept_decay for way in tries.config.tune[trial.method]] == [first.kept_decay]
         assert all(len(tries.tune_stages(run)) == 1 for run in tried._runs(trial))
+
+
+OTHERS = """
+[[search.trials]]
+method = "lottery-ticket"
+reason = "how much one round prunes"
+"lottery-ticket.rounds" = 1
+"lottery-ticket.prune" = [0.5, 0.75]
+"tune.epochs" = 1
+
+[[search.trials]]
+method = "OWN:Odd"
+reason = "one of our own"
+"odd.of.every" = [2, 3]
+"tune.epochs" = 1
+"""
+
+OWN = """
+from dataclasses import dataclass, field
+
+import torch
+from dwm_fast.methods import FoundMask
+from dwm_fast.nn import maskable_weights
+
+@dataclass(frozen=True)
+class Places:
+    every: int = 1
+
+@dataclass(frozen=True)
+class Odd:
+    of: Places = field(default_factory=Places)
+    name = "odd"
+
+    def find(self, model, task):
+        shapes = {name: layer.weight.shape for name, layer in maskable_weights(model).items()}
+        every = self.of.every
+        return FoundMask({name: (torch.arange(s.numel()) % every == 0).view(s) for name, s in shapes.items()})
+"""
+
+
+@pytest.fixture
+def with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The grid with a registered method and one of a file of its own."""
+    monkeypatch.setattr(registry, "_registered", {})
+    (tmp_path / "own.py").write_text(OWN)
+    return GRID + OTHERS.replace("OWN", str(tmp_path / "own.py"))
+
+
+def test_registered_methods_and_those_of_a_file_are_searched_too(tmp_path: Path, with_others: str) -> None:
+    record = found(grid_file(tmp_path, with_others), None, tmp_path / "out")
+    kept = [trial["fraction_kept"] for trial in record["trials"] if trial["method"] in ("lottery-ticket", "odd")]
+    assert kept == pytest.approx([1 / 2, 1 / 4, 1 / 2, 1 / 3], abs=0.01)
+    assert list(record["chosen"]) == ["none", "binary", "lottery-ticket", "odd"]
+    every = record["trials"][record["chosen"]["odd"]]["settings"]["odd.of.every"]
+    registry._registered.clear()  # as in the process that reads the choice
+    load_method.cache_clear()
+    config = from_dict(
+        {**read_settings(tmp_path / "out" / "search.json"), "methods": ["none", "odd"]}, builtin_defaults()
+    )
+    assert config.pair_method("odd") == registry.pair_methods()["odd"].__class__(
+        type(config.pair_method("odd").of)(every)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("odd.of.every", "of.every"), "a trial of odd sets of.every; expected tune.*, odd.*, deviations"),
+        (('"odd.of.every" = [2, 3]', '"odd.of" = 1\n"odd.of.every" = 2'), "a trial of odd sets of.every and of too"),
+        (("lottery-ticket.prune", "lottery-ticket.share"), "pairwise.lottery-ticket: unknown entry 'share'"),
+        (("own.py:Odd", "own.py:Even"), "Even"),
+    ],
+)
+def test_options_of_other_methods_are_checked(
+    tmp_path: Path, with_others: str, change: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        Search(*read_grid(grid_file(tmp_path, with_others.replace(*change))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

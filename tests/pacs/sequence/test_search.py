@@ -178,7 +178,7 @@ def test_the_choice_is_the_highest_average_and_of_equals_the_one_that_forgets_le
     ("change", "message"),
     [
         (('"photo", "sketch", "art"', '"photo"'), "sequence: given photo; expected at least two domains"),
-        (('method = "none"', 'method = "naive"'), "methods: given naive, piggyback; expected some of none"),
+        (('method = "none"', 'method = "naive"'), "unknown method 'naive'; expected some of none, piggyback"),
         (('reason = "heads', '#reason = "heads'), "no reason"),
         (("lr = [0.1, 1e-4]", "rate = [0.1, 1e-4]"), "sequential.none: unknown entry 'rate'; expected some of epochs"),
         (("lr = [0.1, 1e-4]", "lr = -1\n'lr.x' = 3"), "a trial of none sets lr.x and lr too"),
