@@ -46,6 +46,7 @@ def finding(results: Mapping[str, Any]) -> list[str]:
     return [
         *_headline(data, best, cells),
         *_intervals(compared[best]),
+        *_pairs_above(compared[best]),
         *_other_rates({key: runs for key, runs in compared.items() if key[0] == "none" and key != baseline}),
         *_per_source(results, best, {key: compared[key] for key in rivals}),
         *published.findings(results),
@@ -122,17 +123,22 @@ def interval(differences: Iterable[float]) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def _by_pair(runs: Runs) -> list[Runs]:
+    pairs: dict[tuple[str, str], Runs] = defaultdict(list)
+    for run in runs:
+        pairs[run["source"], run["target"]].append(run)
+    return list(pairs.values())
+
+
 def _intervals(runs: Runs) -> list[str]:
     """How sure the winner's differences to plain fine-tuning are, over its pairs and seeds.
 
     Where there are enough pairs, what is resampled is pairs, each with the mean over its seeds: seeds of one pair are
     alike, and counting them one by one would make the interval too narrow.
     """
-    pairs: dict[tuple[str, str], Runs] = defaultdict(list)
-    for run in runs:
-        pairs[run["source"], run["target"]].append(run)
+    pairs = _by_pair(runs)
     by_pair = len(pairs) >= _FEWEST_RUNS
-    drawn = list(pairs.values()) if by_pair else [[run] for run in runs]
+    drawn = pairs if by_pair else [[run] for run in runs]
     if len(drawn) < _FEWEST_RUNS:
         return []
     said = []
@@ -142,6 +148,16 @@ def _intervals(runs: Runs) -> list[str]:
         said.append(f"{name} from {low:+.3f} to {high:+.3f}, {verdict}")
     over = f"{len(drawn)} {'pairs' if by_pair else 'paired runs'}"
     return [f"Over {over} the means lie, with 95 % confidence (bootstrap), at {'; '.join(said)}."]
+
+
+def _pairs_above(runs: Runs) -> list[str]:
+    """In how many pairs the winner keeps the source better than plain fine-tuning, by the mean over seeds."""
+    gains = [fmean(run["s_gain"] for run in pair) for pair in _by_pair(runs)]
+    if len(gains) < 2:
+        return []
+    return [
+        f"It keeps the source better than plain fine-tuning in {sum(gain > 0 for gain in gains)} of {len(gains)} pairs."
+    ]
 
 
 def _other_rates(plain: Mapping[Key, Runs]) -> list[str]:
