@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -103,3 +104,22 @@ def test_the_library_s_other_methods_of_pairs_run_by_name(tmp_path: Path) -> Non
     results = PairStudy(config, tmp_path / "d", tiny_data()).run()
     kept = {mask["method"]: mask["fraction_kept"] for mask in results["masks"]}
     assert kept == {"fggm": pytest.approx(0.7, abs=0.06), "lottery-ticket": pytest.approx(0.64, abs=0.01)}
+
+
+@pytest.mark.parametrize("values", ["near", "random"])
+def test_the_recorded_search_s_own_method_refills_what_its_masks_drop(tmp_path: Path, values: str) -> None:
+    file = Path(__file__).parents[2] / "docs/results/refill.py"
+    options = {"options": {"epochs": 1, "coefficient": 0.01, "source_budget": 0.5}, "values": values}
+    config = from_dict({"methods": f"none,{file}:Refill", "pairwise": {"refill": options}}, CONFIG)
+    lab = PairStudy(config, tmp_path / "e", tiny_data()).lab
+    mask = lab.mask("photo", "refill", 0)
+    assert len(mask.found.history) == 1
+    kind = sys.modules[type(lab.method("refill")).__module__].Refilled(values=values)
+    weight, state = torch.linspace(-1, 1, 100).view(10, 10), torch.tensor([3, 0])
+    for logit, training in itertools.product((-99.0, 99.0), (True, False)):
+        logits = torch.full_like(weight, logit)
+        first, again = (kind.draw([logits], [weight], state, torch.tensor(1.0), training=training)[0] for _ in "ab")
+        assert torch.equal(first[0], again[0])
+        # (w - r) + r is w to two roundings of numbers below 8, eps 2^-24 each
+        assert torch.allclose(first[0], weight, rtol=0, atol=8 * 2**-23) == (logit > 0)
+        assert (first[0] != 0).all()
