@@ -22,7 +22,7 @@ from dwm_fast._options import FRACTION, at_least, check_options
 from dwm_fast.errors import InputError
 from dwm_fast.methods import load_method
 from dwm_fast.pacs.config import StudyConfig, builtin_defaults, from_dict, real_defaults
-from dwm_fast.pacs.config_values import read_file
+from dwm_fast.pacs.config_values import read_file, sequence
 from dwm_fast.pacs.data import PacsData
 from dwm_fast.pacs.lab import Lab, Planned
 from dwm_fast.pacs.stages import StageFolder
@@ -87,6 +87,8 @@ def read_grid(path: str | Path, flags: Mapping[str, Any] | None = None) -> tuple
     if not isinstance(section, Mapping) or not isinstance(section.get("trials"), list):
         raise InputError(f"{path}: no section 'search' with a list 'trials'; see docs/study.md for one")
     base = builtin_defaults() if entries.get("data") is None else real_defaults()
+    for place in sequence(entries.get("own_methods", ())):
+        load_method(str(place))  # a trial may name what the file loads
     changes, grid = _wing("sequence" in section).read(dict(section), entries.get("data"))
     return replace(from_dict({**entries, **changes}, base), validation=grid.validation), grid
 

@@ -129,9 +129,8 @@ class PairSearch(Search):
         name = domain_name if is_other(data) else canonical_domain
         pairs = tuple((name(source), name(target)) for source, target in texts)
         domains = {"sources": [s for s, _ in pairs], "targets": [t for _, t in pairs]} if pairs else {}
-        outside = [one["method"] for one in given if ":" in one["method"]]
-        own = {"own_methods": list(dict.fromkeys(outside))} if outside else {}
-        return {**domains, **own}, PairGrid(trials, **section, pairs=pairs)
+        others = dict.fromkeys(one["method"] for one in given if one["method"] not in METHODS)
+        return {**domains, "methods": [*METHODS, *others]}, PairGrid(trials, **section, pairs=pairs)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

@@ -264,9 +264,20 @@ def test_registered_methods_and_those_of_a_file_are_searched_too(tmp_path: Path,
     config = from_dict(
         {**read_settings(tmp_path / "out" / "search.json"), "methods": ["none", "odd"]}, builtin_defaults()
     )
-    assert config.pair_method("odd") == registry.pair_methods()["odd"].__class__(
-        type(config.pair_method("odd").of)(every)
-    )
+    odd: Any = config.pair_method("odd")
+    assert odd.of.every == every
+
+
+def test_a_trial_names_a_method_that_the_file_loads_beside_one_that_it_loads_itself(
+    tmp_path: Path, with_others: str
+) -> None:
+    (tmp_path / "even.py").write_text(OWN.replace("Odd", "Even").replace('"odd"', '"even"'))
+    named = with_others.replace(f"{tmp_path}/own.py:Odd", "odd") + OTHERS.replace("OWN", f"{tmp_path}/even").replace(
+        "odd", "even"
+    ).replace("even:Odd", "even.py:Even")
+    config, grid = read_grid(grid_file(tmp_path, f'own_methods = ["{tmp_path}/own.py:Odd"]\n{named}'))
+    assert {trial.method for trial in grid.trials} == {"none", "binary", "lottery-ticket", "odd", "even"}
+    assert config.own_methods == (f"{tmp_path}/own.py:Odd", f"{tmp_path}/even.py:Even")
 
 
 @pytest.mark.parametrize(
